@@ -1,0 +1,141 @@
+"""The batch axis: what has one, how long it is, and how work goes over it in chunks of bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from curvax._checks import describe
+from curvax._types import Batch, at_least_float32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shared:
+    """Mark a part of `inputs` (or `targets`) that has no batch axis, such as a dropout key or running statistics.
+
+    The model receives `value` itself, unwrapped. Where curvax works by example or by chunk, every example and every
+    chunk gets all of it: with a dropout key, examples taken one at a time all draw the same mask.
+
+    Args:
+      value: any pytree of arrays, keys included.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> def model(params, inputs):
+      ...     keep = jax.random.bernoulli(inputs["dropout"], 0.5, inputs["x"].shape)
+      ...     return (inputs["x"] * keep) @ params
+      >>> objective = curvax.Objective(model, curvax.losses.squared_error())
+      >>> inputs = {"x": jnp.ones((4, 3)), "dropout": curvax.Shared(jax.random.key(0))}
+      >>> objective(jnp.zeros((3, 1)), (inputs, jnp.ones((4, 1)))).item()
+      0.5
+    """
+
+    value: Any
+
+
+def _is_shared(x: Any) -> bool:
+    return isinstance(x, Shared)
+
+
+def unwrap(tree: PyTree) -> PyTree:
+    """Replace every `Shared(value)` in `tree` by `value`."""
+    return jax.tree.map(lambda x: x.value if _is_shared(x) else x, tree, is_leaf=_is_shared)
+
+
+def map_rows(fn: Callable[[Array], Array], rows: PyTree) -> PyTree:
+    """Apply `fn` to every leaf with a batch axis, and leave `Shared` parts as they are."""
+    return jax.tree.map(lambda x: x if _is_shared(x) else fn(x), rows, is_leaf=_is_shared)
+
+
+def check_batch(batch: Batch) -> None:
+    """Raise unless `batch` is a pair `(inputs, targets)` whose arrays share one leading axis."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise TypeError(f"batch must be a pair (inputs, targets), got {describe(batch)}.")
+    batch_size(batch)
+
+
+def batch_size(rows: PyTree) -> int:
+    """Length of the leading axis common to all arrays of `rows` that are not `Shared`."""
+    first: tuple[str, int] | None = None
+    for path, leaf in jax.tree.leaves_with_path(rows, is_leaf=_is_shared):
+        if _is_shared(leaf):
+            continue
+        where = f"batch{jax.tree_util.keystr(path)}"
+        if jnp.ndim(leaf) == 0:
+            raise ValueError(
+                f"{where} is {describe(leaf)} and has no batch axis; a value common to all examples "
+                "goes into inputs as curvax.Shared(value)."
+            )
+        size = jnp.shape(leaf)[0]
+        if first is None:
+            first = where, size
+        elif size != first[1]:
+            raise ValueError(
+                f"leading axes disagree: {first[0]} has {first[1]} rows, {where} is {describe(leaf)}; "
+                "a value without batch axis goes into inputs as curvax.Shared(value)."
+            )
+    if first is None:
+        raise ValueError("batch holds no array with a batch axis.")
+    return first[1]
+
+
+def with_index(batch: Batch) -> tuple[Batch, Array]:
+    """Pair `batch` with the row numbers 0..B-1, so that a row keeps its number in whatever chunk it is."""
+    return batch, jnp.arange(batch_size(batch), dtype=jnp.uint32)
+
+
+def map_examples(fn: Callable[[PyTree], PyTree], rows: PyTree) -> PyTree:
+    """Apply `fn` to every row, kept as a batch of one, by `vmap`; `Shared` parts are not mapped."""
+    axes = jax.tree.map(lambda x: None if _is_shared(x) else 0, rows, is_leaf=_is_shared)
+    return jax.vmap(lambda row: fn(map_rows(lambda x: x[None], row)), in_axes=(axes,))(rows)
+
+
+def _chunks(rows: PyTree, microbatch: int) -> tuple[int, Callable[[Array], PyTree], PyTree | None]:
+    """Cut `rows` into `n` chunks of `microbatch` rows and a ragged rest (or None).
+
+    Chunk i holds the rows i, n + i, 2n + i, ...: with this stride a batch axis that is sharded over devices stays
+    sharded inside every chunk.
+    """
+    size = batch_size(rows)
+    n = size // microbatch
+    take = lambda i: map_rows(
+        lambda x: lax.dynamic_index_in_dim(
+            x[: n * microbatch].reshape(microbatch, n, *x.shape[1:]), i, axis=1, keepdims=False
+        ),
+        rows,
+    )
+    rest = map_rows(lambda x: x[n * microbatch :], rows) if size % microbatch else None
+    return n, take, rest
+
+
+def sum_over_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: int) -> PyTree:
+    """Sum `fn(chunk)` over chunks of `microbatch` rows, one at a time, accumulating in at least float32."""
+    n, take, rest = _chunks(rows, microbatch)
+    if n == 0 or (n == 1 and rest is None):
+        return fn(rows)
+    shapes = jax.eval_shape(lambda: fn(take(jnp.int32(0))))
+    widen = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))
+    add = lambda total, chunk: jax.tree.map(lambda t, x: t + at_least_float32(x), total, fn(chunk))
+    total, _ = lax.scan(lambda t, i: (add(t, take(i)), None), jax.tree.map(widen, shapes), jnp.arange(n))
+    if rest is not None:
+        total = add(total, rest)
+    return jax.tree.map(lambda t, s: t.astype(s.dtype), total, shapes)
+
+
+def map_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: int) -> PyTree:
+    """Apply `fn`, which maps rows to rows, over chunks of `microbatch` rows; rows come back in their order."""
+    n, take, rest = _chunks(rows, microbatch)
+    if n == 0 or (n == 1 and rest is None):
+        return fn(rows)
+    stacked = lax.map(lambda i: fn(take(i)), jnp.arange(n))
+    done = jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(n * microbatch, *y.shape[2:]), stacked)
+    if rest is None:
+        return done
+    return jax.tree.map(lambda y, r: jnp.concatenate([y, r]), done, fn(rest))

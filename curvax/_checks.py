@@ -1,0 +1,130 @@
+"""Checks of arguments, made at trace time: what is wrong, what came (by path, shape, dtype), what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+T = TypeVar("T")
+
+
+def is_masked(x: object) -> bool:
+    """Tell whether `x` stands where `optax.masked` took a leaf or subtree out."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def describe(x: Any) -> str:
+    """Give shape and dtype of an array-like, or the type of anything else."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    return type(x).__name__
+
+
+def check_params(params: PyTree) -> None:
+    """Raise unless `params` is a non-empty pytree of floating-point arrays (`MaskedNode`s aside)."""
+    leaves = jax.tree.leaves_with_path(params)
+    if params is None:
+        raise ValueError("params are missing: got None; pass the pytree of float arrays, e.g. update(..., params).")
+    if not leaves and not any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+        raise ValueError(f"params is an empty pytree ({type(params).__name__}); pass at least one float array.")
+    for path, leaf in leaves:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params must hold float arrays: got {describe(leaf)} at params{jax.tree_util.keystr(path)}. "
+                "Keep what is not trained out of params: close over it, or pass it in inputs as curvax.Shared(tree)."
+            )
+
+
+def check_no_masked(params: PyTree) -> None:
+    """Raise if some leaf of `params` was taken out by `optax.masked` or `optax.partition`."""
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
+        if is_masked(leaf):
+            raise ValueError(
+                f"the curvature estimate needs the whole model, but params{jax.tree_util.keystr(path)} is masked out. "
+                "Pass all parameters by update(..., batch=batch, model_params=params), or put the mask inside: "
+                "curvax.estimating(optax.partition({...}, labels), estimator)."
+            )
+
+
+def check_like(tree: PyTree, reference: PyTree, name: str, reference_name: str) -> None:
+    """Raise unless `tree` has the paths and shapes of `reference`; name the first path that differs.
+
+    Where `reference` holds an `optax.MaskedNode`, `tree` may hold anything.
+    """
+    nodes = dict(jax.tree.leaves_with_path(reference, is_leaf=is_masked))
+    want = {path: leaf for path, leaf in nodes.items() if not is_masked(leaf)}
+    masked = nodes.keys() - want.keys()
+    got = {
+        path: leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if not any(path[:k] in masked for k in range(len(path) + 1))
+    }
+    for path in want:
+        if path not in got:
+            raise ValueError(
+                f"{name} has no leaf at {jax.tree_util.keystr(path)}, where {reference_name} has "
+                f"{describe(want[path])}; give {name} the structure of {reference_name}."
+            )
+    for path, leaf in got.items():
+        where = jax.tree_util.keystr(path)
+        if path not in want:
+            raise ValueError(
+                f"{name} has a leaf {describe(leaf)} at {where}, where {reference_name} has none; "
+                f"give {name} the structure of {reference_name}."
+            )
+        if jnp.shape(leaf) != jnp.shape(want[path]):
+            raise ValueError(
+                f"{name}{where} is {describe(leaf)}, {reference_name}{where} is {describe(want[path])}; shapes must agree."
+            )
+    ours, theirs = str(jax.tree.structure(tree)), str(jax.tree.structure(reference))
+    if not masked and ours != theirs:
+        raise ValueError(f"{name} and {reference_name} hold the same leaves in different containers: {ours} and {theirs}.")
+
+
+def check_scalar(value: Array, name: str) -> Array:
+    """Return `value`, or raise unless it is one real floating-point number."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or value.shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must return a real scalar, got {describe(value)}. Reduce with jnp.mean; "
+            "a function that returns (value, aux) needs has_aux=True in curvax.Objective."
+        )
+    return value
+
+
+def check_choice(name: str, value: str, choices: Mapping[str, T]) -> T:
+    """Return `choices[value]`, or raise listing the valid names."""
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(map(repr, choices))}.")
+    return choices[value]
+
+
+def check_at_least(minimum: float, **values: Any) -> None:
+    """Raise if a named value is a concrete number below `minimum`; arrays, tracers and schedules pass."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and not value >= minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+
+
+def check_between(low: float, high: float, **values: Any) -> None:
+    """Raise if a named value is a concrete number outside [low, high]."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
+
+
+def check_precision(**values: Any) -> None:
+    """Raise if a named hyperparameter arrives in a 16-bit float, where 0.999 rounds to 1."""
+    for name, value in values.items():
+        dtype = getattr(value, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+            raise TypeError(
+                f"{name} arrives as {dtype}, too coarse for a decay rate or damping. "
+                "Under optax.inject_hyperparams pass hyperparam_dtype=jnp.float32."
+            )

@@ -1,0 +1,73 @@
+"""What all products share: a matvec that checks its vector, and the same matvec over chunks of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, PyTree
+
+from curvax._batch import check_batch, sum_over_chunks, with_index
+from curvax._checks import check_at_least, check_like, check_params
+from curvax._types import Batch, Matvec, Params
+from curvax.objective import Objective, share, total_terms
+
+Build: TypeAlias = Callable[[Objective, Params, Batch, Array], Matvec]
+"""Linearize an objective on rows of the batch, given with their row numbers."""
+
+
+def on_params(matvec: Matvec, params: Params) -> Matvec:
+    """Return `matvec` as a pytree that checks its vector against `params` and works in the dtypes of `params`.
+
+    The result of one linearization can be passed through `jit` as an argument: `jax.jit(lambda mv, v: mv(v))(mv, v)`.
+    """
+    check_params(params)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), p.dtype), params)
+
+    def apply(matvec: Matvec, v: Params) -> Params:
+        check_like(v, shapes, "v", "params")
+        product = matvec(jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), v, shapes))
+        return jax.tree.map(lambda y, x: jnp.asarray(y, jnp.result_type(x)), product, v)
+
+    return Partial(apply, matvec)
+
+
+def over_batch(build: Build, objective: Objective, params: Params, batch: Batch, microbatch: int | None) -> Matvec:
+    """Build the matvec on the whole batch, or with `microbatch` as the sum of its chunks' shares.
+
+    With `microbatch` nothing of the linearization is kept: every product runs the forward pass again, a chunk at a time.
+    """
+    check_params(params)
+    check_batch(batch)
+    rows = with_index(batch)
+    if microbatch is None:
+        return on_params(build(objective, params, *rows), params)
+    check_at_least(1, microbatch=microbatch)
+
+    totals = total_terms(objective, params, batch, microbatch)
+
+    def apply(params: Params, rows: tuple[Batch, Array], totals: PyTree, v: Params) -> Params:
+        def product(chunk: tuple[Batch, Array]) -> Params:
+            return build(share(objective, params, chunk[0], totals), params, *chunk)(v)
+
+        return sum_over_chunks(product, rows, microbatch)
+
+    return on_params(Partial(apply, params, rows, totals), params)
+
+
+@contextmanager
+def forward_mode(instead: str) -> Iterator[None]:
+    """Turn JAX's refusal of forward mode, as of a kernel with a backward pass only, into advice."""
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "this model contains a function with only a backward pass (jax.custom_vjp, as many attention kernels are), "
+            f"which has no forward-mode derivative. {instead}"
+        ) from error
