@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from curvax._checks import describe
+from curvax._control import body
 from curvax._types import Batch, at_least_float32
 
 
@@ -120,6 +121,7 @@ def sum_over_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: in
     n, take, rest = _chunks(rows, microbatch)
     if n == 0 or (n == 1 and rest is None):
         return fn(rows)
+    fn = body(fn)
     shapes = jax.eval_shape(lambda: fn(take(jnp.int32(0))))
     widen = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))
     add = lambda total, chunk: jax.tree.map(lambda t, x: t + at_least_float32(x), total, fn(chunk))
@@ -134,7 +136,7 @@ def map_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: int) ->
     n, take, rest = _chunks(rows, microbatch)
     if n == 0 or (n == 1 and rest is None):
         return fn(rows)
-    stacked = lax.map(lambda i: fn(take(i)), jnp.arange(n))
+    stacked = lax.map(lambda i: body(fn)(take(i)), jnp.arange(n))
     done = jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(n * microbatch, *y.shape[2:]), stacked)
     if rest is None:
         return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -12,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from curvax._checks import check_at_least, check_params
+from curvax._control import body, in_round
 from curvax._types import Matvec, Params, PRNGKey, tree_at_least_float32
 
 Sampler: TypeAlias = Callable[[PRNGKey, Params], Params]
@@ -32,13 +34,20 @@ class Estimate(NamedTuple):
 
 
 def rademacher(key: PRNGKey, params: Params) -> Params:
-    """Draw independent signs, +1 or -1, like params."""
-    return optax.tree.random_like(key, params, jax.random.rademacher)
+    """Draw independent signs, +1 or -1, like params; one random bit a sign, a tenth of the cost of a uniform number."""
+    return jax.tree.map(_signs, optax.tree.split_key_like(key, params), params)
 
 
 def normal(key: PRNGKey, params: Params) -> Params:
     """Draw independent standard normal numbers, like params."""
     return optax.tree.random_like(key, params, jax.random.normal)
+
+
+def _signs(key: PRNGKey, like: Array) -> Array:
+    *lead, last = like.shape or (1,)  # words of 32 bits along the last axis: leading axes may be sharded
+    words = jax.random.bits(key, (*lead, -(-last // 32)), jnp.uint32)
+    bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return (1 - 2 * bits.reshape(*lead, -1)[..., :last].astype(like.dtype)).reshape(like.shape)
 
 
 def hutchinson_diagonal(
@@ -78,7 +87,7 @@ def hutchinson_diagonal(
 
     References: Bekas, Kokiopoulou and Saad (2007), An estimator for the diagonal of a matrix.
     """
-    return _mean_over_probes(lambda z: diagonal_term(matvec, z), params, key, num_probes, sampler, chunk_size)
+    return _mean_over_probes(diagonal_term, matvec, params, key, num_probes, sampler, chunk_size)
 
 
 def hutchinson_trace(
@@ -118,7 +127,7 @@ def hutchinson_trace(
 
     References: Hutchinson (1990), A stochastic estimator of the trace of the influence matrix.
     """
-    return _mean_over_probes(lambda z: trace_term(matvec, z), params, key, num_probes, sampler, chunk_size)
+    return _mean_over_probes(trace_term, matvec, params, key, num_probes, sampler, chunk_size)
 
 
 def diagonal_term(matvec: Matvec, z: Params) -> PyTree[Array]:
@@ -132,7 +141,8 @@ def trace_term(matvec: Matvec, z: Params) -> Array:
 
 
 def _mean_over_probes(
-    term: Callable[[Params], PyTree[Array]],
+    term: Callable[[Matvec, Params], PyTree[Array]],
+    matvec: Matvec,
     params: Params,
     key: PRNGKey,
     num_probes: int,
@@ -141,9 +151,9 @@ def _mean_over_probes(
 ) -> Estimate:
     check_params(params)
     check_at_least(1, num_probes=num_probes, chunk_size=chunk_size)
-    probe = lambda i: term(sampler(jax.random.fold_in(key, i), params))
+    probe = lambda matvec, i: term(matvec, sampler(jax.random.fold_in(key, i), params))
     if num_probes == 1:
-        mean = probe(0)
+        mean = probe(matvec, 0)
         return Estimate(mean, optax.tree.full_like(mean, jnp.inf))
 
     # Chan's merge of (mean, squared deviations) of the n probes seen and the k of the next chunk: one pass over the
@@ -154,14 +164,14 @@ def _mean_over_probes(
         live = index < num_probes  # the last chunk may be ragged
         k = live.sum()
         total = lambda x: jnp.sum(jnp.where(live.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), axis=0)
-        x = jax.vmap(probe)(index)
-        of_chunk = jax.tree.map(lambda x: total(x) / k, x)
+        x = body(jax.vmap(partial(probe, in_round(matvec, n))))(index)
+        of_chunk = jax.tree.map(lambda x: total(x) / k.astype(x.dtype), x)
         delta = optax.tree.sub(of_chunk, mean)
-        squares = jax.tree.map(
-            lambda s, x, c, d: s + total((x - c) ** 2) + d**2 * (n * k / (n + k)), squares, x, of_chunk, delta
-        )
-        return (jax.tree.map(lambda m, d: m + d * (k / (n + k)), mean, delta), squares), None
+        mean = jax.tree.map(lambda m, d: m + d * (k / (n + k)).astype(d.dtype), mean, delta)
+        between = jax.tree.map(lambda d: d**2 * (n * k / (n + k)).astype(d.dtype), delta)
+        within = jax.tree.map(lambda x, c: total((x - c) ** 2), x, of_chunk)
+        return (mean, jax.tree.map(lambda s, w, b: s + w + b, squares, within, between)), None
 
-    zeros = optax.tree.zeros_like(jax.eval_shape(probe, 0))
+    zeros = optax.tree.zeros_like(jax.eval_shape(partial(probe, matvec), 0))
     (mean, squares), _ = lax.scan(add, (zeros, zeros), jnp.arange(0, num_probes, chunk_size))
     return Estimate(mean, jax.tree.map(lambda s: jnp.sqrt(s / (num_probes - 1) / num_probes), squares))

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
+from curvax._control import body
+
 T = TypeVar("T")
 
 
@@ -34,7 +36,7 @@ def refresh_if(pred: Bool[Array, ""], fn: Callable[..., T], keep: Callable[..., 
     """
 
     def refresh(*operands: object) -> T:
-        fresh, kept = fn(*operands), keep(*operands)
+        fresh, kept = body(fn)(*operands), keep(*operands)
         chosen: T = jax.tree.map(lambda a, b: jnp.where(pred, a, b), fresh, kept)
         return chosen
 

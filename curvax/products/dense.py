@@ -21,7 +21,7 @@ def to_dense(matvec: Matvec, params: Params) -> Float[Array, "d d"]:
     Returns:
       `[d, d]` array.
 
-    Cost: d products, 32 at a time; d^2 numbers.
+    Cost: d products, one at a time; d^2 numbers.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -32,5 +32,5 @@ def to_dense(matvec: Matvec, params: Params) -> Float[Array, "d d"]:
     check_params(params)
     flat, unravel = ravel_pytree(params)
     column = lambda e: ravel_pytree(matvec(unravel(e)))[0]
-    columns: Array = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=32)
+    columns: Array = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype))
     return columns.T

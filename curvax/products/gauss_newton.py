@@ -17,7 +17,7 @@ from curvax._types import Batch, Matvec, Outputs, Params, PRNGKey, Targets, tree
 from curvax.losses import Loss
 from curvax.losses.shares import pseudo_gradient_by_example
 from curvax.objective import Objective
-from curvax.products.linear import forward_mode, over_batch
+from curvax.products.linear import forward_mode, linearize, over_batch
 
 OutputMatvec: TypeAlias = Callable[[Outputs], Outputs]
 OutputCurvature: TypeAlias = Callable[[Loss, Outputs, Targets, Array], OutputMatvec]
@@ -163,7 +163,7 @@ def _through_outputs(
     def build(objective: Objective, params: Params, chunk: Batch, index: Array) -> Matvec:
         inputs, targets = chunk
         with forward_mode(_INSTEAD):
-            outputs, jacobian = jax.linearize(lambda p: objective.outputs(p, inputs), params)
+            outputs, jacobian = linearize(lambda p: objective.outputs(p, inputs), params)
         middle = curvature(objective.loss, outputs, unwrap(targets), index)
         return Partial(_sandwich, jacobian, middle, params)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from curvax._checks import check_choice, check_params, check_scalar
 from curvax._types import Batch, Matvec, Params, Scalar
 from curvax.objective import Objective
-from curvax.products.linear import forward_mode, on_params, over_batch
+from curvax.products.linear import forward_mode, linearize, on_params, over_batch
 
 
 def hvp(
@@ -51,11 +51,11 @@ def hvp(
 
     References: Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
-    linearize = check_choice("mode", mode, {"fwd_over_rev": _fwd_over_rev, "rev_over_rev": _rev_over_rev})
+    differentiate = check_choice("mode", mode, {"fwd_over_rev": _fwd_over_rev, "rev_over_rev": _rev_over_rev})
     if microbatch is None:
         check_params(params)
         value = fun.value if isinstance(fun, Objective) else fun
-        return on_params(linearize(lambda p: check_scalar(value(p, *args), "fun"), params), params)
+        return on_params(differentiate(lambda p: check_scalar(value(p, *args), "fun"), params), params)
     if not isinstance(fun, Objective) or len(args) != 1:
         raise TypeError(
             "microbatch needs fun to be a curvax.Objective and one batch: only the objective says how many terms the "
@@ -64,14 +64,14 @@ def hvp(
 
     def build(objective: Objective, params: Params, chunk: Batch, index: Array) -> Matvec:
         del index
-        return linearize(lambda p: objective.value(p, chunk), params)
+        return differentiate(lambda p: objective.value(p, chunk), params)
 
     return over_batch(build, fun, params, args[0], microbatch)
 
 
 def _fwd_over_rev(fun: Callable[[Params], Scalar], params: Params) -> Matvec:
     with forward_mode(_INSTEAD):
-        _, product = jax.linearize(jax.grad(fun), params)
+        _, product = linearize(jax.grad(fun), params)
     return Partial(_forward, product)
 
 

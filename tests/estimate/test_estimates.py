@@ -1,0 +1,178 @@
+"""Estimates: exact by enumeration, variances by formula, diagonals against dense matrices in float64."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES, SAMPLED
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import curvax
+from curvax import losses
+from curvax.estimate import normal, rademacher
+from curvax.estimate.hutchinson import diagonal_term, trace_term
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def symmetric(n):
+    a = jax.random.normal(jax.random.key(0), (n, n))
+    return a + a.T
+
+
+def all_signs(n):
+    return jnp.array(list(itertools.product([-1.0, 1.0], repeat=n)))
+
+
+def test_hutchinson_over_all_sign_vectors_is_exact_with_the_known_variance():
+    H = symmetric(5)
+    off = H - jnp.diag(jnp.diag(H))
+    diagonals = jax.vmap(lambda z: diagonal_term(lambda v: H @ v, z))(all_signs(5))
+    np.testing.assert_allclose(diagonals.mean(0), jnp.diag(H), atol=1e-12)
+    np.testing.assert_allclose(diagonals.var(0), (off**2).sum(1), atol=1e-12)
+    traces = jax.vmap(lambda z: trace_term(lambda v: H @ v, z))(all_signs(5))
+    np.testing.assert_allclose(traces.mean(), jnp.trace(H), atol=1e-12)
+    np.testing.assert_allclose(traces.var(), 2 * (off**2).sum(), atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 64])
+@pytest.mark.parametrize("sampler", [rademacher, normal])
+def test_mean_and_standard_error_are_those_of_the_probes(sampler, chunk_size):
+    """Whatever the chunks, ragged or larger than the number of probes."""
+    H, params, key = symmetric(4), {"a": jnp.zeros(3), "b": jnp.zeros(())}, jax.random.key(1)
+    matvec = lambda v: (
+        dict(zip(["a", "b"], jnp.split(H @ oracle.flat(v), [3]), strict=True)) | {"b": (H @ oracle.flat(v))[3]}
+    )
+    probes = [sampler(jax.random.fold_in(key, i), params) for i in range(10)]
+    terms = np.stack([oracle.flat(diagonal_term(matvec, z)) for z in probes])
+    estimate = functools.partial(curvax.hutchinson_diagonal, matvec, params, key, sampler=sampler)
+    got = jax.jit(lambda: estimate(10, chunk_size=chunk_size))()
+    np.testing.assert_allclose(oracle.flat(got.mean), terms.mean(0), atol=1e-12)
+    np.testing.assert_allclose(oracle.flat(got.sem), terms.std(0, ddof=1) / 10**0.5, atol=1e-12)
+    trace = curvax.hutchinson_trace(matvec, params, key, 10, sampler=sampler, chunk_size=chunk_size)
+    np.testing.assert_allclose(trace.mean, terms.sum(1).mean(), atol=1e-12)
+    np.testing.assert_allclose(trace.sem, terms.sum(1).std(ddof=1) / 10**0.5, atol=1e-12)
+    one = estimate(1)
+    np.testing.assert_allclose(oracle.flat(one.mean), terms[0], atol=1e-12)
+    assert np.isinf(oracle.flat(one.sem)).all()
+
+
+@pytest.mark.parametrize("sampler", [rademacher, normal])
+def test_samplers_have_identity_second_moment(sampler):
+    z = jax.vmap(lambda k: sampler(k, jnp.zeros(3)))(jax.random.split(jax.random.key(0), 20_000))
+    second = jnp.einsum("ni,nj->ij", z, z) / len(z)
+    np.testing.assert_allclose(second, jnp.eye(3), atol=5 * 2**0.5 / len(z) ** 0.5)
+
+
+def test_gauss_newton_bartlett_over_all_label_tuples_is_the_ggn_diagonal():
+    x = jax.random.normal(jax.random.key(0), (4, 2))
+    w = jax.random.normal(jax.random.key(1), (2, 3))
+    model = lambda w, x: jnp.tanh(x @ w)
+    plain = losses.softmax_cross_entropy()
+    given = losses.from_function(plain.value, hvp=plain.hvp, sample=lambda key, outputs, targets: targets)
+    objective = curvax.Objective(model, given)
+    tuples = jnp.array(list(itertools.product(range(3), repeat=4)))
+    log_p = jax.nn.log_softmax(model(w, x))
+    probability = jax.vmap(lambda y: jnp.exp(log_p[jnp.arange(4), y].sum()))(tuples)
+    draw = lambda y: curvax.gauss_newton_bartlett(objective, w, (x, y), jax.random.key(0))
+    mean = jnp.einsum("t,t...->...", probability, jax.vmap(draw)(tuples))
+    np.testing.assert_allclose(probability.sum(), 1, atol=1e-12)
+    np.testing.assert_allclose(mean, curvax.ggn_diagonal(objective, w, (x, tuples[0])), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["masked_sequence", "multi_head", "masked_regression", "gaussian", "shared_statistics"])
+def test_gauss_newton_bartlett_is_unbiased(name):
+    case = CASES[name]()
+    draw = lambda key: oracle.flat(curvax.gauss_newton_bartlett(case.objective, case.params, case.batch, key))
+    draws = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 4000))
+    sem = draws.std(0, ddof=1) / len(draws) ** 0.5 + 1e-12
+    assert jnp.abs((draws.mean(0) - jnp.diag(oracle.ggn(case))) / sem).max() < 5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_diagonals_equal_those_of_dense_matrices(name):
+    case = CASES[name]()
+    ggn = jax.jit(lambda p, b: curvax.ggn_diagonal(case.objective, p, b, microbatch=3))
+    np.testing.assert_allclose(oracle.flat(ggn(case.params, case.batch)), jnp.diag(oracle.ggn(case)), atol=1e-10)
+    rows = jax.jit(lambda p, b: curvax.per_example_grads(case.objective, p, b, microbatch=3))(case.params, case.batch)
+    gradient = jax.jit(jax.grad(case.objective.value))(case.params, case.batch)
+    chex.assert_trees_all_close(jax.tree.map(lambda g: g.mean(0), rows), gradient, atol=1e-12)
+    empirical = jax.jit(lambda p, b: curvax.empirical_fisher_diagonal(case.objective, p, b, microbatch=3))
+    expected = jax.tree.map(lambda g: (g**2).mean(0), rows)
+    chex.assert_trees_all_close(empirical(case.params, case.batch), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SAMPLED[:2])
+def test_per_example_gradients_are_those_of_each_example(name):
+    case = CASES[name]()
+    x, y = case.batch
+    rows = curvax.per_example_grads(case.objective, case.params, case.batch)
+    for b in (0, 3):
+        alone = jax.grad(case.objective)(case.params, (x[b : b + 1], y[b : b + 1]))
+        chex.assert_trees_all_close(jax.tree.map(lambda g, b=b: g[b], rows), alone, atol=1e-12)
+
+
+def test_probes_and_draws_do_not_depend_on_the_mesh():
+    mesh = jax.make_mesh((8,), ("data",))
+    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], losses.softmax_cross_entropy())
+    params = {"a": jnp.ones((4, 16)), "b": jax.random.normal(jax.random.key(0), (16, 3))}
+    batch = (jax.random.normal(jax.random.key(1), (32, 4)), jnp.arange(32) % 3)
+
+    @jax.jit
+    def estimates(params, batch):
+        key = jax.random.key(2)
+        matvec = curvax.hvp(objective, params, batch)
+        return (
+            curvax.hutchinson_diagonal(matvec, params, key, 3),
+            curvax.gauss_newton_bartlett(objective, params, batch, key),
+            curvax.fishervp(objective, params, batch, key, microbatch=16)(params),
+        )
+
+    shardings = {"a": NamedSharding(mesh, P(None, "data")), "b": NamedSharding(mesh, P("data"))}
+    sharded = jax.device_put(params, shardings), jax.device_put(batch, NamedSharding(mesh, P("data")))
+    chex.assert_trees_all_close(estimates(*sharded), estimates(params, batch), atol=1e-12)
+
+
+def test_memory_of_many_probes_is_that_of_one():
+    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p[0]) @ p[1], losses.squared_error())
+    params, batch = [jnp.zeros((64, 128)), jnp.zeros((128, 8))], (jnp.zeros((512, 64)), jnp.zeros((512, 8)))
+
+    def peak(num_probes):
+        estimate = lambda p, b: curvax.hutchinson_diagonal(curvax.hvp(objective, p, b), p, jax.random.key(0), num_probes)
+        return jax.jit(estimate).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert peak(64) < 1.3 * peak(1)
+
+
+def test_bfloat16_params_give_float32_estimates():
+    H = jnp.diag(jnp.array([1.0, 2.0, 3.0], jnp.bfloat16))
+    estimate = curvax.hutchinson_diagonal(lambda v: H @ v, jnp.zeros(3, jnp.bfloat16), jax.random.key(0), 3)
+    assert estimate.mean.dtype == estimate.sem.dtype == jnp.float32
+    np.testing.assert_allclose(estimate.mean, [1, 2, 3])
+
+
+def test_a_nan_in_one_probe_is_not_hidden():
+    matvec = lambda v: jnp.where(v > 0, v, jnp.nan)
+    assert jnp.isnan(curvax.hutchinson_diagonal(matvec, jnp.zeros(4), jax.random.key(0), 5, chunk_size=2).mean).any()
+
+
+def test_errors_say_what_and_where():
+    with pytest.raises(ValueError, match="num_probes must be at least 1, got 0"):
+        curvax.hutchinson_trace(lambda v: v, jnp.zeros(2), jax.random.key(0), 0)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        curvax.hutchinson_diagonal(lambda v: v, jnp.zeros(2), jax.random.key(0), 2, chunk_size=0)
+    case = CASES["mlp"]()
+    for diagonal in (curvax.ggn_diagonal, curvax.empirical_fisher_diagonal, curvax.per_example_grads):
+        with pytest.raises(ValueError, match="microbatch must be at least 1, got -1"):
+            diagonal(case.objective, case.params, case.batch, microbatch=-1)
+        with pytest.raises(ValueError, match="leading axes disagree"):
+            diagonal(case.objective, case.params, (case.batch[0], case.batch[1][:2]))
+    user = CASES["user_loss"]()
+    with pytest.raises(TypeError, match="no way to sample"):
+        curvax.gauss_newton_bartlett(user.objective, user.params, user.batch, jax.random.key(0))

@@ -1,0 +1,211 @@
+"""Losses: values and curvature against plain formulas and autodiff, and the law of their pseudo-gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import curvax
+from curvax import losses
+from curvax.losses.shares import pseudo_gradient_by_example
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+key = jax.random.key
+
+
+def _example(name):
+    """(loss, outputs, targets), small enough for a dense E[r r']."""
+    f = jax.random.normal(key(0), (3, 4))
+    sequence = jax.random.normal(key(1), (2, 3, 3))
+    labels = jnp.array([[0, -1, 2], [1, -1, -1]])
+    mask = jnp.array([[1, 0, 0.5], [0, 0, 2]])
+    heads = {
+        "a": (0.3, losses.softmax_cross_entropy(ignore_index=-1, label_smoothing=0.2)),
+        "b": (2.0, losses.squared_error()),
+    }
+    return {
+        "softmax": lambda: (losses.softmax_cross_entropy(), f, jnp.array([0, 3, 1])),
+        "softmax_smoothed": lambda: (losses.softmax_cross_entropy(label_smoothing=0.3), f, jnp.array([0, 3, 1])),
+        "softmax_sequence": lambda: (losses.softmax_cross_entropy(ignore_index=-1), sequence, labels),
+        "sigmoid": lambda: (losses.sigmoid_cross_entropy(), f, jnp.array(f > 0.3)),
+        "squared": lambda: (losses.squared_error(), f, 0.5 * f),
+        "poisson": lambda: (losses.poisson(), f, jnp.arange(12).reshape(3, 4) % 5),
+        "masked": lambda: (losses.masked(losses.squared_error()), sequence, (0.5 * sequence, mask)),
+        "masked_softmax": lambda: (losses.masked(losses.softmax_cross_entropy()), sequence, (abs(labels), mask)),
+        "heads": lambda: (
+            losses.weighted_sum(heads),
+            {"a": sequence, "b": f},
+            {"a": labels, "b": 0.5 * f},
+        ),
+        "gaussian": lambda: (losses.gaussian(), (f, 0.3 * f - 0.2), 0.5 * f),
+    }[name]()
+
+
+NAMES = ["softmax", "softmax_smoothed", "softmax_sequence", "sigmoid", "squared", "poisson"] + [
+    "masked",
+    "masked_softmax",
+    "heads",
+    "gaussian",
+]
+
+
+def dense_hvp(loss, f, y):
+    flat, unravel = ravel_pytree(f)
+    return jax.vmap(lambda e: ravel_pytree(loss.hvp(f, y, unravel(e)))[0])(jnp.eye(flat.size)).T
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hvp_is_the_hessian_of_the_value(name):
+    loss, f, y = _example(name)
+    flat, unravel = ravel_pytree(f)
+    if name == "gaussian":  # its curvature is the Fisher: the Hessian averaged over y ~ N(m, e^s), (y - m)^2 = e^s
+        y = f[0] + jnp.exp(0.5 * f[1])
+        expected = jax.hessian(lambda f: loss(unravel(f), y))(flat)
+        cross = jnp.kron(jnp.ones((2, 2)) - jnp.eye(2), jnp.ones((12, 12))) > 0
+        expected = jnp.where(cross, 0, expected)  # odd in y - m, with mean zero
+    else:
+        expected = jax.hessian(lambda f: loss(unravel(f), y))(flat)
+    np.testing.assert_allclose(dense_hvp(loss, f, y), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_pseudo_gradients_have_the_curvature_as_second_moment(name, by_example):
+    """Every entry of E[r r'] by z-test over 20,000 draws with fixed keys."""
+    loss, f, y = _example(name)
+    if by_example and name == "heads":
+        f = {"a": f["a"], "b": f["b"][:2]}  # the heads of one example share a leading axis
+        y = {"a": y["a"], "b": y["b"][:2]}
+    index = jnp.arange(len(jax.tree.leaves(f)[0]))
+    if by_example:
+        draw = lambda k: pseudo_gradient_by_example(loss, k, f, y, index)
+    else:
+        draw = lambda k: losses.pseudo_gradient(loss, k, f, y)
+    n = 20_000
+    r = jax.jit(jax.vmap(lambda k: ravel_pytree(draw(k))[0]))(jax.random.split(key(7), n))
+    second = jnp.einsum("ni,nj->ij", r, r) / n
+    fourth = jnp.einsum("ni,nj->ij", r**2, r**2) / n
+    sem = jnp.sqrt((fourth - second**2) / n) + 1e-12
+    z = (second - dense_hvp(loss, f, y)) / sem
+    assert jnp.abs(z).max() < 5
+    z_mean = r.mean(0) / (r.std(0) / n**0.5 + 1e-12)
+    assert jnp.abs(z_mean).max() < 5
+
+
+def test_values_equal_those_of_optax():
+    f, labels = jax.random.normal(key(0), (5, 4)), jnp.arange(5) % 4
+    terms = optax.softmax_cross_entropy_with_integer_labels(f, labels)
+    np.testing.assert_allclose(losses.softmax_cross_entropy()(f, labels), terms.mean(), rtol=1e-12)
+    smooth = optax.softmax_cross_entropy(f, optax.smooth_labels(jax.nn.one_hot(labels, 4, dtype=float), 0.1)).mean()
+    np.testing.assert_allclose(losses.softmax_cross_entropy(label_smoothing=0.1)(f, labels), smooth, rtol=1e-12)
+    y = jax.nn.sigmoid(2 * f)
+    sigmoid = optax.sigmoid_binary_cross_entropy(f, y).sum(-1).mean()
+    np.testing.assert_allclose(losses.sigmoid_cross_entropy()(f, y), sigmoid, rtol=1e-12)
+    np.testing.assert_allclose(losses.squared_error()(f, y), optax.l2_loss(f, y).sum(-1).mean(), rtol=1e-12)
+    poisson = -jax.scipy.stats.poisson.logpmf(labels[:, None], jnp.exp(f)).sum(-1).mean()
+    np.testing.assert_allclose(losses.poisson()(f, jnp.broadcast_to(labels[:, None], f.shape)), poisson, rtol=1e-12)
+    m, s = f[:, :2], f[:, 2:]
+    normal = -jax.scipy.stats.norm.logpdf(y[:, :2], m, jnp.exp(s / 2)).sum(-1).mean()
+    np.testing.assert_allclose(losses.gaussian()((m, s), y[:, :2]), normal, rtol=1e-12)
+
+
+def test_ignored_and_masked_terms_take_no_part():
+    loss = losses.softmax_cross_entropy(ignore_index=0)  # a label that is also a class
+    f, y = jax.random.normal(key(0), (2, 3, 4)), jnp.array([[1, 0, 3], [0, 0, 2]])
+    kept = f[jnp.array([0, 0, 1]), jnp.array([0, 2, 2])]
+    np.testing.assert_allclose(loss(f, y), losses.softmax_cross_entropy()(kept, jnp.array([1, 3, 2])), rtol=1e-12)
+    assert loss.num_terms(f, y) == 3
+    poisoned = f.at[0, 1].set(jnp.nan)  # a fully masked attention row
+    value, gradient = jax.value_and_grad(loss)(poisoned, y)
+    np.testing.assert_allclose(value, loss(f, y))
+    assert jnp.isfinite(gradient).all() and (gradient[0, 1] == 0).all()
+    assert jnp.isfinite(loss.hvp(poisoned, y, f)).all()
+    r = losses.pseudo_gradient(loss, key(1), poisoned, y)
+    assert (r[0, 1] == 0).all() and jnp.isfinite(r).all()
+
+
+@pytest.mark.parametrize("name", ["softmax_sequence", "masked"])
+def test_a_batch_in_which_nothing_counts_has_zero_loss_and_curvature(name):
+    loss, f, y = _example(name)
+    y = (y[0], jnp.zeros_like(y[1])) if name == "masked" else jnp.full_like(y, -1)
+    assert loss(f, y) == 0 and loss.num_terms(f, y) == 0
+    for tree in (jax.grad(loss)(f, y), loss.hvp(f, y, f), losses.pseudo_gradient(loss, key(0), f, y)):
+        assert (tree == 0).all()
+
+
+def test_a_label_out_of_range_is_nan_not_a_wrong_number():
+    loss = losses.softmax_cross_entropy()
+    assert jnp.isnan(loss(jnp.zeros((2, 3)), jnp.array([0, 3])))
+    assert jnp.isnan(loss(jnp.zeros((2, 3)), jnp.array([0, -1])))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_outputs_are_worked_on_in_float32(name):
+    loss, f, y = _example(name)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), f)
+    assert loss(half, y).dtype != jnp.bfloat16
+    exact = loss(jax.tree.map(lambda x: x.astype(float), half), y)
+    np.testing.assert_allclose(loss(half, y), exact, rtol=1e-5)
+    for tree in (loss.hvp(half, y, half), losses.pseudo_gradient(loss, key(0), half, y)):
+        assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_users_loss_gets_defaults_and_may_override_them():
+    value = lambda f, y: jnp.mean(jnp.sum(jnp.abs(f - y) ** 3, axis=-1))
+    loss = losses.as_loss(value)
+    f, y = jax.random.normal(key(0), (4, 2)), jnp.zeros((4, 2))
+    assert loss.num_terms(f, y) == 4
+    flat, unravel = ravel_pytree(f)
+    np.testing.assert_allclose(dense_hvp(loss, f, y), jax.hessian(lambda f: value(unravel(f), y))(flat), atol=1e-12)
+    with pytest.raises(TypeError, match=r"no way to sample.*from_function"):
+        losses.pseudo_gradient(value, key(0), f, y)
+
+    class WithMethods:
+        def __call__(self, f, y):
+            return value(f, y)
+
+        def hvp(self, f, y, v):
+            return v
+
+        def sample(self, key, f, y):
+            return f + 1
+
+    own = curvax.Objective(lambda p, x: x * p, WithMethods()).loss
+    assert own.hvp(f, y, 2 * f) is not None and (own.hvp(f, y, f) == f).all()
+    np.testing.assert_allclose(losses.pseudo_gradient(own, key(0), f, y), 2 * jax.grad(value)(f, f + 1))
+
+
+def test_errors_say_what_and_where():
+    ce, f = losses.softmax_cross_entropy(), jnp.zeros((3, 4))
+    with pytest.raises(ValueError, match=r"targets int64\[2\] do not fit outputs float64\[3, 4\].*shape \[3\]"):
+        ce(f, jnp.zeros(2, int))
+    with pytest.raises(TypeError, match=r"integer labels, got targets float64\[3, 4\].*argmax"):
+        ce(f, f)
+    with pytest.raises(ValueError, match=r"float outputs \[batch, \.\.\., classes\], got int64\[3, 4\]"):
+        ce(f.astype(int), jnp.zeros(3, int))
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\), got 1.5"):
+        losses.softmax_cross_entropy(label_smoothing=1.5)
+    for loss in (losses.squared_error(), losses.sigmoid_cross_entropy(), losses.poisson()):
+        with pytest.raises(ValueError, match=r"targets float64\[3\] do not fit outputs float64\[3, 1\]"):
+            loss(jnp.zeros((3, 1)), jnp.zeros(3))
+        with pytest.raises(ValueError, match=r"targets float64\[3\] do not fit"):
+            loss.hvp(jnp.zeros((3, 1)), jnp.zeros(3), jnp.zeros((3, 1)))
+    with pytest.raises(TypeError, match=r"gaussian needs outputs \(mean, log_variance\)"):
+        losses.gaussian()(f, f)
+    with pytest.raises(ValueError, match=r"outputs by head \['a'\], got \['a', 'b'\]"):
+        losses.weighted_sum({"a": (1.0, ce)})({"a": f, "b": f}, {"a": jnp.zeros(3, int)})
+    with pytest.raises(ValueError, match=r"weight of head 'a' must be at least 0, got -1"):
+        losses.weighted_sum({"a": (-1, ce)})
+    with pytest.raises(ValueError, match="at least one head"):
+        losses.weighted_sum({})
+    with pytest.raises(ValueError, match=r"outputs is float64\[3, 4\]; its first axes must be those of the mask bool\[2\]"):
+        losses.masked(losses.squared_error())(f, (f, jnp.ones(2, bool)))
+    with pytest.raises(TypeError, match=r"targets \(targets, mask\)"):
+        losses.masked(losses.squared_error())(f, f)
+    with pytest.raises(TypeError, match=r"a loss must return a real scalar, got float64\[3\]"):
+        losses.as_loss(lambda f, y: jnp.sum(f - y, axis=-1))(f, f)
+    with pytest.raises(TypeError, match="loss must be callable"):
+        curvax.Objective(lambda p, x: x, "cross_entropy")

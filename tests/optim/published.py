@@ -1,0 +1,80 @@
+"""NumPy float64 transcriptions of the published AdaHessian and Sophia updates, as references for the tests."""
+
+import numpy as np
+
+
+def _copy(tree):
+    """A float64 copy of a dict of arrays."""
+    return {name: np.array(x, dtype=np.float64) for name, x in tree.items()}
+
+
+def _zeros(tree):
+    """A dict of float64 zeros of the same shapes."""
+    return {name: np.zeros(np.shape(x)) for name, x in tree.items()}
+
+
+def adahessian(theta, gradient, hvp, probes, *, lr, b1, b2, eps, hessian_power, weight_decay, average):
+    """The list of parameters after each AdaHessian step, one step per probe."""
+    theta, m, v, path = _copy(theta), _zeros(theta), _zeros(theta), []
+    for t, z in enumerate(probes):
+        g, hz, new = _copy(gradient(theta, t)), _copy(hvp(theta, t, z)), {}
+        for name, x in theta.items():
+            d = np.abs(hz[name])  # d_t = |H z|
+            mean = average(name, d)  # D_t = blockmean(d_t)
+            m[name] = b1 * m[name] + (1 - b1) * g[name]  # m_t = b1 m + (1-b1) g
+            v[name] = b2 * v[name] + (1 - b2) * mean**2  # v_t = b2 v + (1-b2) D_t^2
+            mhat = m[name] / (1 - b1 ** (t + 1))  # mhat = m_t / (1-b1^t), t counted from 1
+            vhat = v[name] / (1 - b2 ** (t + 1))  # vhat = v_t / (1-b2^t), t counted from 1
+            direction = mhat / (vhat ** (hessian_power / 2) + eps)  # mhat / (vhat^{k/2} + eps)
+            new[name] = x - lr * (direction + weight_decay * x)  # theta - lr (direction + wd theta)
+        theta = new
+        path.append(_copy(theta))
+    return path
+
+
+def sophia(theta, gradient, curvature, num_steps, *, lr, b1, b2, gamma, eps, weight_decay, every):
+    """The list of parameters after each Sophia step, the curvature refreshed first when t % every == 0."""
+    theta, m, h, path = _copy(theta), _zeros(theta), _zeros(theta), []
+    for t in range(num_steps):
+        g, new = _copy(gradient(theta, t)), {}
+        if t % every == 0:
+            hhat = _copy(curvature(theta, t))
+            h = {name: b2 * h[name] + (1 - b2) * hhat[name] for name in h}  # h = b2 h + (1-b2) hhat
+        for name, x in theta.items():
+            m[name] = b1 * m[name] + (1 - b1) * g[name]  # m = b1 m + (1-b1) g
+            ratio = m[name] / np.maximum(gamma * h[name], eps)  # m / max(gamma h, eps)
+            decayed = x - lr * weight_decay * x  # theta = theta - lr wd theta
+            new[name] = decayed - lr * np.clip(ratio, -1.0, 1.0)  # theta = theta - lr clip(ratio, 1)
+        theta = new
+        path.append(_copy(theta))
+    return path
+
+
+def sophia_hutchinson(hvp, probes):
+    """The Sophia-H curvature(theta, t): u * (H u) with u = probes[t]."""
+
+    def curvature(theta, t):
+        u, hu = probes[t], hvp(theta, t, probes[t])
+        return {name: np.asarray(u[name]) * np.asarray(hu[name]) for name in theta}  # hhat = u * (H u)
+
+    return curvature
+
+
+def spatial_mean(name, d):
+    """The mean over a dense kernel's input axis or a convolution kernel's spatial axes (Flax layouts)."""
+    if d.ndim < 2:
+        return d
+    axes = 0 if d.ndim == 2 else tuple(range(d.ndim - 2))
+    return np.broadcast_to(d.mean(axis=axes, keepdims=True), d.shape).copy()
+
+
+def block_mean(size):
+    """The average(name, d) over consecutive row-major groups of `size` entries, the last possibly shorter."""
+
+    def average(name, d):
+        flat, out = d.reshape(-1), np.empty(d.size)
+        for start in range(0, d.size, size):
+            out[start : start + size] = flat[start : start + size].mean()
+        return out.reshape(d.shape)
+
+    return average

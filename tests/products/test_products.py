@@ -1,0 +1,280 @@
+"""Products against dense matrices in float64, whole and in chunks; and that they are linear, differentiable, pytrees."""
+
+import collections
+import functools
+
+import chex
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES, SAMPLED, Mlp
+from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import curvax
+from curvax import losses
+from curvax._batch import batch_size, with_index
+from curvax.losses.shares import pseudo_gradient_by_example
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+CHUNKS = [None, 1, 3]  # whole, single examples, ragged
+
+
+def dense(product, case, **kwargs):
+    return jax.jit(lambda p, b: curvax.to_dense(product(case.objective, p, b, **kwargs), p))(case.params, case.batch)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hvp_and_ggnvp_equal_dense_matrices(name):
+    case = CASES[name]()
+    H, G = oracle.hessian(case), oracle.ggn(case)
+    for microbatch in CHUNKS:
+        np.testing.assert_allclose(dense(curvax.hvp, case, microbatch=microbatch), H, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(dense(curvax.ggnvp, case, microbatch=microbatch), G, rtol=0, atol=1e-10)
+    if name in ("mlp", "attention", "multi_head"):
+        reverse = dense(curvax.hvp, case, mode="rev_over_rev", microbatch=3)
+        np.testing.assert_allclose(reverse, H, rtol=0, atol=1e-10)
+        larger = dense(curvax.ggnvp, case, microbatch=100)  # than the batch
+        np.testing.assert_allclose(larger, G, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_fishervp_equals_outer_products_of_its_draws_whatever_the_chunks(name):
+    case, key = CASES[name](), jax.random.key(3)
+    outputs, targets, index = oracle.outputs(case), oracle.targets(case), with_index(case.batch)[1]
+    draw = lambda k: pseudo_gradient_by_example(case.objective.loss, jax.random.fold_in(key, k), outputs, targets, index)
+    expected = sum(oracle.sum_over_examples(case, draw(k)) for k in range(2)) / 2
+    for microbatch in CHUNKS:
+        got = dense(curvax.fishervp, case, key=key, num_samples=2, microbatch=microbatch)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_empirical_fisher_equals_outer_products_of_per_example_gradients(name):
+    case = CASES[name]()
+    size = batch_size(case.batch)
+    residual = jax.jit(jax.grad(case.objective.loss))(oracle.outputs(case), oracle.targets(case))
+    expected = size * oracle.sum_over_examples(case, residual)
+    rows = jax.jit(lambda p, b: curvax.per_example_grads(case.objective, p, b))(case.params, case.batch)
+    G = jax.vmap(oracle.flat)(rows)
+    np.testing.assert_allclose(G.T @ G / size, expected, rtol=0, atol=1e-10)
+    for microbatch in CHUNKS:
+        got = dense(curvax.empirical_fishervp, case, microbatch=microbatch)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["mlp", "multi_head", "masked_regression", "gaussian"])
+def test_mc_fisher_is_unbiased_for_the_ggn(name):
+    """The quadratic form v' F v of many independent draws, by z-test."""
+    case = CASES[name]()
+    v = jax.tree.map(jnp.ones_like, case.params)
+    form = lambda key: oracle.flat(curvax.fishervp(case.objective, case.params, case.batch, key)(v)) @ oracle.flat(v)
+    draws = jax.lax.map(form, jax.random.split(jax.random.key(0), 4000), batch_size=500)
+    exact = oracle.flat(v) @ oracle.ggn(case) @ oracle.flat(v)
+    assert abs(draws.mean() - exact) < 4 * draws.std(ddof=1) / len(draws) ** 0.5
+    assert draws.std(ddof=1) / len(draws) ** 0.5 < 0.05 * exact  # the test can tell a wrong factor
+
+
+def test_ggn_equals_hessian_of_a_linear_model():
+    objective = curvax.Objective(lambda w, x: x @ w, losses.softmax_cross_entropy())
+    x, w = jax.random.normal(jax.random.key(0), (5, 3)), jax.random.normal(jax.random.key(1), (3, 4))
+    batch = (x, jnp.arange(5) % 4)
+    np.testing.assert_allclose(
+        curvax.to_dense(curvax.ggnvp(objective, w, batch), w),
+        curvax.to_dense(curvax.hvp(objective, w, batch), w),
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("microbatch", [None, 3])
+@pytest.mark.parametrize("product", [curvax.hvp, curvax.ggnvp, curvax.empirical_fishervp])
+def test_products_are_linear_self_adjoint_vmappable_and_differentiable(product, microbatch):
+    case = CASES["mlp"]()
+    flat_params, unravel = ravel_pytree(case.params)
+    u, v = (jax.random.normal(jax.random.key(i), flat_params.shape) for i in range(2))
+    build = functools.partial(product, case.objective, microbatch=microbatch)
+    mv = lambda p, v: oracle.flat(build(unravel(p), case.batch)(unravel(v)))
+    matvec = jax.jit(functools.partial(mv, flat_params))
+    np.testing.assert_allclose(matvec(2 * u - 3 * v), 2 * matvec(u) - 3 * matvec(v), atol=1e-12)
+    np.testing.assert_allclose(u @ matvec(v), v @ matvec(u), atol=1e-12)
+    np.testing.assert_allclose(jax.vmap(matvec)(jnp.stack([u, v])), jnp.stack([matvec(u), matvec(v)]), atol=1e-12)
+    np.testing.assert_allclose(jax.grad(lambda v: v @ matvec(v) / 2)(u), matvec(u), atol=1e-12)
+    form = jax.jit(lambda p: u @ mv(p, v))
+    slope = jax.jit(jax.grad(form))(flat_params) @ u
+    step = 1e-5
+    np.testing.assert_allclose(slope, (form(flat_params + step * u) - form(flat_params - step * u)) / (2 * step), rtol=1e-6)
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_matvec_crosses_jit_as_an_argument_without_retracing(microbatch):
+    case = CASES["mlp"]()
+    matvec = curvax.ggnvp(case.objective, case.params, case.batch, microbatch=microbatch)
+    apply = jax.jit(chex.assert_max_traces(lambda mv, v: mv(v), n=1))
+    chex.clear_trace_counter()
+    for scale in (1.0, 2.0):
+        v = jax.tree.map(lambda p, s=scale: s * jnp.ones_like(p), case.params)
+        chex.assert_trees_all_close(apply(matvec, v), matvec(v), atol=1e-12)
+
+
+@pytest.mark.parametrize("container", ["list", "namedtuple", "none", "nnx_state"])
+def test_any_pytree(container):
+    w1, w2 = jax.random.normal(jax.random.key(0), (3, 4)), jax.random.normal(jax.random.key(1), (4, 2))
+    Weights = collections.namedtuple("Weights", ["a", "b"])
+    if container == "nnx_state":
+        graph, params = nnx.split(
+            nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+        )
+        model = lambda p, x: nnx.merge(graph, p)(x)
+    else:
+        params = {"list": [w1, w2], "namedtuple": Weights(w1, w2), "none": {"a": w1, "b": w2, "off": None}}[container]
+        model = lambda p, x: functools.reduce(lambda h, w: jnp.tanh(h @ w), jax.tree.leaves(p), x)
+    objective = curvax.Objective(model, losses.squared_error())
+    batch = (jax.random.normal(jax.random.key(2), (5, 3)), jnp.ones((5, 2)))
+    flat_params, unravel = ravel_pytree(params)
+    H = jax.hessian(lambda p: objective(unravel(p), batch))(flat_params)
+    matvec = curvax.hvp(objective, params, batch)
+    assert jax.tree.structure(matvec(params)) == jax.tree.structure(params)
+    np.testing.assert_allclose(curvax.to_dense(matvec, params), H, atol=1e-6 if container == "nnx_state" else 1e-12)
+
+
+def test_part_of_the_params_with_the_rest_frozen():
+    case = CASES["mlp"]()
+    frozen, part = case.params["Dense_0"], case.params["Dense_1"]
+    model = lambda p, x: case.objective.model({"Dense_0": frozen, "Dense_1": p}, x)
+    block = curvax.to_dense(curvax.ggnvp(curvax.Objective(model, case.objective.loss), part, case.batch), part)
+    size = oracle.flat(part).size
+    np.testing.assert_allclose(block, oracle.ggn(case)[-size:, -size:], atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("product", [curvax.hvp, curvax.ggnvp, curvax.empirical_fishervp])
+def test_lower_precision_gives_its_own_dtype_and_its_own_accuracy(product, dtype):
+    case = CASES["mlp"]()
+    v = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), case.params)
+    exact = oracle.flat(product(case.objective, case.params, case.batch)(v))
+    params, vector, inputs = jax.tree.map(lambda x: x.astype(dtype), (case.params, v, case.batch[0]))
+    got = product(case.objective, params, (inputs, case.batch[1]), microbatch=3)(vector)
+    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(dtype)}
+    error = jnp.linalg.norm(oracle.flat(got).astype(float) - exact) / jnp.linalg.norm(exact)
+    assert error < 20 * jnp.finfo(dtype).eps
+    # a float32 vector on bf16 params comes back in float32
+    wide = product(case.objective, params, (inputs, case.batch[1]))(v)
+    assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype(jnp.float64)}
+
+
+def backward_only(fun, slope):
+    """`fun` with its derivative `slope` given for reverse mode only."""
+    kernel = jax.custom_vjp(fun)
+    kernel.defvjp(lambda x: (kernel(x), x), lambda x, g: (g * slope(x),))
+    return kernel
+
+
+# A kernel whose backward pass is a kernel too: forward mode has no way through either.
+backward_only_slope = backward_only(lambda x: 1 / jnp.cosh(x) ** 2, lambda x: -2 * jnp.tanh(x) / jnp.cosh(x) ** 2)
+backward_only_tanh = backward_only(jnp.tanh, backward_only_slope)
+
+
+def test_kernel_with_a_backward_pass_only():
+    case = CASES["mlp"]()
+    w = jax.random.normal(jax.random.key(0), (3, 3))
+    batch = (case.batch[0], case.batch[1])
+    build = lambda tanh: curvax.Objective(lambda w, x: tanh(x @ w), losses.softmax_cross_entropy())
+    reverse = curvax.hvp(build(backward_only_tanh), w, batch, mode="rev_over_rev")
+    np.testing.assert_allclose(
+        curvax.to_dense(reverse, w), curvax.to_dense(curvax.hvp(build(jnp.tanh), w, batch), w), atol=1e-12
+    )
+    for product in (curvax.hvp, curvax.ggnvp, curvax.empirical_fishervp):
+        with pytest.raises(TypeError, match=r'hvp\(.*mode="rev_over_rev"'):
+            product(build(backward_only_tanh), w, batch)(w)
+
+
+@pytest.mark.parametrize("product", [curvax.hvp, curvax.ggnvp])
+def test_remat_scan_and_bfloat16_compute_inside_the_model(product):
+    def model(params, x, block=lambda f: f):
+        layer = block(lambda h, w: (jnp.tanh(h @ w), None))
+        return jax.lax.scan(layer, x, params)[0]
+
+    params = jax.random.normal(jax.random.key(0), (3, 4, 4))
+    batch = (jax.random.normal(jax.random.key(1), (6, 4)), jnp.arange(6) % 4)
+    loss = losses.softmax_cross_entropy()
+    expected = curvax.to_dense(product(curvax.Objective(model, loss), params, batch), params)
+    remat = curvax.Objective(lambda p, x: model(p, x, jax.checkpoint), loss)
+    np.testing.assert_allclose(curvax.to_dense(product(remat, params, batch), params), expected, atol=1e-12)
+    half = curvax.Objective(lambda p, x: model(*jax.tree.map(lambda a: a.astype(jnp.bfloat16), (p, x))), loss)
+    got = product(half, params, batch)(params)
+    want = product(curvax.Objective(model, loss), params, batch)(params)
+    assert jnp.linalg.norm(got - want) < 0.05 * jnp.linalg.norm(want)
+
+
+def test_chunks_of_a_sharded_batch_are_computed_without_gathering_it():
+    mesh = jax.make_mesh((8,), ("data",))
+    case = CASES["mlp"]()
+    x = jax.random.normal(jax.random.key(0), (64, 3))
+    batch = (x, jnp.arange(64) % 3)
+    sharded = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    params = jax.device_put(case.params, NamedSharding(mesh, P()))
+    apply = jax.jit(lambda p, b, v: curvax.ggnvp(case.objective, p, b, microbatch=16)(v))
+    compiled = apply.lower(params, sharded, params).compile()
+    assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
+    chex.assert_trees_all_close(compiled(params, sharded, params), apply(case.params, batch, case.params), atol=1e-12)
+
+
+def test_microbatch_bounds_memory():
+    params = {"w1": jnp.zeros((64, 256)), "w2": jnp.zeros((256, 8))}
+    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w2"], losses.squared_error())
+    batch = (jnp.zeros((4096, 64)), jnp.zeros((4096, 8)))
+
+    def peak(product, microbatch):
+        apply = jax.jit(lambda p, b, v: product(objective, p, b, microbatch=microbatch)(v))
+        return apply.lower(params, batch, params).compile().memory_analysis().temp_size_in_bytes
+
+    for product in (curvax.hvp, curvax.ggnvp, curvax.empirical_fishervp):
+        assert peak(product, 512) < 0.4 * peak(product, None)
+
+
+def test_errors_say_what_and_where():
+    case = CASES["mlp"]()
+    objective, params, batch = case.objective, case.params, case.batch
+    with pytest.raises(ValueError, match=r"unknown mode 'forward'; valid: 'fwd_over_rev', 'rev_over_rev'"):
+        curvax.hvp(objective, params, batch, mode="forward")
+    with pytest.raises(TypeError, match=r"int64\[2\] at params\['n'\]"):
+        curvax.ggnvp(objective, {"n": jnp.zeros(2, int), "w": jnp.zeros(2)}, batch)
+    with pytest.raises(TypeError, match=r"complex128\[\] at params\[0\]"):
+        curvax.hvp(objective, [jnp.array(1j)], batch)
+    with pytest.raises(ValueError, match="empty pytree"):
+        curvax.ggnvp(objective, {}, batch)
+    with pytest.raises(ValueError, match=r"batch\[0\] has 7 rows, batch\[1\] is int\d+\[6\]"):
+        curvax.ggnvp(objective, params, (batch[0], batch[1][:6]))
+    with pytest.raises(ValueError, match=r"has no batch axis.*curvax.Shared"):
+        curvax.ggnvp(objective, params, ({"x": batch[0], "rate": jnp.array(0.1)}, batch[1]))
+    with pytest.raises(TypeError, match=r"pair \(inputs, targets\)"):
+        curvax.ggnvp(objective, params, batch[0])
+    with pytest.raises(ValueError, match=r"microbatch must be at least 1, got 0"):
+        curvax.ggnvp(objective, params, batch, microbatch=0)
+    with pytest.raises(ValueError, match=r"num_samples must be at least 1"):
+        curvax.fishervp(objective, params, batch, jax.random.key(0), num_samples=0)
+    with pytest.raises(TypeError, match=r"microbatch needs fun to be a curvax\.Objective"):
+        curvax.hvp(lambda p, b: objective(p, b), params, batch, microbatch=2)
+    with pytest.raises(TypeError, match=r"fun must return a real scalar, got float64\[3\]"):
+        curvax.hvp(lambda w: w**2, jnp.ones(3))
+    with pytest.raises(ValueError, match=r"v has no leaf at \['Dense_0'\]\['bias'\]"):
+        curvax.ggnvp(objective, params, batch)({"Dense_0": {"kernel": params["Dense_0"]["kernel"]}})
+    with pytest.raises(ValueError, match=r"v\['Dense_0'\]\['bias'\] is float64\[1\], params"):
+        curvax.ggnvp(objective, params, batch)(jax.tree.map(lambda p: p[:1], params))
+    flat_rows = curvax.Objective(lambda w, x: (x @ w).reshape(-1), lambda f, y: jnp.mean((f - jnp.repeat(y, 2)) ** 2))
+    with pytest.raises(ValueError, match="leading axis of 4 rows"):
+        curvax.empirical_fishervp(flat_rows, jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.ones(4)))
+
+
+def test_a_plain_function_that_is_no_objective_has_a_hessian():
+    module, x = Mlp(), jnp.ones((2, 3))
+    params = module.init(jax.random.key(0), x)["params"]
+    fun = lambda p, x: jnp.sum(jnp.sin(module.apply({"params": p}, x)))
+    flat_params, unravel = ravel_pytree(params)
+    H = jax.hessian(lambda p: fun(unravel(p), x))(flat_params)
+    np.testing.assert_allclose(curvax.to_dense(curvax.hvp(fun, params, x), params), H, atol=1e-6)
