@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from curvax._checks import check_like, check_params, is_masked
-from curvax._types import Count, Params, tree_at_least_float32
+from curvax._types import Count, Params, at_least_float32, tree_at_least_float32
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def scale_by_diagonal(
 
     def init(params: Params) -> ScaleByDiagonalState:
         check_params(params)
-        zeros = lambda: optax.tree.zeros_like(jax.eval_shape(tree_at_least_float32, params))
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros_like(at_least_float32(p)), params)
         count = lambda: jnp.zeros([], jnp.int32)
         return ScaleByDiagonalState(count(), count(), zeros(), zeros(), info(jnp.zeros([], jnp.float32), count()))
 

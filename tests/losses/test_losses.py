@@ -44,12 +44,8 @@ def _example(name):
     }[name]()
 
 
-NAMES = ["softmax", "softmax_smoothed", "softmax_sequence", "sigmoid", "squared", "poisson"] + [
-    "masked",
-    "masked_softmax",
-    "heads",
-    "gaussian",
-]
+NAMES = ["softmax", "softmax_smoothed", "softmax_sequence", "sigmoid", "squared", "poisson", "masked"]
+NAMES += ["masked_softmax", "heads", "gaussian"]
 
 
 def dense_hvp(loss, f, y):

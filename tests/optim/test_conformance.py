@@ -1,0 +1,397 @@
+"""Every optimizer in every optax wrapper. Adding an optimizer is adding a row to `OPTIMIZERS`."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import curvax
+
+
+def model(params, x):
+    return jnp.tanh(x @ params["a"]["w"] + params["a"]["b"]) @ params["c"]
+
+
+OBJECTIVE = curvax.Objective(model, curvax.losses.softmax_cross_entropy())
+PARAMS = {
+    "a": {"w": 0.5 * jax.random.normal(jax.random.key(0), (4, 8)), "b": jnp.zeros(8)},
+    "c": 0.5 * jax.random.normal(jax.random.key(1), (8, 3)),
+}
+BATCH = (jax.random.normal(jax.random.key(2), (16, 4)), jnp.arange(16) % 3)
+
+
+class Row(NamedTuple):
+    """An optimizer: the one-liner `(learning_rate, objective, **options)`, its rule, and its estimator of curvature."""
+
+    build: Callable[..., Any]
+    scale_by: Callable[..., Any]
+    estimator: Callable[..., Any]
+    hyperparameter: str  # one that may be injected or scheduled, besides the learning rate
+
+
+def hessian_diagonal(key, params, batch):
+    return curvax.hutchinson_diagonal(curvax.hvp(OBJECTIVE, params, batch), params, key).mean
+
+
+def sampled_diagonal(key, params, batch):
+    return curvax.gauss_newton_bartlett(OBJECTIVE, params, batch, key)
+
+
+OPTIMIZERS = {
+    "adahessian": Row(curvax.adahessian, curvax.scale_by_adahessian, hessian_diagonal, "b1"),
+    "sophia_h": Row(curvax.sophia_h, functools.partial(curvax.scale_by_sophia, gamma=0.01), hessian_diagonal, "gamma"),
+    "sophia_g": Row(curvax.sophia_g, curvax.scale_by_sophia, sampled_diagonal, "gamma"),
+}
+every_optimizer = pytest.mark.parametrize("row", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def gradient(params=PARAMS, batch=BATCH):
+    return jax.grad(OBJECTIVE)(params, batch)
+
+
+def step_with(tx, **extra):
+    """A training step `(params, state, batch) -> (params, state)`."""
+
+    def step(params, state, batch):
+        updates, state = tx.update(gradient(params, batch), state, params, batch=batch, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train(step, tx, num_steps=7, params=PARAMS, batch=BATCH):
+    carry = params, tx.init(params)
+    for _ in range(num_steps):
+        carry = step(*carry, batch)
+    return carry
+
+
+def same(a, b, rtol=2e-5, atol=1e-6):
+    chex.assert_trees_all_close(a, b, rtol=rtol, atol=atol)
+
+
+@every_optimizer
+def test_jit_equals_eager_traces_once_and_learns(row):
+    tx = row.build(0.02, OBJECTIVE, curvature_every=3)
+    traces = []
+
+    def step(params, state, batch):
+        traces.append(None)
+        return step_with(tx)(params, state, batch)
+
+    params, state = train(jax.jit(step), tx, 30)
+    assert len(traces) == 1
+    assert OBJECTIVE(params, BATCH) < 0.8 * OBJECTIVE(PARAMS, BATCH)
+    same(train(jax.jit(step_with(tx)), tx, 4), train(step_with(tx), tx, 4))
+    assert optax.tree.get(state, "info").num_nonfinite == 0
+
+
+@every_optimizer
+def test_donated_buffers(row):
+    """`init` gives fresh buffers: params and state can be donated together."""
+    tx = row.build(0.02, OBJECTIVE)
+    step = jax.jit(step_with(tx), donate_argnums=(0, 1))
+    params, state = train(step, tx, 3, params=jax.tree.map(jnp.copy, PARAMS))
+    same((params, state), train(jax.jit(step_with(tx)), tx, 3))
+
+
+@every_optimizer
+def test_refreshes_only_when_due_and_before_the_first_use(row):
+    tx = row.build(0.02, OBJECTIVE, curvature_every=3)
+    step, carry, held = jax.jit(step_with(tx)), (PARAMS, tx.init(PARAMS)), []
+    for _ in range(7):
+        before = carry[0]
+        carry = step(*carry, BATCH)
+        assert optax.tree.norm(optax.tree.sub(carry[0], before)) > 0
+        held.append(np.concatenate([x.ravel() for x in jax.tree.leaves(optax.tree.get(carry[1], "curvature"))]))
+    changed = [bool((a != b).any()) for a, b in itertools.pairwise(held)]
+    assert held[0].any() and changed == [False, False, True, False, False, True]
+    text = lambda every: str(jax.make_jaxpr(step_with(row.build(0.1, OBJECTIVE, curvature_every=every)))(*carry, BATCH))
+    assert "cond[" in text(2) and "cond[" not in text(1)
+
+
+@every_optimizer
+def test_is_the_rule_with_its_estimator_in_a_chain(row):
+    chained = optax.chain(
+        optax.clip_by_global_norm(0.1),
+        curvax.estimating(row.scale_by(), row.estimator, curvature_every=3, seed=5),
+        optax.add_decayed_weights(0.01),
+        optax.scale_by_learning_rate(0.02),
+    )
+    params = train(jax.jit(step_with(chained)), chained)[0]
+    one_liner = optax.chain(
+        optax.clip_by_global_norm(0.1), row.build(0.02, OBJECTIVE, curvature_every=3, seed=5, weight_decay=0.01)
+    )
+    same(params, train(jax.jit(step_with(one_liner)), one_liner)[0])
+
+
+@every_optimizer
+def test_curvature_as_data(row):
+    """The rule given curvature, and the one-liner given curvature, equal the one-liner that estimates it."""
+    tx = row.build(0.02, OBJECTIVE, weight_decay=0.0)
+    expected, _ = tx.update(gradient(), tx.init(PARAMS), PARAMS, batch=BATCH)
+    curvature = row.estimator(jax.random.fold_in(jax.random.key(0), 0), PARAMS, BATCH)
+    given, _ = tx.update(gradient(), tx.init(PARAMS), PARAMS, curvature=curvature)
+    same(given, expected)
+    rule = row.scale_by()
+    direction, state = rule.update(gradient(), rule.init(PARAMS), curvature=curvature)
+    same(optax.tree.scale(-0.02, direction), expected)
+    again, later = rule.update(gradient(), state)  # goes on with what it holds
+    assert optax.tree.norm(again) > 0
+    same(later.curvature, state.curvature)
+    nothing_yet, _ = rule.update(gradient(), rule.init(PARAMS))
+    assert optax.tree.norm(nothing_yet) == 0
+
+
+@every_optimizer
+def test_masked_needs_the_whole_model_and_leaves_the_rest(row):
+    tx = row.build(0.02, OBJECTIVE, weight_decay=0.0)
+    masked = optax.masked(tx, {"a": True, "c": False})
+    state = masked.init(PARAMS)
+    with pytest.raises(ValueError, match=r"params\['c'\] is masked out.*model_params=params"):
+        masked.update(gradient(), state, PARAMS, batch=BATCH)
+    step = jax.jit(lambda g, s, p, b: masked.update(g, s, p, batch=b, model_params=p))
+    updates, state = step(gradient(), state, PARAMS, BATCH)
+    same(updates["c"], gradient()["c"])
+    same(updates["a"], tx.update(gradient(), tx.init(PARAMS), PARAMS, batch=BATCH)[0]["a"])
+    assert not any(x.shape == PARAMS["c"].shape for x in jax.tree.leaves(state))  # no state for what is masked
+
+
+@every_optimizer
+def test_partition_inside_estimating(row):
+    groups = {"rule": row.scale_by(), "adam": optax.scale_by_adam()}
+    labels = {"a": {"w": "rule", "b": "adam"}, "c": "rule"}
+    tx = curvax.estimating(optax.partition(groups, labels), row.estimator, curvature_every=2)
+    step = jax.jit(lambda g, s, p, b: tx.update(g, s, p, batch=b))
+    updates, state = step(gradient(), tx.init(PARAMS), PARAMS, BATCH)
+    whole = curvax.estimating(row.scale_by(), row.estimator)
+    expected, _ = whole.update(gradient(), whole.init(PARAMS), PARAMS, batch=BATCH)
+    same((updates["a"]["w"], updates["c"]), (expected["a"]["w"], expected["c"]))
+    adam = optax.scale_by_adam()
+    same(updates["a"]["b"], adam.update(gradient(), adam.init(PARAMS))[0]["a"]["b"])
+    step(gradient(), state, PARAMS, BATCH)
+
+
+@every_optimizer
+def test_multisteps_with_averaged_curvature(row):
+    """The recipe: MultiSteps averages gradients, the caller curvature; the result is that of the averages."""
+    tx = row.build(0.02, OBJECTIVE)
+    ms = optax.MultiSteps(tx, every_k_schedule=2)
+    chained = optax.chain(optax.identity(), optax.GradientTransformationExtraArgs(ms.init, ms.update))
+    halves = [jax.tree.map(lambda x, i=i: x[i::2], BATCH) for i in range(2)]
+    grads = [gradient(batch=half) for half in halves]
+    curvatures = [row.estimator(jax.random.key(i), PARAMS, half) for i, half in enumerate(halves)]
+    mean = lambda trees: optax.tree.scale(0.5, optax.tree.add(*trees))
+    update = jax.jit(lambda g, s, p, c: chained.update(g, s, p, curvature=c))
+    state = chained.init(PARAMS)
+    updates, state = update(grads[0], state, PARAMS, curvatures[0])
+    assert optax.tree.norm(updates) == 0
+    updates, state = update(grads[1], state, PARAMS, mean(curvatures))
+    expected, _ = tx.update(mean(grads), tx.init(PARAMS), PARAMS, curvature=mean(curvatures))
+    same(updates, expected)
+    # and with batch= the estimate is that of the last micro-batch, as MultiSteps shows it
+    updates, _ = jax.jit(lambda g, s, p, b: chained.update(g, s, p, batch=b))(grads[0], state, PARAMS, halves[0])
+    assert optax.tree.norm(updates) == 0
+
+
+@every_optimizer
+def test_inject_hyperparams_and_schedules(row):
+    build = lambda learning_rate, other: row.build(learning_rate, OBJECTIVE, **{row.hyperparameter: other})
+    injected = optax.inject_hyperparams(build)(learning_rate=0.02, other=0.5)
+    plain = build(0.02, 0.5)
+    same(train(jax.jit(step_with(injected)), injected, 3)[0], train(jax.jit(step_with(plain)), plain, 3)[0])
+    state = injected.init(PARAMS)
+    doubled = state._replace(hyperparams={**state.hyperparams, "learning_rate": jnp.array(0.04)})
+    update = jax.jit(lambda s: injected.update(gradient(), s, PARAMS, batch=BATCH)[0])
+    same(update(doubled), optax.tree.scale(2.0, update(state)))
+    traced = optax.inject_hyperparams(lambda every: row.build(0.02, OBJECTIVE, curvature_every=every))(every=3)
+    fixed = row.build(0.02, OBJECTIVE, curvature_every=3)
+    same(train(jax.jit(step_with(traced)), traced, 5)[0], train(jax.jit(step_with(fixed)), fixed, 5)[0])
+    halves = row.build(optax.piecewise_constant_schedule(0.02, {1: 0.5}), OBJECTIVE)
+    (_, after_one), (_, after_two) = (train(jax.jit(step_with(halves)), halves, n) for n in (0, 1))
+    one, _ = halves.update(gradient(), after_one, PARAMS, batch=BATCH)
+    two, _ = halves.update(gradient(), after_two, PARAMS, batch=BATCH)
+    constant = row.build(0.02, OBJECTIVE)
+    full, _ = constant.update(gradient(), train(jax.jit(step_with(constant)), constant, 1)[1], PARAMS, batch=BATCH)
+    same(optax.tree.scale(2.0, two), full)
+    assert optax.tree.norm(one) > 0
+
+
+@every_optimizer
+def test_non_finite_gradient_or_curvature_leaves_the_last_good_state(row):
+    rule = row.scale_by()
+    curvature = row.estimator(jax.random.key(0), PARAMS, BATCH)
+    poison = lambda tree: {**tree, "c": tree["c"].at[0, 0].set(jnp.inf)}
+    _, good = rule.update(gradient(), rule.init(PARAMS), curvature=curvature)
+    update = jax.jit(lambda g, s, c: rule.update(g, s, curvature=c))
+    stepped, after = update(gradient(), good, poison(curvature))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(stepped)) and optax.tree.norm(stepped) > 0
+    same(after.curvature, good.curvature)
+    assert after.info.num_nonfinite == 1 and after.num_refreshes == good.num_refreshes
+    emitted, after = update(poison(gradient()), good, curvature)
+    assert all(jnp.isnan(x).all() for x in jax.tree.leaves(emitted))
+    chex.assert_trees_all_equal(after._replace(info=None), good._replace(info=None))
+    assert after.info.num_nonfinite == 1
+    never = update(gradient(), rule.init(PARAMS), poison(curvature))[0]
+    assert optax.tree.norm(never) == 0  # no curvature is known yet
+
+
+@every_optimizer
+def test_apply_if_finite(row):
+    tx = optax.apply_if_finite(row.build(0.02, OBJECTIVE), max_consecutive_errors=3)
+    update = jax.jit(lambda g, s: tx.update(g, s, PARAMS, batch=BATCH))
+    _, state = update(gradient(), tx.init(PARAMS))
+    updates, rejected = update(optax.tree.full_like(PARAMS, jnp.nan), state)
+    assert optax.tree.norm(updates) == 0 and rejected.notfinite_count == 1
+    chex.assert_trees_all_equal(rejected.inner_state, state.inner_state)
+
+
+@every_optimizer
+def test_vmap_over_members_with_their_own_seeds(row):
+    members = jnp.arange(3, dtype=jnp.uint32)
+    build = lambda seed: row.build(0.02, OBJECTIVE, curvature_every=3, seed=seed)
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.arange(3.0).reshape(-1, *(1,) * p.ndim), PARAMS)
+    state = jax.vmap(lambda seed, p: build(seed).init(p))(members, params)
+    step = jax.jit(jax.vmap(step_with(build(0)), in_axes=(0, 0, None)))
+    text = step.lower(params, state, BATCH).compile().as_text()
+    assert "conditional(" in text
+    carry = params, state
+    for _ in range(5):
+        carry = step(*carry, BATCH)
+    for i in range(3):
+        alone = jax.tree.map(lambda p, i=i: p[i], params)
+        expected = train(jax.jit(step_with(build(i))), build(i), 5, params=alone)
+        same(jax.tree.map(lambda x, i=i: x[i], carry), expected)
+    seen = optax.tree.get(carry[1], "curvature")["c"]
+    assert not np.allclose(seen[0], seen[1])
+
+
+@every_optimizer
+def test_vmapped_members_out_of_step_refresh_each_in_its_own_time(row):
+    tx = row.build(0.02, OBJECTIVE, curvature_every=3)
+    states = [optax.tree.set(train(jax.jit(step_with(tx)), tx, 1)[1], count=jnp.int32(n)) for n in range(3)]
+    update = jax.jit(lambda state: tx.update(gradient(), state, PARAMS, batch=BATCH))
+    got = jax.jit(jax.vmap(update))(jax.tree.map(lambda *x: jnp.stack(x), *states))
+    for i, state in enumerate(states):
+        same(jax.tree.map(lambda x, i=i: x[i], got), update(state))
+    refreshes = optax.tree.get(got[1], "num_refreshes")
+    assert refreshes.tolist() == [2, 1, 1]
+
+
+@every_optimizer
+def test_scan_over_steps(row):
+    tx = row.build(0.02, OBJECTIVE, curvature_every=3)
+    body = lambda carry, _: (step_with(tx)(*carry, BATCH), None)
+    carry, _ = jax.jit(lambda c: jax.lax.scan(body, c, length=7))((PARAMS, tx.init(PARAMS)))
+    same(carry, train(jax.jit(step_with(tx)), tx, 7))
+
+
+@every_optimizer
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_eight_devices_equal_one(row, axis_type):
+    """Sharded batch and, where the compiler places the work, sharded params too."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    spec = ("model",) if axis_type == AxisType.Auto else ()
+    params = {"a": {"w": put(PARAMS["a"]["w"], None, *spec), "b": put(PARAMS["a"]["b"])}, "c": put(PARAMS["c"], *spec)}
+    batch = jax.tree.map(lambda x: put(x, "data"), BATCH)
+    tx = row.build(0.02, OBJECTIVE, curvature_every=2)
+    got = train(jax.jit(step_with(tx)), tx, 5, params=params, batch=batch)
+    same(got, train(jax.jit(step_with(tx)), tx, 5))
+    if axis_type == AxisType.Auto:  # the state of a sharded leaf is sharded as the leaf is
+        held = optax.tree.get(got[1], "curvature")["a"]["w"]
+        assert held.sharding.is_equivalent_to(params["a"]["w"].sharding, held.ndim)
+
+
+@every_optimizer
+def test_bfloat16_params_with_float32_state(row):
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    batch = BATCH[0].astype(jnp.bfloat16), BATCH[1]
+    tx = row.build(0.02, OBJECTIVE, curvature_every=2)
+    carry = train(jax.jit(step_with(tx)), tx, 30, params=params, batch=batch)
+    assert {p.dtype for p in jax.tree.leaves(carry[0])} == {jnp.dtype(jnp.bfloat16)}
+    for name in ("mu", "curvature"):
+        assert {x.dtype for x in jax.tree.leaves(optax.tree.get(carry[1], name))} == {jnp.dtype(jnp.float32)}
+    assert OBJECTIVE(carry[0], batch) < 0.9 * OBJECTIVE(params, batch)
+    # decay rates that arrive in bf16 round to 1: refused, with the way out
+    build = lambda b2: row.scale_by(b2=b2)
+    coarse = optax.inject_hyperparams(build)(b2=0.999)
+    with pytest.raises(TypeError, match=r"b2 arrives as bfloat16.*hyperparam_dtype=jnp.float32"):
+        coarse.update(params, coarse.init(params), params)
+    optax.inject_hyperparams(build, hyperparam_dtype=jnp.float32)(b2=0.999).init(params)
+
+
+@every_optimizer
+def test_checkpoint_round_trip_continues_bitwise(row, tmp_path):
+    tx = row.build(0.02, OBJECTIVE, curvature_every=3)
+    step = jax.jit(step_with(tx))
+    carry = train(step, tx, 4)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step4", carry)
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, (PARAMS, tx.init(PARAMS)))
+        restored = checkpointer.restore(tmp_path / "step4", like)
+    chex.assert_trees_all_equal(restored, carry)
+    for _ in range(4):
+        carry, restored = step(*carry, BATCH), step(*restored, BATCH)
+    chex.assert_trees_all_equal(restored, carry)
+
+
+@every_optimizer
+def test_unknown_extra_arguments_are_ignored(row):
+    tx = row.build(0.02, OBJECTIVE)
+    same(train(step_with(tx, value=1.0, other="x"), tx, 2), train(step_with(tx), tx, 2))
+    rule = row.scale_by()
+    rule.update(gradient(), rule.init(PARAMS), PARAMS, value=1.0)
+
+
+@every_optimizer
+def test_state_holds_plain_arrays_and_the_seed_decides_the_draws(row):
+    tx = row.build(0.02, OBJECTIVE, seed=1)
+    state = tx.init(PARAMS)
+    assert all(
+        isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)
+    )
+    assert optax.tree.get(state, "seed").dtype == jnp.uint32
+    update = lambda seed: row.build(0.02, OBJECTIVE, seed=seed).update(
+        gradient(), optax.tree.set(state, seed=jnp.uint32(seed)), PARAMS, batch=BATCH
+    )
+    first, again, other = (optax.tree.get(update(seed)[1], "curvature") for seed in (1, 1, 2))
+    chex.assert_trees_all_equal(first, again)
+    assert not np.allclose(first["c"], other["c"])
+
+
+@every_optimizer
+def test_errors_say_what_and_where(row):
+    tx = row.build(0.02, OBJECTIVE)
+    state, grads = tx.init(PARAMS), gradient()
+    with pytest.raises(ValueError, match=r"needs the batch: tx.update\(grads, state, params, batch=batch\)"):
+        tx.update(grads, state, PARAMS)
+    with pytest.raises(ValueError, match=r"needs params: tx.update\(grads, state, params, batch=batch\)"):
+        tx.update(grads, state, batch=BATCH)
+    with pytest.raises(ValueError, match=r"curvature has no leaf at \['a'\]\['b'\], where updates has float32\[8\]"):
+        tx.update(grads, state, PARAMS, curvature={"a": {"w": PARAMS["a"]["w"]}, "c": PARAMS["c"]})
+    with pytest.raises(ValueError, match=r"curvature\['c'\] is float32\[3\], updates\['c'\] is float32\[8, 3\]"):
+        tx.update(grads, state, PARAMS, curvature={**PARAMS, "c": jnp.zeros(3)})
+    with pytest.raises(ValueError, match="curvature_every must be at least 1, got 0"):
+        row.build(0.02, OBJECTIVE, curvature_every=0)
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        row.build(0.02, OBJECTIVE, seed=-1)
+    with pytest.raises(TypeError, match=r"params must hold float arrays: got int32\[2\] at params\['n'\]"):
+        tx.init({"n": jnp.zeros(2, int)})
+    with pytest.raises(ValueError, match="empty pytree"):
+        tx.init({})
+    with pytest.raises(ValueError, match="b2 must lie in"):
+        row.build(0.02, OBJECTIVE, b2=1.5)
+    with pytest.raises(ValueError, match="leading axes disagree"):
+        tx.update(grads, state, PARAMS, batch=(BATCH[0], BATCH[1][:3]))
