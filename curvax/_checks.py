@@ -105,6 +105,12 @@ def check_choice(name: str, value: str, choices: Mapping[str, T]) -> T:
     return choices[value]
 
 
+def check_function(name: str, value: Any, signature: str, valid: str) -> None:
+    """Raise unless `value` is callable; tell its signature and some that are valid."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function {signature}, such as {valid}; got {value!r}.")
+
+
 def check_at_least(minimum: float, **values: Any) -> None:
     """Raise if a named value is a concrete number below `minimum`; arrays, tracers and schedules pass."""
     for name, value in values.items():

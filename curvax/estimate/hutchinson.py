@@ -12,7 +12,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from curvax._checks import check_at_least, check_params
+from curvax._checks import check_at_least, check_function, check_params
 from curvax._control import body, in_round
 from curvax._types import Matvec, Params, PRNGKey, tree_at_least_float32
 
@@ -151,6 +151,7 @@ def _mean_over_probes(
 ) -> Estimate:
     check_params(params)
     check_at_least(1, num_probes=num_probes, chunk_size=chunk_size)
+    check_function("sampler", sampler, "(key, params) -> z", "curvax.estimate.rademacher or curvax.estimate.normal")
     probe = lambda matvec, i: term(matvec, sampler(jax.random.fold_in(key, i), params))
     if num_probes == 1:
         mean = probe(matvec, 0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree, UInt32
 
-from curvax._checks import check_at_least, check_no_masked, check_params
+from curvax._checks import check_at_least, check_function, check_no_masked, check_params
 from curvax._types import Batch, Count, Params, PRNGKey
 from curvax.optim.refresh import refresh_if
 
@@ -79,6 +79,8 @@ def estimating(
     """
     check_at_least(1, curvature_every=curvature_every)
     check_at_least(0, seed=seed)
+    example = "lambda key, params, batch: curvax.gauss_newton_bartlett(objective, params, batch, key)"
+    check_function("estimator", estimator, "(key, params, batch) -> curvature", example)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> EstimatingState:

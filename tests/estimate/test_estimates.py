@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import CASES, SAMPLED
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvax
@@ -119,7 +119,7 @@ def test_per_example_gradients_are_those_of_each_example(name):
 
 
 def test_probes_and_draws_do_not_depend_on_the_mesh():
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], losses.softmax_cross_entropy())
     params = {"a": jnp.ones((4, 16)), "b": jax.random.normal(jax.random.key(0), (16, 3))}
     batch = (jax.random.normal(jax.random.key(1), (32, 4)), jnp.arange(32) % 3)
@@ -167,6 +167,8 @@ def test_errors_say_what_and_where():
         curvax.hutchinson_trace(lambda v: v, jnp.zeros(2), jax.random.key(0), 0)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         curvax.hutchinson_diagonal(lambda v: v, jnp.zeros(2), jax.random.key(0), 2, chunk_size=0)
+    with pytest.raises(TypeError, match=r"such as curvax.estimate.rademacher or .*normal; got 'gaussian'"):
+        curvax.hutchinson_diagonal(lambda v: v, jnp.zeros(2), jax.random.key(0), sampler="gaussian")
     case = CASES["mlp"]()
     for diagonal in (curvax.ggn_diagonal, curvax.empirical_fisher_diagonal, curvax.per_example_grads):
         with pytest.raises(ValueError, match="microbatch must be at least 1, got -1"):
