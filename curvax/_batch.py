@@ -55,10 +55,11 @@ def map_rows(fn: Callable[[Array], Array], rows: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x if _is_shared(x) else fn(x), rows, is_leaf=_is_shared)
 
 
-def check_batch(batch: Batch) -> None:
+def check_batch(batch: Any) -> None:
     """Raise unless `batch` is a pair `(inputs, targets)` whose arrays share one leading axis."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(f"batch must be a pair (inputs, targets), got {describe(batch)}.")
+        length = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(f"batch must be a pair (inputs, targets), got {describe(batch)}{length}.")
     batch_size(batch)
 
 
@@ -123,7 +124,7 @@ def sum_over_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: in
         return fn(rows)
     fn = body(fn)
     shapes = jax.eval_shape(lambda: fn(take(jnp.int32(0))))
-    widen = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))
+    widen = lambda s: jnp.zeros_like(s, jnp.promote_types(s.dtype, jnp.float32))
     add = lambda total, chunk: jax.tree.map(lambda t, x: t + at_least_float32(x), total, fn(chunk))
     total, _ = lax.scan(lambda t, i: (add(t, take(i)), None), jax.tree.map(widen, shapes), jnp.arange(n))
     if rest is not None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -114,15 +115,34 @@ def check_function(name: str, value: Any, signature: str, valid: str) -> None:
 def check_at_least(minimum: float, **values: Any) -> None:
     """Raise if a named value is a concrete number below `minimum`; arrays, tracers and schedules pass."""
     for name, value in values.items():
-        if isinstance(value, int | float) and not value >= minimum:
+        if isinstance(value, int | float | np.number) and not value >= minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
 
-def check_between(low: float, high: float, **values: Any) -> None:
-    """Raise if a named value is a concrete number outside [low, high]."""
+def check_count(minimum: int, **values: Any) -> None:
+    """Raise unless every named value is a concrete integer of at least `minimum`."""
     for name, value in values.items():
-        if isinstance(value, int | float) and not low <= value <= high:
+        if not isinstance(value, int | np.integer):
+            raise TypeError(f"{name} must be a Python integer, known when the function is traced; got {describe(value)}.")
+    check_at_least(minimum, **values)
+
+
+def check_integer(low: int, high: int, **values: Any) -> None:
+    """Raise unless every named value is an integer, perhaps traced; if it is concrete, in [low, high]."""
+    for name, value in values.items():
+        if callable(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+            raise TypeError(f"{name} must be an integer (perhaps traced), got {describe(value)}.")
+        if isinstance(value, int | np.integer) and not low <= value <= high:
             raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
+
+
+def check_decay(**values: Any) -> None:
+    """Raise if a named decay rate is a function, or a concrete number outside [0, 1)."""
+    for name, value in values.items():
+        if callable(value):
+            raise TypeError(f"{name} must be a number, got a function; let optax.inject_hyperparams follow the schedule.")
+        if isinstance(value, int | float | np.number) and not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {value}.")
 
 
 def check_precision(**values: Any) -> None:

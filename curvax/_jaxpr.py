@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -27,6 +27,19 @@ def replacing(fn: Callable[..., Any], rules: Mapping[str, Rule]) -> Callable[...
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return replaced
+
+
+def primitives(fn: Callable[..., Any], *args: Any) -> set[str]:
+    """Names of all primitives that `fn(*args)` runs, those of nested programs included."""
+
+    def names(eqns: Any) -> Iterator[str]:
+        for eqn in eqns:
+            yield eqn.primitive.name
+            for param in eqn.params.values():
+                for program in param if isinstance(param, tuple | list) else (param,):
+                    yield from names(getattr(program, "eqns", ()))
+
+    return set(names(jax.make_jaxpr(fn)(*args).eqns))
 
 
 def _inner(eqn: Any) -> Any:

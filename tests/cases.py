@@ -139,8 +139,21 @@ def shared_statistics():
     return Case(objective, [_normal(1, 3, 4), _normal(2, 4, 2)], (inputs, _normal(4, 5, 2)))
 
 
+def shared_targets():
+    """Weights of the output entries come with the targets, for all examples."""
+
+    def value(f, y):
+        return jnp.mean(jnp.sum(y["weights"] * (f - y["values"]) ** 2, axis=-1)) / 2
+
+    def sample(key, f, y):
+        return {**y, "values": f + jax.random.normal(key, f.shape, f.dtype) / jnp.sqrt(y["weights"])}
+
+    targets = {"values": _normal(1, 2, 2), "weights": curvax.Shared(jnp.array([1.0, 9.0]))}
+    return _linen(Mlp((4, 2)), _normal(0, 2, 3), losses.from_function(value, sample=sample), targets)
+
+
 CASES = {
     f.__name__: f
     for f in (mlp, cnn, attention, lstm, masked_sequence, masked_regression, user_loss, multi_head, sigmoid, poisson)
-} | {f.__name__: f for f in (gaussian, shared_statistics)}
+} | {f.__name__: f for f in (gaussian, shared_statistics, shared_targets)}
 SAMPLED = [name for name in CASES if name != "user_loss"]

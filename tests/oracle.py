@@ -21,6 +21,7 @@ def outputs(case):
 
 
 def targets(case):
+    """Targets as the loss gets them."""
     return unwrap(case.batch[1])
 
 

@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from curvax._batch import batch_size, check_batch, map_examples, sum_over_chunks, unwrap
-from curvax._checks import check_at_least, check_params
+from curvax._checks import check_count, check_params
 from curvax._types import Batch, Params, PRNGKey, at_least_float32, tree_at_least_float32
 from curvax.estimate.per_example import gradient_shares
 from curvax.losses import pseudo_gradient
@@ -49,7 +49,8 @@ def gauss_newton_bartlett(objective: Objective, params: Params, batch: Batch, ke
     check_batch(batch)
     inputs, targets = batch
     outputs, pull = jax.vjp(lambda p: objective.outputs(p, inputs), params)
-    (gradient,) = pull(pseudo_gradient(objective.loss, key, outputs, unwrap(targets)))
+    r = pseudo_gradient(objective.loss, key, outputs, unwrap(targets))
+    (gradient,) = pull(jax.tree.map(lambda r, f: r.astype(f.dtype), r, outputs))
     return jax.tree.map(jnp.square, tree_at_least_float32(gradient))
 
 
@@ -81,7 +82,7 @@ def ggn_diagonal(objective: Objective, params: Params, batch: Batch, *, microbat
     """
     check_params(params)
     check_batch(batch)
-    check_at_least(1, microbatch=microbatch)
+    check_count(1, microbatch=microbatch)
     totals = total_terms(objective, params, batch, microbatch)
 
     # f: [C] outputs of one example, S: [C, C] its output-space curvature, J: leaves [C, ...]
@@ -126,7 +127,7 @@ def empirical_fisher_diagonal(objective: Objective, params: Params, batch: Batch
     """
     check_params(params)
     check_batch(batch)
-    check_at_least(1, microbatch=microbatch)
+    check_count(1, microbatch=microbatch)
     size = batch_size(batch)
     totals = total_terms(objective, params, batch, microbatch)
 

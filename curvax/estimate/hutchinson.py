@@ -12,7 +12,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from curvax._checks import check_at_least, check_function, check_params
+from curvax._checks import check_count, check_function, check_params
 from curvax._control import body, in_round
 from curvax._types import Matvec, Params, PRNGKey, tree_at_least_float32
 
@@ -45,9 +45,10 @@ def normal(key: PRNGKey, params: Params) -> Params:
 
 def _signs(key: PRNGKey, like: Array) -> Array:
     *lead, last = like.shape or (1,)  # words of 32 bits along the last axis: leading axes may be sharded
-    words = jax.random.bits(key, (*lead, -(-last // 32)), jnp.uint32)
+    num_words = -(-last // 32)
+    words = jax.random.bits(key, (*lead, num_words), jnp.uint32)
     bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return (1 - 2 * bits.reshape(*lead, -1)[..., :last].astype(like.dtype)).reshape(like.shape)
+    return (1 - 2 * bits.reshape(*lead, 32 * num_words)[..., :last].astype(like.dtype)).reshape(like.shape)
 
 
 def hutchinson_diagonal(
@@ -150,7 +151,7 @@ def _mean_over_probes(
     chunk_size: int,
 ) -> Estimate:
     check_params(params)
-    check_at_least(1, num_probes=num_probes, chunk_size=chunk_size)
+    check_count(1, num_probes=num_probes, chunk_size=chunk_size)
     check_function("sampler", sampler, "(key, params) -> z", "curvax.estimate.rademacher or curvax.estimate.normal")
     probe = lambda matvec, i: term(matvec, sampler(jax.random.fold_in(key, i), params))
     if num_probes == 1:

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from curvax._batch import batch_size, check_batch, map_chunks, map_examples
-from curvax._checks import check_at_least, check_params
+from curvax._checks import check_count, check_params
 from curvax._types import Batch, Params, Scalar
 from curvax.objective import Objective, share, total_terms
 
@@ -46,7 +46,7 @@ def per_example_grads(
     """
     check_params(params)
     check_batch(batch)
-    check_at_least(1, microbatch=microbatch)
+    check_count(1, microbatch=1 if microbatch is None else microbatch)
     size = batch_size(batch)
     chunk = microbatch or size
     totals = total_terms(objective, params, batch, microbatch)

@@ -51,13 +51,19 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
             if names != sorted(heads):
                 raise ValueError(f"weighted_sum needs {what} by head {sorted(heads)}, got {names}.")
 
+    def like(outputs: Any, by_name: dict[str, Any]) -> dict[str, Any]:
+        """Put the parts into a container of the outputs' own kind."""
+        is_head = lambda x: x is not outputs
+        container: dict[str, Any] = jax.tree.map_with_path(lambda path, _: by_name[path[0].key], outputs, is_leaf=is_head)
+        return container
+
     def value(outputs: dict[str, Any], targets: dict[str, Any]) -> Scalar:
         check(outputs, targets)
         return jnp.asarray(sum(w * loss(outputs[name], targets[name]) for name, w, loss in parts))
 
     def hvp(outputs: dict[str, Any], targets: dict[str, Any], v: dict[str, Any]) -> dict[str, Any]:
         check(outputs, targets)
-        return {name: times(w, loss.hvp(outputs[name], targets[name], v[name])) for name, w, loss in parts}
+        return like(outputs, {name: times(w, loss.hvp(outputs[name], targets[name], v[name])) for name, w, loss in parts})
 
     def sample(key: PRNGKey, outputs: dict[str, Any], targets: dict[str, Any]) -> dict[str, Any]:
         check(outputs, targets)
@@ -68,10 +74,8 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
 
     def pseudo_gradient(key: PRNGKey, outputs: dict[str, Any], targets: dict[str, Any]) -> dict[str, Any]:
         check(outputs, targets)
-        return {
-            name: times(jnp.sqrt(w), loss.pseudo_gradient(jax.random.fold_in(key, i), outputs[name], targets[name]))
-            for i, (name, w, loss) in enumerate(parts)
-        }
+        draw = lambda i, name, loss: loss.pseudo_gradient(jax.random.fold_in(key, i), outputs[name], targets[name])
+        return like(outputs, {name: times(jnp.sqrt(w), draw(i, name, loss)) for i, (name, w, loss) in enumerate(parts)})
 
     whole = from_function(value, hvp=hvp, sample=sample, pseudo_gradient=pseudo_gradient)
     return dataclasses.replace(whole, heads=parts)
@@ -81,7 +85,8 @@ def masked(loss: Any) -> Loss:
     """Weight the positions of a loss by a mask that comes with the targets: every position is a term.
 
     `L = sum_i m_i L_i / sum_i m_i`, where `L_i` is `loss` at the single position i. A position with m = 0 takes no part in
-    value, curvature or sampling, whatever its outputs and targets hold (NaN included); fractional m are weights.
+    value, curvature or sampling, whatever its outputs and targets hold (NaN included); fractional m are weights. A label
+    that `loss` itself ignores still counts as a term here, of value 0: mask it too.
 
     Args:
       loss: a `Loss` (or what `as_loss` takes) that is defined on one position: outputs `[1, ...]`, targets `[1, ...]`.
@@ -104,7 +109,7 @@ def masked(loss: Any) -> Loss:
     def read(outputs: PyTree, targets: PyTree) -> tuple[PyTree, PyTree, Float[Array, " positions"]]:
         if not isinstance(targets, tuple | list) or len(targets) != 2:
             raise TypeError(f"masked needs targets (targets, mask), got {describe(targets)}.")
-        y, mask = targets
+        y, mask = targets[0], jnp.asarray(targets[1])
         for name, tree in (("outputs", outputs), ("targets", y)):
             for path, leaf in jax.tree.leaves_with_path(tree):
                 if jnp.shape(leaf)[: mask.ndim] != mask.shape:
@@ -143,7 +148,7 @@ def masked(loss: Any) -> Loss:
     def sample(key: PRNGKey, outputs: PyTree, targets: PyTree) -> PyTree:
         f, y, _ = read(outputs, targets)
         drawn = draw(key, f, y, inner.sample)
-        lead = targets[1].shape
+        lead = jnp.shape(targets[1])
         return jax.tree.map(lambda d: d.reshape(*lead, *d.shape[2:]), drawn), targets[1]
 
     def pseudo_gradient(key: PRNGKey, outputs: PyTree, targets: PyTree) -> PyTree:

@@ -11,7 +11,7 @@ from jax.scipy.special import gammaln
 from jaxtyping import Array, Float, Shaped
 
 from curvax._checks import describe
-from curvax._types import PRNGKey, Scalar, at_least_float32
+from curvax._types import Outputs, PRNGKey, Scalar, at_least_float32
 from curvax.losses.loss import Loss, from_function
 
 Entries = Shaped[Array, "batch ..."]
@@ -62,7 +62,8 @@ def squared_error() -> Loss:
 def poisson() -> Loss:
     """Poisson negative log-likelihood of log-rates, summed over the entries of a row, mean over rows.
 
-    Per entry `e^f - y f + log y!`; curvature `e^f`.
+    Per entry `e^f - y f + log y!`; curvature `e^f`. Above a rate of a million, counts are drawn from the normal
+    distribution of the same mean and variance. Sampling needs JAX's default (threefry) keys.
 
     Returns:
       A `Loss` for outputs `[batch, ...]` (log of the rate) and counts of that shape as targets.
@@ -76,7 +77,7 @@ def poisson() -> Loss:
         "poisson",
         cost=lambda f, y: jnp.exp(f) - y * f + gammaln(y + 1),
         curvature=jnp.exp,
-        draw=lambda key, f: jax.random.poisson(key, jnp.exp(f)).astype(f.dtype),
+        draw=_draw_poisson,
     )
 
 
@@ -114,17 +115,25 @@ def gaussian() -> Loss:
         m, s, y = read(outputs, targets)
         return 0.5 * jnp.sum(s + (y - m) ** 2 * jnp.exp(-s) + math.log(2 * math.pi)) / m.shape[0]
 
-    def hvp(outputs: tuple[Array, Array], targets: Array, v: tuple[Array, Array]) -> tuple[Array, Array]:
+    def hvp(outputs: tuple[Array, Array], targets: Array, v: tuple[Array, Array]) -> Outputs:
         _, s, _ = read(outputs, targets)
         dm, ds = map(at_least_float32, v)
         n = s.shape[0]
-        return (jnp.exp(-s) * dm / n).astype(outputs[0].dtype), (0.5 * ds / n).astype(outputs[1].dtype)
+        products = (jnp.exp(-s) * dm / n).astype(outputs[0].dtype), (0.5 * ds / n).astype(outputs[1].dtype)
+        return jax.tree.unflatten(jax.tree.structure(outputs), products)
 
     def sample(key: PRNGKey, outputs: tuple[Array, Array], targets: Array) -> Array:
         m, s, _ = read(outputs, targets)
         return m + jnp.exp(0.5 * s) * jax.random.normal(key, m.shape, m.dtype)
 
     return from_function(value, hvp=hvp, sample=sample)
+
+
+def _draw_poisson(key: PRNGKey, f: Float[Array, "..."]) -> Float[Array, "..."]:
+    rate, largest = jnp.exp(f), 1e6  # JAX draws int32 counts
+    normal = rate + jnp.sqrt(rate) * jax.random.normal(jax.random.fold_in(key, 1), f.shape, f.dtype)
+    counts = jax.random.poisson(key, jnp.minimum(rate, largest)).astype(f.dtype)
+    return jnp.where(rate > largest, normal, counts)
 
 
 def _independent_entries(

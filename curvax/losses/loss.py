@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
@@ -39,7 +39,7 @@ class Loss:
     sample: Sample
     num_terms: NumTerms
     pseudo_gradient: PseudoGradient
-    heads: tuple[tuple[str, Any, Loss], ...] = ()
+    heads: tuple[tuple[str, Any, Loss], ...] = field(default=(), compare=False)
 
     def __call__(self, outputs: Outputs, targets: Targets) -> Scalar:
         """Return the mean loss."""

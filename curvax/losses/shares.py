@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from curvax._batch import map_examples
+from curvax._batch import map_examples, unwrap
 from curvax._types import Outputs, PRNGKey, Scalar, Targets
 from curvax.losses.combine import weighted_sum
 from curvax.losses.loss import Loss, count_terms, times
@@ -16,6 +16,7 @@ from curvax.losses.loss import Loss, count_terms, times
 
 def term_counts(loss: Loss, outputs: Outputs, targets: Targets) -> PyTree[Scalar]:
     """Count the terms: a scalar, or for a weighted sum a dict by head, since each head has its own mean."""
+    targets = unwrap(targets)
     if loss.heads:
         return {name: term_counts(head, outputs[name], targets[name]) for name, _, head in loss.heads}
     return count_terms(loss, outputs, targets)
@@ -32,7 +33,8 @@ def share_of(loss: Loss, counts: PyTree[Scalar], totals: PyTree[Scalar]) -> Loss
 def pseudo_gradient_by_example(loss: Loss, key: PRNGKey, outputs: Outputs, targets: Targets, index: Array) -> Outputs:
     """Draw the rows of a pseudo-gradient one example at a time, row b with the key `fold_in(key, index[b])`.
 
-    The draws depend on the row's number alone, not on the chunk or device where the row lies.
+    The draws depend on the row's number alone, not on the chunk or device where the row lies. Parts of the targets that
+    are `Shared` go to every row.
     """
     counts = map_examples(lambda row: term_counts(loss, *row), (outputs, targets))
     totals = jax.tree.map(jnp.sum, counts)
@@ -40,9 +42,12 @@ def pseudo_gradient_by_example(loss: Loss, key: PRNGKey, outputs: Outputs, targe
     def draw(row: PyTree) -> Outputs:
         f, y, i, n = row
         of_row = share_of(loss, jax.tree.map(lambda x: x[0], n), totals)
-        return of_row.pseudo_gradient(jax.random.fold_in(key, i[0]), f, y)
+        return of_row.pseudo_gradient(jax.random.fold_in(key, i[0]), f, unwrap(y))
 
-    rows = map_examples(draw, (outputs, targets, index, counts))
+    first = jax.tree.leaves(outputs)[0]
+    column = first[:, *(0,) * (first.ndim - 1)]
+    spread = lambda x: x + jnp.zeros_like(column, x.dtype)  # over devices, as the rows of outputs are
+    rows = map_examples(draw, (outputs, targets, *jax.tree.map(spread, (index, counts))))
     return jax.tree.map(lambda r: r[:, 0], rows)
 
 

@@ -76,7 +76,7 @@ def softmax_cross_entropy(ignore_index: int | None = None, label_smoothing: floa
 
     def sample(key: PRNGKey, outputs: Array, targets: Array) -> Array:
         f, _, counts = read(outputs, targets)
-        drawn = jax.random.categorical(key, f).astype(targets.dtype)
+        drawn = jax.random.categorical(key, f)  # int32, also where labels are bytes and classes are more
         return drawn if ignore_index is None else jnp.where(counts, drawn, targets)
 
     plain = from_function(lambda f, y: value(f, y, 0.0), hvp=hvp, sample=sample, num_terms=num_terms)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from curvax._checks import check_at_least, check_between, check_precision
+from curvax._checks import check_at_least, check_decay, check_precision
 from curvax._types import Batch, Params, PRNGKey
 from curvax.estimate import hutchinson_diagonal
 from curvax.objective import Objective
@@ -77,7 +77,9 @@ def scale_by_adahessian(
     References: Yao et al. (2021), AdaHessian, algorithm 1, and the reference code. Deviates from the paper, as the code
     does: the absolute value is taken before averaging, not after.
     """
-    check_between(0, 1, b1=b1, b2=b2, hessian_power=hessian_power)
+    check_decay(b1=b1, b2=b2)
+    if isinstance(hessian_power, int | float) and not 0 <= hessian_power <= 1:
+        raise ValueError(f"hessian_power must lie in [0, 1], got {hessian_power}.")
     check_at_least(0, eps=eps)
     check_precision(b1=b1, b2=b2, eps=eps, hessian_power=hessian_power)
     smooth = spatial_average() if averaging is None else averaging

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -19,9 +20,11 @@ def flax_axes(path: str, leaf: Array) -> tuple[int, ...]:
     """Axes of a Flax parameter over which curvature is averaged, by its number of dimensions.
 
     Kernels `[in, out]`: the input axis. Kernels `[*spatial, in, out]` with three or more axes: all but the last two.
-    Vectors and scalars: none.
+    Vectors, scalars, and leaves named bias, scale or embedding: none. (The kernels of attention `[in, heads, features]`
+    are averaged over the input axis; those stacked by `nn.scan` need axes of their own.)
     """
-    del path
+    if re.search(r"\b(bias|scale|embedding)\b", path):
+        return ()
     return (0,) if leaf.ndim == 2 else tuple(range(max(leaf.ndim - 2, 0)))
 
 
@@ -32,13 +35,13 @@ def spatial_average(axes: Callable[[str, Array], tuple[int, ...]] = flax_axes) -
       axes: `(path, leaf) -> axes`, with the path as `jax.tree_util.keystr` prints it. Default: right for Flax layouts
         (convolutions `[*spatial, in, out]` over the spatial axes, dense kernels `[in, out]` over the input axis).
 
-    Example: leave embeddings alone, where rows see different data
+    Example: average over the output axis in layers named head
       >>> import jax.numpy as jnp, curvax
       >>> from curvax.optim.averaging import flax_axes
-      >>> average = curvax.spatial_average(lambda path, leaf: () if "embedding" in path else flax_axes(path, leaf))
+      >>> average = curvax.spatial_average(lambda path, leaf: (1,) if "head" in path else flax_axes(path, leaf))
       >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
-      >>> {k: v.tolist() for k, v in average({"embedding": x, "kernel": x}).items()}
-      {'embedding': [[1.0, 2.0], [3.0, 6.0]], 'kernel': [[2.0, 4.0], [2.0, 4.0]]}
+      >>> {k: v.tolist() for k, v in average({"head": x, "kernel": x, "embedding": x}).items()}
+      {'embedding': [[1.0, 2.0], [3.0, 6.0]], 'head': [[1.5, 1.5], [4.5, 4.5]], 'kernel': [[2.0, 4.0], [2.0, 4.0]]}
 
     References: Yao et al. (2021), AdaHessian, section 3.2; axes of the reference code, moved to Flax's layout.
     """

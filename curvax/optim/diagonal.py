@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from curvax._checks import check_like, check_params, is_masked
 from curvax._types import Count, Params, at_least_float32, tree_at_least_float32
+from curvax.estimate import Estimate
 
 T = TypeVar("T")
 
@@ -42,14 +43,15 @@ class ScaleByDiagonalState(NamedTuple):
 
 
 def scale_by_diagonal(
-    b1: optax.ScalarOrSchedule, average: Average, step: Step, info: Callable[[Array, Array], Any]
+    b1: float | Array, average: Average, step: Step, info: Callable[[Array, Array], Any]
 ) -> optax.GradientTransformationExtraArgs:
     """Build a transformation from how a method averages curvature and how it steps.
 
     What they share: curvature comes as data, `update(updates, state, params, *, curvature=None)`, a tree like params of
     which the leaves that the updates hold are kept; it is taken in before the step; without any so far the step is zero.
     A gradient that is not finite gives an update of NaN (seen by `optax.apply_if_finite`) and leaves the state as it was;
-    a curvature that is not finite is not taken in; `info.num_nonfinite` counts both.
+    a curvature that is not finite is not taken in; `info.num_nonfinite` counts both. (`optax.apply_if_finite` restores the
+    state and with it this count, and keeps its own, `notfinite_count`.)
 
     Args:
       b1: decay of the gradient average.
@@ -99,7 +101,10 @@ def select_leaves(curvature: PyTree, updates: PyTree) -> PyTree[Array]:
 
     Raises:
       ValueError: naming the first path where the two differ.
+      TypeError: an `Estimate` in place of its mean.
     """
+    if isinstance(curvature, Estimate):
+        raise TypeError("curvature is an Estimate(mean, sem); pass its mean: estimator = lambda ...: estimate(...).mean.")
     check_like(curvature, updates, "curvature", "updates")
     own = jax.tree.map(lambda u, c: u if is_masked(u) else c, updates, curvature, is_leaf=is_masked)
     return tree_at_least_float32(own)

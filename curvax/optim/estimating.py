@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree, UInt32
 
-from curvax._checks import check_at_least, check_function, check_no_masked, check_params
+from curvax._checks import check_function, check_integer, check_no_masked, check_params
 from curvax._types import Batch, Count, Params, PRNGKey
 from curvax.optim.refresh import refresh_if
 
@@ -77,8 +77,8 @@ def estimating(
       >>> grads, curvature = jax.tree.map(lambda x: x.mean(0), jax.lax.map(both, micro))
       >>> updates, state = tx.update(grads, state, params, curvature=curvature)
     """
-    check_at_least(1, curvature_every=curvature_every)
-    check_at_least(0, seed=seed)
+    check_integer(1, 2**31 - 1, curvature_every=curvature_every)
+    check_integer(0, 2**32 - 1, seed=seed)
     example = "lambda key, params, batch: curvax.gauss_newton_bartlett(objective, params, batch, key)"
     check_function("estimator", estimator, "(key, params, batch) -> curvature", example)
     inner = optax.with_extra_args_support(inner)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from curvax._checks import check_at_least, check_between, check_precision
+from curvax._checks import check_at_least, check_decay, check_precision
 from curvax._types import Batch, Params, PRNGKey
 from curvax.estimate import gauss_newton_bartlett, hutchinson_diagonal
 from curvax.objective import Objective
@@ -71,7 +71,7 @@ def scale_by_sophia(
     References: Liu et al. (2023), Sophia, algorithm 3. Deviates: the batch factor of Gauss-Newton-Bartlett is in the
     estimate, not in the denominator; curvature is taken in before its first use, not after.
     """
-    check_between(0, 1, b1=b1, b2=b2)
+    check_decay(b1=b1, b2=b2)
     check_at_least(0, eps=eps, gamma=gamma)
     check_precision(b1=b1, b2=b2, eps=eps, gamma=gamma)
 

@@ -12,15 +12,16 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
 from curvax._batch import batch_size, unwrap
-from curvax._checks import check_at_least, describe
+from curvax._checks import check_count, describe
 from curvax._types import Batch, Matvec, Outputs, Params, PRNGKey, Targets, tree_at_least_float32
 from curvax.losses import Loss
 from curvax.losses.shares import pseudo_gradient_by_example
 from curvax.objective import Objective
-from curvax.products.linear import forward_mode, linearize, over_batch
+from curvax.products.linear import linearize, over_batch
 
 OutputMatvec: TypeAlias = Callable[[Outputs], Outputs]
 OutputCurvature: TypeAlias = Callable[[Loss, Outputs, Targets, Array], OutputMatvec]
+"""From a loss, outputs, targets (with their `Shared` parts still wrapped) and row numbers to the matrix M."""
 
 
 def ggnvp(objective: Objective, params: Params, batch: Batch, *, microbatch: int | None = None) -> Matvec:
@@ -58,7 +59,7 @@ def ggnvp(objective: Objective, params: Params, batch: Batch, *, microbatch: int
 
     def curvature(loss: Loss, outputs: Outputs, targets: Targets, index: Array) -> OutputMatvec:
         del index
-        return Partial(lambda outputs, targets, u: loss.hvp(outputs, targets, u), outputs, targets)
+        return Partial(lambda outputs, targets, u: loss.hvp(outputs, targets, u), outputs, unwrap(targets))
 
     return _through_outputs(curvature, objective, params, batch, microbatch)
 
@@ -104,7 +105,7 @@ def fishervp(
 
     References: Martens (2020), New insights and perspectives on the natural gradient method, section 5.
     """
-    check_at_least(1, num_samples=num_samples)
+    check_count(1, num_samples=num_samples)
 
     def curvature(loss: Loss, outputs: Outputs, targets: Targets, index: Array) -> OutputMatvec:
         _check_rows(outputs, index.size)
@@ -151,7 +152,7 @@ def empirical_fishervp(objective: Objective, params: Params, batch: Batch, *, mi
 
     def curvature(loss: Loss, outputs: Outputs, targets: Targets, index: Array) -> OutputMatvec:
         _check_rows(outputs, index.size)
-        residual = tree_at_least_float32(jax.grad(loss)(outputs, targets))  # row b: g_b = B J_b' residual_b
+        residual = tree_at_least_float32(jax.grad(loss)(outputs, unwrap(targets)))  # row b: g_b = B J_b' residual_b
         return Partial(_sum_of_row_outer_products, jax.tree.map(lambda s: root * s[None], residual))
 
     return _through_outputs(curvature, objective, params, batch, microbatch)
@@ -162,9 +163,8 @@ def _through_outputs(
 ) -> Matvec:
     def build(objective: Objective, params: Params, chunk: Batch, index: Array) -> Matvec:
         inputs, targets = chunk
-        with forward_mode(_INSTEAD):
-            outputs, jacobian = linearize(lambda p: objective.outputs(p, inputs), params)
-        middle = curvature(objective.loss, outputs, unwrap(targets), index)
+        outputs, jacobian = linearize(lambda p: objective.outputs(p, inputs), params, _INSTEAD)
+        middle = curvature(objective.loss, outputs, targets, index)
         return Partial(_sandwich, jacobian, middle, params)
 
     return over_batch(build, objective, params, batch, microbatch)
@@ -177,9 +177,9 @@ _INSTEAD = (
 
 
 def _sandwich(jacobian: Callable[[Params], Outputs], middle: OutputMatvec, params: Params, v: Params) -> Params:
-    with forward_mode(_INSTEAD):
-        pushed = jacobian(v)
-    (product,) = jax.linear_transpose(jacobian, params)(middle(pushed))
+    pushed = jacobian(v)
+    pulled = jax.tree.map(lambda u, p: u.astype(p.dtype), middle(pushed), pushed)
+    (product,) = jax.linear_transpose(jacobian, params)(pulled)
     return product
 
 

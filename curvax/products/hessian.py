@@ -12,7 +12,7 @@ from jaxtyping import Array
 from curvax._checks import check_choice, check_params, check_scalar
 from curvax._types import Batch, Matvec, Params, Scalar
 from curvax.objective import Objective
-from curvax.products.linear import forward_mode, linearize, on_params, over_batch
+from curvax.products.linear import linearize, on_params, over_batch
 
 
 def hvp(
@@ -70,17 +70,9 @@ def hvp(
 
 
 def _fwd_over_rev(fun: Callable[[Params], Scalar], params: Params) -> Matvec:
-    with forward_mode(_INSTEAD):
-        _, product = linearize(jax.grad(fun), params)
-    return Partial(_forward, product)
-
-
-def _forward(product: Matvec, v: Params) -> Params:
-    with forward_mode(_INSTEAD):
-        return product(v)
-
-
-_INSTEAD = 'Use curvax.hvp(..., mode="rev_over_rev"), which differentiates the backward pass in reverse.'
+    instead = 'Use curvax.hvp(..., mode="rev_over_rev"), which differentiates the backward pass in reverse.'
+    _, product = linearize(jax.grad(fun), params, instead)
+    return product
 
 
 def _rev_over_rev(fun: Callable[[Params], Scalar], params: Params) -> Matvec:

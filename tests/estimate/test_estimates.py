@@ -150,6 +150,12 @@ def test_memory_of_many_probes_is_that_of_one():
     assert peak(64) < 1.3 * peak(1)
 
 
+def test_leaves_of_any_size_have_probes():
+    params = {"none": jnp.zeros((0, 5)), "scalar": jnp.zeros(()), "odd": jnp.zeros((2, 33)), "empty": jnp.zeros((3, 0))}
+    estimate = curvax.hutchinson_diagonal(lambda v: v, params, jax.random.key(0))
+    chex.assert_trees_all_equal(estimate.mean, jax.tree.map(jnp.ones_like, params))
+
+
 def test_bfloat16_params_give_float32_estimates():
     H = jnp.diag(jnp.array([1.0, 2.0, 3.0], jnp.bfloat16))
     estimate = curvax.hutchinson_diagonal(lambda v: H @ v, jnp.zeros(3, jnp.bfloat16), jax.random.key(0), 3)
@@ -165,6 +171,10 @@ def test_a_nan_in_one_probe_is_not_hidden():
 def test_errors_say_what_and_where():
     with pytest.raises(ValueError, match="num_probes must be at least 1, got 0"):
         curvax.hutchinson_trace(lambda v: v, jnp.zeros(2), jax.random.key(0), 0)
+    with pytest.raises(ValueError, match="num_probes must be at least 1, got 0"):
+        curvax.hutchinson_trace(lambda v: v, jnp.zeros(2), jax.random.key(0), np.int64(0))
+    with pytest.raises(TypeError, match=r"num_probes must be a Python integer.*got float"):
+        curvax.hutchinson_trace(lambda v: v, jnp.zeros(2), jax.random.key(0), 2.5)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         curvax.hutchinson_diagonal(lambda v: v, jnp.zeros(2), jax.random.key(0), 2, chunk_size=0)
     with pytest.raises(TypeError, match=r"such as curvax.estimate.rademacher or .*normal; got 'gaussian'"):

@@ -174,6 +174,25 @@ def test_a_users_loss_gets_defaults_and_may_override_them():
     np.testing.assert_allclose(losses.pseudo_gradient(own, key(0), f, y), 2 * jax.grad(value)(f, f + 1))
 
 
+def test_labels_in_bytes_do_not_bound_the_sampled_classes():
+    loss, f = losses.softmax_cross_entropy(), jnp.zeros((4, 300)).at[:, 280].set(50.0)
+    labels = jnp.array([0, 1, 2, 255], jnp.uint8)
+    assert (loss.sample(key(0), f, labels) == 280).all()
+    assert jnp.abs(losses.pseudo_gradient(loss, key(0), f, labels)).max() < 1e-12
+
+
+def test_large_poisson_rates_are_sampled_without_overflow():
+    f = jnp.full((4000, 1), 30.0)
+    counts = losses.poisson().sample(key(0), f, f)
+    rate = jnp.exp(30.0)
+    assert abs(counts.mean() / rate - 1) < 5 / (rate * 4000) ** 0.5
+    assert abs(counts.var() / rate - 1) < 0.15
+
+
+def test_an_objective_with_array_weights_is_hashable():
+    hash(curvax.Objective(lambda p, x: x, losses.weighted_sum({"a": (jnp.float32(1.0), losses.squared_error())})))
+
+
 def test_errors_say_what_and_where():
     ce, f = losses.softmax_cross_entropy(), jnp.zeros((3, 4))
     with pytest.raises(ValueError, match=r"targets int64\[2\] do not fit outputs float64\[3, 4\].*shape \[3\]"):

@@ -389,16 +389,25 @@ def test_errors_say_what_and_where(row):
         tx.update(grads, state, PARAMS, curvature={"a": {"w": PARAMS["a"]["w"]}, "c": PARAMS["c"]})
     with pytest.raises(ValueError, match=r"curvature\['c'\] is float32\[3\], updates\['c'\] is float32\[8, 3\]"):
         tx.update(grads, state, PARAMS, curvature={**PARAMS, "c": jnp.zeros(3)})
-    with pytest.raises(ValueError, match="curvature_every must be at least 1, got 0"):
-        row.build(0.02, OBJECTIVE, curvature_every=0)
-    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
-        row.build(0.02, OBJECTIVE, seed=-1)
+    for every in (0, np.int64(0)):
+        with pytest.raises(ValueError, match=r"curvature_every must lie in \[1, .*got 0"):
+            row.build(0.02, OBJECTIVE, curvature_every=every)
+    for every in (2.5, lambda count: 1):
+        with pytest.raises(TypeError, match="curvature_every must be an integer"):
+            row.build(0.02, OBJECTIVE, curvature_every=every)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=r"seed must lie in \[0, 4294967295\], got"):
+            row.build(0.02, OBJECTIVE, seed=seed)
+    with pytest.raises(TypeError, match=r"b1 must be a number, got a function.*inject_hyperparams"):
+        row.build(0.02, OBJECTIVE, b1=lambda count: 0.9)
+    with pytest.raises(TypeError, match=r"curvature is an Estimate.*\.mean"):
+        tx.update(grads, state, PARAMS, curvature=curvax.Estimate(grads, grads))
     with pytest.raises(TypeError, match=r"params must hold float arrays: got int32\[2\] at params\['n'\]"):
         tx.init({"n": jnp.zeros(2, int)})
     with pytest.raises(ValueError, match="empty pytree"):
         tx.init({})
-    with pytest.raises(ValueError, match="b2 must lie in"):
-        row.build(0.02, OBJECTIVE, b2=1.5)
+    with pytest.raises(ValueError, match=r"b2 must lie in \[0, 1\), got 1"):
+        row.build(0.02, OBJECTIVE, b2=1.0)
     with pytest.raises(TypeError, match=r"estimator must be a function \(key, params, batch\).*got 'hutchinson'"):
         curvax.estimating(row.scale_by(), "hutchinson")
     with pytest.raises(ValueError, match="leading axes disagree"):

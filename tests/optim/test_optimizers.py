@@ -162,6 +162,11 @@ def test_curvature_every_counts_refreshes_in_the_bias_correction():
 
 def test_averages_keep_shapes_and_follow_flax_layouts():
     tree = {"conv": jnp.arange(72.0).reshape(3, 2, 3, 4), "dense": jnp.arange(6.0).reshape(2, 3), "bias": jnp.arange(3.0)}
+    heads = {"query": {"bias": tree["dense"], "kernel": tree["dense"]}, "norm": {"scale": tree["dense"]}}
+    averaged = curvax.spatial_average()(heads)
+    np.testing.assert_allclose(averaged["query"]["bias"], tree["dense"])
+    np.testing.assert_allclose(averaged["norm"]["scale"], tree["dense"])
+    np.testing.assert_allclose(averaged["query"]["kernel"], jnp.broadcast_to(tree["dense"].mean(0), (2, 3)))
     got = curvax.spatial_average()(tree)
     np.testing.assert_allclose(got["conv"], jnp.broadcast_to(tree["conv"].mean((0, 1)), (3, 2, 3, 4)))
     np.testing.assert_allclose(got["dense"], jnp.broadcast_to(tree["dense"].mean(0), (2, 3)))

@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import CASES, SAMPLED, Mlp
+from jax.experimental import io_callback
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -46,7 +47,7 @@ def test_hvp_and_ggnvp_equal_dense_matrices(name):
 @pytest.mark.parametrize("name", SAMPLED)
 def test_fishervp_equals_outer_products_of_its_draws_whatever_the_chunks(name):
     case, key = CASES[name](), jax.random.key(3)
-    outputs, targets, index = oracle.outputs(case), oracle.targets(case), with_index(case.batch)[1]
+    outputs, targets, index = oracle.outputs(case), case.batch[1], with_index(case.batch)[1]
     draw = lambda k: pseudo_gradient_by_example(case.objective.loss, jax.random.fold_in(key, k), outputs, targets, index)
     expected = sum(oracle.sum_over_examples(case, draw(k)) for k in range(2)) / 2
     for microbatch in CHUNKS:
@@ -68,7 +69,7 @@ def test_empirical_fisher_equals_outer_products_of_per_example_gradients(name):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["mlp", "multi_head", "masked_regression", "gaussian"])
+@pytest.mark.parametrize("name", ["mlp", "multi_head", "masked_regression", "gaussian", "shared_targets"])
 def test_mc_fisher_is_unbiased_for_the_ggn(name):
     """The quadratic form v' F v of many independent draws, by z-test."""
     case = CASES[name]()
@@ -189,8 +190,90 @@ def test_kernel_with_a_backward_pass_only():
         curvax.to_dense(reverse, w), curvax.to_dense(curvax.hvp(build(jnp.tanh), w, batch), w), atol=1e-12
     )
     for product in (curvax.hvp, curvax.ggnvp, curvax.empirical_fishervp):
-        with pytest.raises(TypeError, match=r'hvp\(.*mode="rev_over_rev"'):
-            product(build(backward_only_tanh), w, batch)(w)
+        for microbatch in (None, 3):
+            apply = lambda w, product=product, m=microbatch: product(build(backward_only_tanh), w, batch, microbatch=m)(w)
+            for call in (apply, jax.jit(apply)):  # JAX itself refuses only when it compiles
+                with pytest.raises(TypeError, match=r'hvp\(.*mode="rev_over_rev"'):
+                    call(w)
+    with pytest.raises(TypeError, match=r'hvp\(.*mode="rev_over_rev"'):
+        tx = curvax.adahessian(0.1, build(backward_only_tanh))
+        jax.jit(lambda w: tx.update(w, tx.init(w), w, batch=batch))(w)
+
+
+def test_a_model_that_calls_back_to_the_host():
+    seen = []
+
+    def model(w, x):
+        io_callback(lambda x: seen.append(x.shape), None, x)
+        return jnp.tanh(x @ w)
+
+    w, batch = jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.zeros((4, 2)))
+    got = curvax.hvp(curvax.Objective(model, losses.squared_error()), w, batch)(w)
+    silent = curvax.Objective(lambda w, x: jnp.tanh(x @ w), losses.squared_error())
+    np.testing.assert_allclose(got, curvax.hvp(silent, w, batch)(w), atol=1e-12)
+    assert seen
+
+
+def test_integer_vectors_and_other_float_types_are_taken_as_what_params_are():
+    matvec = curvax.hvp(lambda w: jnp.sum(0.3 * w**2), jnp.ones(2))
+    np.testing.assert_allclose(matvec(jnp.array([1, 2])), [0.6, 1.2])
+    assert matvec(np.ones(2, np.float32)).dtype == jnp.float32
+
+
+def test_outputs_in_any_container():
+    w, x = jax.random.normal(jax.random.key(0), (3, 2)), jax.random.normal(jax.random.key(1), (5, 3))
+    Pair = collections.namedtuple("Pair", ["mean", "log_variance"])
+    heads = losses.weighted_sum({"b": (2.0, losses.squared_error()), "a": (1.0, losses.poisson())})
+    two = {"a": jnp.ones((5, 2)), "b": jnp.zeros((5, 2))}
+    ordered = lambda h: collections.OrderedDict([("b", h), ("a", 2 * h)])
+    for loss, containers, targets in (
+        (losses.gaussian(), (lambda h: (h, 2 * h), lambda h: [h, 2 * h], lambda h: Pair(h, 2 * h)), jnp.ones((5, 2))),
+        (heads, (lambda h: {"a": 2 * h, "b": h}, ordered), two),
+    ):
+        results = []
+        for container in containers:
+            objective = curvax.Objective(lambda w, x, c=container: c(jnp.tanh(x @ w)), loss)
+            diagonal = curvax.gauss_newton_bartlett(objective, w, (x, targets), jax.random.key(0))
+            product = curvax.ggnvp(objective, w, (x, targets))(w)
+            results.append((product, diagonal, curvax.fishervp(objective, w, (x, targets), jax.random.key(0))(w)))
+        for other in results[1:]:
+            chex.assert_trees_all_close(other, results[0], atol=1e-12)
+
+
+def test_a_loss_whose_curvature_comes_in_another_precision():
+    loss = losses.from_function(
+        lambda f, y: jnp.mean((f.astype(jnp.float32) - y) ** 2) / 2, hvp=lambda f, y, v: v * jnp.float32(0.5)
+    )
+    objective = curvax.Objective(lambda w, x: (x @ w).astype(jnp.bfloat16), loss)
+    assert jnp.isfinite(
+        curvax.ggnvp(objective, jnp.ones((3, 1)), (jnp.ones((2, 3)), jnp.ones((2, 1))))(jnp.ones((3, 1)))
+    ).all()
+
+
+def test_explicitly_sharded_params_and_batch():
+    """Shardings in the types, as `jax.make_mesh` gives them by default."""
+    mesh = jax.make_mesh((8,), ("data",))
+    objective = curvax.Objective(lambda w, x: jnp.tanh(jax.sharding.reshard(w, P()).T @ x.T).T, losses.squared_error())
+    w, batch = (
+        jax.random.normal(jax.random.key(0), (8, 3)),
+        (jax.random.normal(jax.random.key(1), (16, 8)), jnp.ones((16, 3))),
+    )
+
+    @jax.jit
+    def results(w, batch):
+        key = jax.random.key(2)
+        return (
+            curvax.hutchinson_diagonal(curvax.hvp(objective, w, batch), w, key, 2).mean,
+            curvax.fishervp(objective, w, batch, key)(w),
+            curvax.ggnvp(objective, w, batch, microbatch=8)(jnp.ones((8, 3))),
+        )
+
+    with jax.set_mesh(mesh):
+        spread = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
+        got = jax.device_get(results(spread(w), jax.tree.map(spread, batch)))
+    plain = curvax.Objective(lambda w, x: jnp.tanh(w.T @ x.T).T, losses.squared_error())
+    objective = plain
+    chex.assert_trees_all_close(got, jax.device_get(results.__wrapped__(w, batch)), atol=1e-12)
 
 
 @pytest.mark.parametrize("product", [curvax.hvp, curvax.ggnvp])
