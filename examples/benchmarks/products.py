@@ -79,7 +79,7 @@ def step_rows(problem: Problem, rounds: int) -> list[dict[str, Any]]:
             params, state = step(params, state, problem.batch)
         return params
 
-    times = seconds({name: lambda s=s: ten_steps(*s) for name, s in steps.items()}, max(rounds // 3, 1))
+    times = seconds({name: lambda s=s: ten_steps(*s) for name, s in steps.items()}, max(rounds // 2, 1))
     return [
         {"model": problem.name, "step": name, "ms": 100 * times[name], "time": times[name] / times["adam"], "bound": bound}
         for name, (_, bound) in optimizers.items()
