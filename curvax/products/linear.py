@@ -29,14 +29,15 @@ def on_params(matvec: Matvec, params: Params) -> Matvec:
     The result of one linearization can be passed through `jit` as an argument: `jax.jit(lambda mv, v: mv(v))(mv, v)`.
     """
     check_params(params)
+    return Partial(_apply, matvec, params)
 
-    def apply(matvec: Matvec, params: Params, v: Params) -> Params:
-        check_like(v, params, "v", "params")
-        # The sum with zeros gives v the sharding of params.
-        product = matvec(jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype) + jnp.zeros_like(p), v, params))
-        return jax.tree.map(lambda y, x: y.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else y, product, v)
 
-    return Partial(apply, matvec, params)
+def _apply(matvec: Matvec, params: Params, v: Params) -> Params:
+    check_like(v, params, "v", "params")
+    # The sum with zeros gives v the sharding of params.
+    product = matvec(jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype) + jnp.zeros_like(p), v, params))
+    floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    return jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)) if floating(x) else y, product, v)
 
 
 def over_batch(build: Build, objective: Objective, params: Params, batch: Batch, microbatch: int | None) -> Matvec:
