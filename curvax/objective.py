@@ -93,4 +93,4 @@ def share(objective: Objective, params: Params, chunk: Batch, totals: PyTree[Sca
 
 def _terms(objective: Objective, params: Params, chunk: Batch) -> PyTree[Scalar]:
     inputs, targets = chunk
-    return term_counts(objective.loss, objective.outputs(params, inputs), unwrap(targets))
+    return term_counts(objective.loss, objective.outputs(params, inputs), targets)

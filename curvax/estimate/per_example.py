@@ -46,9 +46,9 @@ def per_example_grads(
     """
     check_params(params)
     check_batch(batch)
-    check_count(1, microbatch=1 if microbatch is None else microbatch)
     size = batch_size(batch)
-    chunk = microbatch or size
+    chunk = size if microbatch is None else microbatch
+    check_count(1, microbatch=chunk)
     totals = total_terms(objective, params, batch, microbatch)
     shares = map_chunks(lambda rows: gradient_shares(objective, params, rows, totals), batch, chunk)
     return jax.tree.map(lambda g: size * g, shares)

@@ -46,9 +46,7 @@ def test_hutchinson_over_all_sign_vectors_is_exact_with_the_known_variance():
 def test_mean_and_standard_error_are_those_of_the_probes(sampler, chunk_size):
     """Whatever the chunks, ragged or larger than the number of probes."""
     H, params, key = symmetric(4), {"a": jnp.zeros(3), "b": jnp.zeros(())}, jax.random.key(1)
-    matvec = lambda v: (
-        dict(zip(["a", "b"], jnp.split(H @ oracle.flat(v), [3]), strict=True)) | {"b": (H @ oracle.flat(v))[3]}
-    )
+    matvec = lambda v: {"a": (H @ oracle.flat(v))[:3], "b": (H @ oracle.flat(v))[3]}
     probes = [sampler(jax.random.fold_in(key, i), params) for i in range(10)]
     terms = np.stack([oracle.flat(diagonal_term(matvec, z)) for z in probes])
     estimate = functools.partial(curvax.hutchinson_diagonal, matvec, params, key, sampler=sampler)
