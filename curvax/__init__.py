@@ -1,6 +1,7 @@
 """curvax: second-order optimization and curvature for JAX. This page is the whole public surface."""
 
 from curvax import estimate as estimate
+from curvax import kron as kron
 from curvax import losses as losses
 from curvax import optim as optim
 from curvax import products as products
@@ -12,6 +13,13 @@ from curvax.estimate import ggn_diagonal as ggn_diagonal
 from curvax.estimate import hutchinson_diagonal as hutchinson_diagonal
 from curvax.estimate import hutchinson_trace as hutchinson_trace
 from curvax.estimate import per_example_grads as per_example_grads
+from curvax.kron import Layout as Layout
+from curvax.kron import kron_basis as kron_basis
+from curvax.kron import kron_factors as kron_factors
+from curvax.kron import kron_inverse as kron_inverse
+from curvax.kron import kron_layout as kron_layout
+from curvax.kron import kron_moments as kron_moments
+from curvax.kron import merge as merge
 from curvax.objective import Objective as Objective
 from curvax.optim import adahessian as adahessian
 from curvax.optim import block_average as block_average

@@ -1,4 +1,4 @@
-"""Evaluate a function with some of its primitive operations replaced. The one module that reads jaxprs."""
+"""Read and evaluate jaxprs, equation by equation where needed. The one module that touches `jax.extend`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from jaxtyping import Array
 
 Rule: TypeAlias = Callable[..., Array]
 """`(*operands, **params) -> result`, in place of a primitive with one result."""
+
+AsItIs: TypeAlias = Callable[[], list[Any]]
+"""Evaluate the equation at hand unchanged."""
 
 
 def replacing(fn: Callable[..., Any], rules: Mapping[str, Rule]) -> Callable[..., Any]:
@@ -42,44 +45,75 @@ def primitives(fn: Callable[..., Any], *args: Any) -> set[str]:
     return set(names(jax.make_jaxpr(fn)(*args).eqns))
 
 
-def _inner(eqn: Any) -> Any:
+def trace(fn: Callable[..., Any], *args: Any) -> Any:
+    """Return the program of `fn(*args)`, with its constants, and the shapes of its results."""
+    return jax.make_jaxpr(fn, return_shape=True)(*args)
+
+
+def is_constant(atom: Any) -> bool:
+    """Whether an operand is written into the program as a number."""
+    return isinstance(atom, core.Literal)
+
+
+def inner_program(eqn: Any) -> Any:
     """The program inside a nested `jit` or remat, with its constants; None for any other equation."""
     if eqn.primitive.name in ("checkpoint", "remat2"):
         return core.ClosedJaxpr(eqn.params["jaxpr"], [])
-    return eqn.params["jaxpr"] if eqn.primitive.name == "jit" else None
+    return eqn.params["jaxpr"] if eqn.primitive.name in ("jit", "pjit") else None
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many operands of a `scan` are closed over, and how many are carried; the rest are scanned over."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()  # from jax 0.11
+    return len(consts), len(carry)
+
+
+def interpret(
+    closed: Any,
+    args: Sequence[Any],
+    concerned: Callable[[int, Any], bool],
+    rule: Callable[[int, Any, list[Any], AsItIs], Sequence[Any]],
+) -> list[Any]:
+    """Evaluate a program; `rule(index, eqn, operands, as_it_is)` gives the results of every `concerned` equation."""
+    jaxpr = closed.jaxpr
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
+    read = lambda atom: atom.val if is_constant(atom) else values[atom]
+    needed = {atom for eqn in jaxpr.eqns for atom in eqn.invars if not is_constant(atom)}
+    needed |= {atom for atom in jaxpr.outvars if not is_constant(atom)}
+    for chosen, group in itertools.groupby(enumerate(jaxpr.eqns), lambda pair: concerned(*pair)):
+        if not chosen:
+            values.update(_run(jaxpr, [eqn for _, eqn in group], values, needed))
+            continue
+        for index, eqn in group:
+            as_it_is = lambda eqn=eqn: list(_run(jaxpr, [eqn], values, set(eqn.outvars)).values())
+            results = rule(index, eqn, [read(atom) for atom in eqn.invars], as_it_is)
+            values.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 def _concerned(eqn: Any, rules: Mapping[str, Rule]) -> bool:
-    inner = _inner(eqn)
+    inner = inner_program(eqn)
     return eqn.primitive.name in rules or (inner is not None and any(_concerned(e, rules) for e in inner.jaxpr.eqns))
 
 
 def _evaluate(closed: Any, args: Sequence[Any], rules: Mapping[str, Rule]) -> list[Any]:
-    jaxpr = closed.jaxpr
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
-    read = lambda atom: atom.val if isinstance(atom, core.Literal) else values[atom]
-    needed = {atom for eqn in jaxpr.eqns for atom in eqn.invars if not isinstance(atom, core.Literal)}
-    needed |= {atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)}
-    for concerned, group in itertools.groupby(jaxpr.eqns, lambda eqn: _concerned(eqn, rules)):
-        if not concerned:
-            values.update(_run(jaxpr, list(group), values, needed))
-            continue
-        for eqn in group:
-            operands = [read(atom) for atom in eqn.invars]
-            if eqn.primitive.name in rules:
-                results = [rules[eqn.primitive.name](*operands, **eqn.params)]
-            else:
-                if eqn.params.get("prevent_cse") and eqn.params["differentiated"]:
-                    operands = lax.optimization_barrier(operands)  # as remat does: compute again, keep nothing
-                results = _evaluate(_inner(eqn), operands, rules)
-            values.update(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    def rule(index: int, eqn: Any, operands: list[Any], as_it_is: AsItIs) -> Sequence[Any]:
+        del index, as_it_is
+        if eqn.primitive.name in rules:
+            return [rules[eqn.primitive.name](*operands, **eqn.params)]
+        if eqn.params.get("prevent_cse") and eqn.params["differentiated"]:
+            operands = lax.optimization_barrier(operands)  # as remat does: compute again, keep nothing
+        return _evaluate(inner_program(eqn), operands, rules)
+
+    return interpret(closed, args, lambda index, eqn: _concerned(eqn, rules), rule)
 
 
 def _run(jaxpr: Any, eqns: list[Any], values: Mapping[Any, Any], needed: set[Any]) -> dict[Any, Any]:
     """Evaluate consecutive equations as a program of their own; return the values that are needed elsewhere."""
     made = dict.fromkeys(variable for eqn in eqns for variable in eqn.outvars)
-    read = dict.fromkeys(atom for eqn in eqns for atom in eqn.invars if not isinstance(atom, core.Literal))
+    read = dict.fromkeys(atom for eqn in eqns for atom in eqn.invars if not is_constant(atom))
     inputs = [variable for variable in read if variable not in made]
     outputs = [variable for variable in made if variable in needed]
     program = core.ClosedJaxpr(jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=eqns), [])

@@ -1,0 +1,292 @@
+"""Kronecker factors: second moments of every block's inputs and output-cotangents, that average and merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from curvax._batch import check_batch, sum_over_chunks, with_index
+from curvax._checks import check_count, check_decay, check_params
+from curvax._control import body
+from curvax._types import Batch, Params, PRNGKey, Scalar, at_least_float32
+from curvax.kron.cotangents import check_estimator, rounds_of
+from curvax.kron.layout import Block, Layout, by_path, check_layout
+from curvax.kron.statistics import Second, counted_positions, has_transposed, input_moment, output_moment, summed_rounds
+from curvax.kron.tapping import Pulled, Recorded, Rows, record
+from curvax.objective import Objective, share, total_terms
+
+
+class Factor(NamedTuple):
+    """A mean that is kept as sum and weight, so that means of two batches average and merge.
+
+    Attributes:
+      total: the sum.
+      weight: what to divide by; `[stack]` (each slice counts its own rows) or scalar.
+    """
+
+    total: Array
+    weight: Array
+
+    @property
+    def mean(self) -> Array:
+        """The factor itself; where nothing has been counted, zeros."""
+        weight = jnp.where(self.weight > 0, self.weight, 1)
+        return self.total / weight.reshape(*weight.shape, *[1] * (self.total.ndim - weight.ndim))
+
+
+class BlockFactors(NamedTuple):
+    """Factors of one block, `[stack, size, size]` each, or `[stack, size]` for a diagonal one.
+
+    Attributes:
+      inputs: A, the mean over positions (or examples) of `a a'`.
+      outputs: G, the sum over positions (or examples) of `g g'`, as curvature of the mean loss.
+      transposed: the same two of the uses that multiply by the kernel's transpose: their `a` is on the outputs' side,
+        their `g` on the inputs'. None if there are no such uses.
+    """
+
+    inputs: Factor
+    outputs: Factor
+    transposed: tuple[Factor, Factor] | None
+
+
+class Factors(NamedTuple):
+    """Curvature in the form that a layout gives it.
+
+    Attributes:
+      blocks: by the blocks' names.
+      diagonal: for leaves with entries in no block the diagonal of the Fisher, by path.
+    """
+
+    blocks: dict[str, BlockFactors]
+    diagonal: dict[str, Factor]
+
+
+Contribution = Callable[[Recorded, Pulled, Pulled | None], PyTree[Array]]
+
+
+def kron_factors(
+    objective: Objective,
+    layout: Layout,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    *,
+    estimator: str = "mc",
+    num_samples: int = 1,
+    microbatch: int | None = None,
+) -> Factors:
+    """Estimate the Kronecker factors of the Fisher (or Gauss-Newton) matrix of the mean loss over a batch.
+
+    For a block with inputs a, and g the cotangent of its output under a pseudo-gradient r (`E[r r'] =` curvature of the
+    mean loss in output space), over positions t of examples b:
+
+      expand: `A = mean_bt a a'`, `G = sum_bt g g'`;
+      reduce: `A = mean_b (mean_t a)(mean_t a)'`, `G = sum_b (sum_t g)(sum_t g)'`.
+
+    Positions whose cotangent is exactly zero (padding, masked terms, branches not taken) are left out of A.
+
+    Args:
+      objective: a `curvax.Objective`.
+      layout: of `kron_layout(objective, params, batch)`.
+      params: pytree of float arrays.
+      batch: `(inputs, targets)`.
+      key: JAX key, for "mc".
+      estimator: "mc", targets sampled from the model; "exact", every entry of one example's outputs in turn, the
+        expectation of "mc"; "empirical", the batch's own targets.
+      num_samples: samples for each term, with "mc".
+      microbatch: rows worked on at a time; A and exact G as without it, in bounded memory.
+
+    Returns:
+      `Factors`, in at least float32.
+
+    Raises:
+      ValueError: a layout of other params or of another model; unknown estimators; a model that gives no row of outputs
+        for one row of inputs, where examples must be told apart (reduce, "exact", "empirical").
+      TypeError: params that are not float; "mc" with a loss that cannot sample.
+
+    Cost: "mc": one forward and one backward pass without the gradients of kernels, and `n (in^2 + out^2) / 2`
+      multiplications for n positions. "exact": two backward passes and the products for G, as often as one example's
+      outputs have entries. Memory: inputs and cotangents of all uses.
+
+    Example: a linear model, where `A x G` is the Gauss-Newton matrix.
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> params, batch = jnp.zeros((2, 3)), (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros((2, 3)))
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> factors = curvax.kron_factors(objective, layout, params, batch, jax.random.key(0), estimator="exact")
+      >>> block = factors.blocks[""]
+      >>> block.inputs.mean[0].tolist(), block.outputs.mean[0].tolist()
+      ([[0.5, 0.0], [0.0, 4.5]], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+
+    References: Martens and Grosse (2015), sections 3 and 5; Grosse and Martens (2016), A Kronecker-factored approximate
+      Fisher matrix for convolution layers; Eschenhagen et al. (2023), sections 3.1 and 3.2.
+    """
+    by_example = estimator != "mc" or any(block.sharing == "reduce" for block in layout.blocks)
+
+    def contribution(recorded: Recorded, u: Pulled, v: Pulled | None) -> PyTree[Array]:
+        del recorded
+        other = u if v is None else v
+        products = {block.name: _products(block, u, v) for block in layout.blocks}
+        squares = {path: _sum_of_products(x, other.outside[path]) for path, x in u.outside.items()}
+        return products, squares, jax.tree.map(counted_positions, other.blocks)
+
+    def finish(recorded: Recorded, sums: PyTree[Array]) -> PyTree[Array]:
+        products, squares, times_counted = sums
+        counted = jax.tree.map(lambda n: jnp.minimum(n, 1), times_counted)
+        inputs = {b.name: _inputs(b, recorded.inputs[b.name], counted[b.name]) for b in layout.blocks}
+        return inputs, products, squares
+
+    sums, terms = accumulate(
+        objective,
+        layout,
+        params,
+        batch,
+        key,
+        (contribution, finish),
+        estimator=estimator,
+        num_samples=num_samples,
+        microbatch=microbatch,
+        by_example=by_example,
+    )
+    inputs, products, squares = sums
+    return make_factors(inputs, products, squares, terms)
+
+
+def make_factors(inputs: Any, products: Any, squares: Any, terms: Scalar) -> Factors:
+    """Put sums over a batch of `terms` terms together; curvature of the mean loss weighs as much as it has terms."""
+    blocks = {}
+    for name, (own, transposed) in inputs.items():
+        outputs = [Factor(terms * g, terms) for g in products[name]]
+        blocks[name] = BlockFactors(Factor(*own), outputs[0], transposed and (Factor(*transposed), outputs[1]))
+    return Factors(blocks, {path: Factor(terms * x, terms) for path, x in squares.items()})
+
+
+def merge(first: Factors, second: Factors) -> Factors:
+    """Combine the factors of two batches into those of both together.
+
+    Exact for `estimator="exact"` and, in expectation, "mc"; for "empirical" if both have as many terms for each example.
+    With it factors stream over a data set: `factors = merge(factors, kron_factors(...))`, and resume from a checkpoint.
+
+    Raises:
+      ValueError: factors of different layouts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax.kron import Factor, Factors, merge
+      >>> one, two = (Factors({}, {"w": Factor(n * jnp.ones(1), jnp.float32(n))}) for n in (1, 3))
+      >>> merge(one, two).diagonal["w"].mean.tolist()
+      [1.0]
+    """
+    if jax.tree.map(jnp.shape, first) != jax.tree.map(jnp.shape, second):
+        raise ValueError("these factors are of different layouts: their blocks or shapes differ.")
+    merged: Factors = jax.tree.map(jnp.add, first, second)
+    return merged
+
+
+def moving_average(held: Factors, new: Factors, decay: float | Array) -> Factors:
+    """Take `new` into an exponential moving average, `decay * held + (1 - decay) * new` for sums and weights alike.
+
+    Started from zeros, the means need no bias correction: their weights decay with them. A block that was not used (an
+    expert, a branch) adds no weight and keeps its mean of inputs.
+    """
+    check_decay(decay=decay)
+    averaged: Factors = jax.tree.map(lambda h, n: (decay * h + (1 - decay) * n).astype(h.dtype), held, new)
+    return averaged
+
+
+def zero_factors(layout: Layout, params: Params) -> Factors:
+    """Return factors of no data at all."""
+    leaves = by_path(params)
+
+    def block(block: Block) -> BlockFactors:
+        dtype = jnp.result_type(jnp.float32, *(leaves[path] for path in block.leaves))
+        (a, g), stack = block.factor_shapes, block.shape[0]
+        zeros = lambda shape, weight: Factor(jnp.zeros(shape, dtype), jnp.zeros(weight, dtype))
+        transposed = (zeros(g, (stack,)), zeros(a, ())) if has_transposed(block) else None
+        return BlockFactors(zeros(a, (stack,)), zeros(g, ()), transposed)
+
+    zero = lambda x: jnp.zeros_like(at_least_float32(x))
+    diagonal = {
+        leaf.path: Factor(zero(leaves[leaf.path]), zero(leaves[leaf.path].ravel()[0]))
+        for leaf in layout.leaves
+        if leaf.outside == "diagonal"
+    }
+    return Factors({b.name: block(b) for b in layout.blocks}, diagonal)
+
+
+def accumulate(
+    objective: Objective,
+    layout: Layout,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    statistic: tuple[Contribution, Callable[[Recorded, PyTree[Array]], PyTree[Array]]],
+    *,
+    estimator: str,
+    num_samples: int,
+    microbatch: int | None,
+    by_example: bool,
+) -> tuple[PyTree[Array], Scalar]:
+    """Sum a statistic of the taps over rounds of cotangents and chunks of the batch; return it and the number of terms.
+
+    `statistic = (contribution, finish)`: `contribution(recorded, u, v)` is summed over rounds, `finish(recorded, sum)` ends.
+    """
+    check_params(params)
+    check_layout(layout, params)
+    check_batch(batch)
+    check_estimator(estimator, num_samples)
+    contribution, finish = statistic
+    totals = total_terms(objective, params, batch, microbatch)
+    rows = with_index(batch)
+    total_size = rows[1].size
+
+    def of_chunk(chunk: tuple[Batch, Array]) -> PyTree[Array]:
+        (inputs, targets), index = chunk
+        whole = microbatch is None
+        loss = objective.loss if whole else share(objective, params, (inputs, targets), totals).loss
+        recorded = record(objective, layout, params, inputs, by_example)
+        chunk_key = key if whole or by_example else jax.random.fold_in(key, index[0])
+        rounds = rounds_of(
+            estimator,
+            loss,
+            chunk_key,
+            recorded.outputs,
+            targets,
+            index,
+            num_samples=num_samples,
+            by_example=by_example,
+            total_size=total_size,
+        )
+
+        def one(k: Array) -> PyTree[Array]:
+            u, v = rounds.pair(k)
+            return contribution(recorded, recorded.pull(u), None if v is None else recorded.pull(v))
+
+        return finish(recorded, summed_rounds(rounds.number, one, body))
+
+    if microbatch is None:
+        sums = of_chunk(rows)
+    else:
+        check_count(1, microbatch=microbatch)
+        sums = sum_over_chunks(of_chunk, rows, microbatch)
+    terms = sum(jax.tree.leaves(totals))
+    return sums, jnp.asarray(terms)
+
+
+def _products(block: Block, u: Pulled, v: Pulled | None) -> list[Float[Array, "s ..."]]:
+    """G of the block's uses, and if there are any, of those of the transpose."""
+    g, h = u.blocks[block.name], None if v is None else v.blocks[block.name]
+    return [output_moment(block, g, h, transposed) for transposed in (False, True)[: 1 + has_transposed(block)]]
+
+
+def _inputs(block: Block, inputs: list[Rows], counted: list[Array]) -> tuple[Second, Second | None]:
+    transposed = input_moment(block, inputs, counted, True) if has_transposed(block) else None
+    return input_moment(block, inputs, counted, False), transposed
+
+
+def _sum_of_products(x: Array, y: Array) -> Array:
+    return jnp.sum(at_least_float32(x) * at_least_float32(y), axis=0)

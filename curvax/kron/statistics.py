@@ -1,0 +1,159 @@
+"""Sums over examples and positions from which factors are made."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from curvax._types import at_least_float32
+from curvax.kron.grouping import Member
+from curvax.kron.layout import Block
+from curvax.kron.tapping import Rows
+
+# e: examples, s: stack, n: positions, i: inputs, o: outputs
+Counted = Float[Array, "e s n"]
+
+
+class Second(NamedTuple):
+    """A second moment before division: `mean = total / weight`.
+
+    Attributes:
+      total: `[stack, size, size]`, or `[stack, size]` where only the diagonal is kept.
+      weight: `[stack]`, how many rows were summed.
+    """
+
+    total: Array
+    weight: Array
+
+
+def input_moment(block: Block, inputs: list[Rows], counted: list[Counted], transposed: bool) -> Second:
+    """Sum `a a'` of the inputs (with their 1 for a bias) of all uses; positions that do not count are left out."""
+    # Of a transposed use, the input is on the output's side, and has no 1.
+    structure = block.outputs if transposed else block.inputs
+    uses = _uses(block, transposed)
+    if block.sharing == "expand":
+        parts = [_expanded_inputs(block, block.members[k], inputs[k], counted[k], structure) for k in uses]
+        return Second(_sum(total for total, _ in parts), _sum(weight for _, weight in parts))
+    sums = [_summed_inputs(block, block.members[k], inputs[k], counted[k]) for k in uses]
+    total, count = sum(s for s, _ in sums), sum(m for _, m in sums)  # [e, s, i], [e, s]
+    mean = total / jnp.maximum(count, 1)[..., None]  # an example with no position that counts is left out: 0
+    examples = jnp.sum(count > 0, axis=0).astype(mean.dtype)
+    return Second(second_moment(mean.swapaxes(0, 1), None, structure), examples)
+
+
+def output_moment(block: Block, g: list[Rows], h: list[Rows] | None, transposed: bool) -> Float[Array, "s ..."]:
+    """Sum `g h'` of the outputs' cotangents of all uses."""
+    structure = block.inputs if transposed else block.outputs
+    pick = lambda rows: [at_least_float32(rows[k]) for k in _uses(block, transposed)]
+    g, h = pick(g), None if h is None else pick(h)
+    if block.sharing == "reduce":
+        pooled = lambda rows: [_sum(jnp.sum(x, axis=2, keepdims=True) for x in rows)]
+        g, h = pooled(g), None if h is None else pooled(h)
+    total = _sum(second_moment(_flat(x), None if h is None else _flat(h[k]), structure) for k, x in enumerate(g))
+    if transposed and block.bias is not None:  # on the inputs' side, where the bias has a row that this use leaves alone
+        total = jnp.pad(total, [(0, 0), *[(0, 1)] * (total.ndim - 1)])
+    return total
+
+
+def has_transposed(block: Block) -> bool:
+    """Whether some use multiplies by the kernel's transpose."""
+    return any(member.transposed for member in block.members)
+
+
+def _uses(block: Block, transposed: bool) -> list[int]:
+    return [k for k, member in enumerate(block.members) if member.transposed == transposed]
+
+
+def _sum(arrays: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)
+
+
+def _flat(x: Array) -> Array:
+    """Bring examples and positions into one axis: `[stack, rows, ...]`."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+
+def counted_positions(g: Rows) -> Counted:
+    """Give 1 to positions that have a cotangent at all: padding, and branches not taken, have none."""
+    return jnp.any(g != 0, axis=-1).astype(at_least_float32(g).dtype)
+
+
+# m: 1 where a position counts, 0 where not
+def _expanded_inputs(block: Block, member: Member, a: Rows, m: Counted, structure: str) -> tuple[Array, Array]:
+    weight = jnp.sum(m, axis=(0, 2))
+    if member.kind == "lookup":
+        counts = _with_one(block, member, _count_rows(_flat(a)[..., 0], _flat(m), block.kernel.shape[1]), weight)
+        return jax.vmap(jnp.diag)(counts) if structure == "full" else counts, weight
+    m = _flat(m)
+    a = _with_one(block, member, jnp.where(m[..., None] > 0, _flat(a).astype(m.dtype), 0), m)
+    return second_moment(a, None, structure), weight
+
+
+def _summed_inputs(block: Block, member: Member, a: Rows, m: Counted) -> tuple[Float[Array, "e s i"], Float[Array, "e s"]]:
+    """Sum inputs over the positions of each example, and count them."""
+    count = jnp.sum(m, axis=2)
+    if member.kind == "lookup":
+        total = jax.vmap(lambda ids, m: _count_rows(ids, m, block.kernel.shape[1]))(a[..., 0], m)
+    else:
+        total = jnp.sum(jnp.where(m[..., None] > 0, a.astype(m.dtype), 0), axis=2)
+    return _with_one(block, member, total, count), count
+
+
+def _with_one(block: Block, member: Member, a: Array, one: Array) -> Array:
+    """Append the bias's coordinate: `one` where the bias is added, 0 for a use without it, nothing without a bias."""
+    if block.bias is None or member.transposed:
+        return a
+    return jnp.concatenate([a, (one if member.biased else jnp.zeros_like(one))[..., None]], axis=-1)
+
+
+def _count_rows(ids: Array, m: Float[Array, "s n"], size: int) -> Float[Array, "s i"]:
+    """Count how often each row was looked up, slice by slice of the stack; row numbers out of range count nowhere."""
+    return jax.vmap(lambda ids, m: jnp.zeros(size, m.dtype).at[ids].add(m, mode="drop"))(ids, m)
+
+
+def second_moment(x: Float[Array, "s m i"], y: Float[Array, "s m i"] | None, structure: str) -> Float[Array, "s ..."]:
+    """Sum `x y'` over m, in x's precision: all of it, its diagonal, or (identity) nothing."""
+    if structure == "identity":
+        return jnp.zeros((x.shape[0], x.shape[2]), x.dtype)
+    if structure == "diagonal":
+        return jnp.sum(x * (x if y is None else y), axis=1)
+    if y is None:
+        return _gram(x)
+    product = jnp.matmul(x.swapaxes(1, 2), y, precision=lax.Precision.HIGHEST)
+    return (product + product.swapaxes(1, 2)) / 2
+
+
+def _gram(x: Float[Array, "s m i"]) -> Float[Array, "s i i"]:
+    """Sum `x x'` over m by the upper triangle alone: by BLAS on GPUs, elsewhere in strips of rows."""
+    size = x.shape[-1]
+    strips = 4 if size >= 256 else 1
+    width = -(-size // strips)
+    transposed = x.swapaxes(1, 2)
+    rows = [
+        jnp.matmul(transposed[:, k : k + width], x[:, :, k:], precision=lax.Precision.HIGHEST)
+        for k in range(0, size, width)
+    ]
+    if len(rows) == 1:
+        return rows[0]
+    padded = [jnp.pad(row, ((0, 0), (0, 0), (k * width, 0))) for k, row in enumerate(rows)]
+    upper = jnp.concatenate(padded, axis=1)
+    return jnp.triu(upper) + jnp.triu(upper, 1).swapaxes(1, 2)
+
+
+def summed_rounds(
+    number: int, one: Callable[[Array], PyTree[Array]], wrap: Callable[[Any], Any] = lambda fn: fn
+) -> PyTree[Array]:
+    """Sum `one(k)` over k, one at a time."""
+    if number == 1:
+        return one(jnp.int32(0))
+    step = wrap(one)
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: one(jnp.int32(0))))
+    add = lambda total, k: (jax.tree.map(jnp.add, total, step(k)), None)
+    total, _ = lax.scan(add, start, jnp.arange(number))
+    return total
