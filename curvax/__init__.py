@@ -14,6 +14,7 @@ from curvax.estimate import hutchinson_diagonal as hutchinson_diagonal
 from curvax.estimate import hutchinson_trace as hutchinson_trace
 from curvax.estimate import per_example_grads as per_example_grads
 from curvax.kron import Layout as Layout
+from curvax.kron import eigen_curvature as eigen_curvature
 from curvax.kron import kron_basis as kron_basis
 from curvax.kron import kron_factors as kron_factors
 from curvax.kron import kron_inverse as kron_inverse
@@ -23,8 +24,16 @@ from curvax.kron import merge as merge
 from curvax.objective import Objective as Objective
 from curvax.optim import adahessian as adahessian
 from curvax.optim import block_average as block_average
+from curvax.optim import ekfac as ekfac
 from curvax.optim import estimating as estimating
+from curvax.optim import kfac as kfac
+from curvax.optim import kl_clip as kl_clip
+from curvax.optim import levenberg_marquardt as levenberg_marquardt
+from curvax.optim import on_fraction as on_fraction
+from curvax.optim import quadratic_model as quadratic_model
 from curvax.optim import scale_by_adahessian as scale_by_adahessian
+from curvax.optim import scale_by_ekfac as scale_by_ekfac
+from curvax.optim import scale_by_kfac as scale_by_kfac
 from curvax.optim import scale_by_sophia as scale_by_sophia
 from curvax.optim import sophia_g as sophia_g
 from curvax.optim import sophia_h as sophia_h

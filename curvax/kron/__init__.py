@@ -12,6 +12,8 @@ from curvax.kron.layout import Block as Block
 from curvax.kron.layout import Layout as Layout
 from curvax.kron.layout import Leaf as Leaf
 from curvax.kron.layout import kron_layout as kron_layout
+from curvax.kron.moments import EigenCurvature as EigenCurvature
 from curvax.kron.moments import EigenFactors as EigenFactors
+from curvax.kron.moments import eigen_curvature as eigen_curvature
 from curvax.kron.moments import kron_basis as kron_basis
 from curvax.kron.moments import kron_moments as kron_moments

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from curvax.kron.layout import Block, Layout, by_path, check_layout
 from curvax.kron.statistics import Second, counted_positions, has_transposed, input_moment, output_moment, summed_rounds
 from curvax.kron.tapping import Pulled, Recorded, Rows, record
 from curvax.objective import Objective, share, total_terms
+
+T = TypeVar("T")
 
 
 class Factor(NamedTuple):
@@ -65,7 +67,16 @@ class Factors(NamedTuple):
     diagonal: dict[str, Factor]
 
 
-Contribution = Callable[[Recorded, Pulled, Pulled | None], PyTree[Array]]
+class Statistic(NamedTuple):
+    """What is summed over a batch.
+
+    Attributes:
+      contribution: `(recorded, u, v) -> tree` of one round of cotangents; summed over rounds.
+      finish: `(recorded, sums) -> tree` of one chunk of the batch; summed over chunks.
+    """
+
+    contribution: Callable[[Recorded, Pulled, Pulled | None], PyTree[Array]]
+    finish: Callable[[Recorded, PyTree[Array]], PyTree[Array]]
 
 
 def kron_factors(
@@ -126,6 +137,24 @@ def kron_factors(
       Fisher matrix for convolution layers; Eschenhagen et al. (2023), sections 3.1 and 3.2.
     """
     by_example = estimator != "mc" or any(block.sharing == "reduce" for block in layout.blocks)
+    sums, terms = accumulate(
+        objective,
+        layout,
+        params,
+        batch,
+        key,
+        factor_sums(layout),
+        estimator=estimator,
+        num_samples=num_samples,
+        microbatch=microbatch,
+        by_example=by_example,
+    )
+    inputs, products, squares = sums
+    return make_factors(inputs, products, squares, terms)
+
+
+def factor_sums(layout: Layout) -> Statistic:
+    """Say what is summed for `make_factors`."""
 
     def contribution(recorded: Recorded, u: Pulled, v: Pulled | None) -> PyTree[Array]:
         del recorded
@@ -140,20 +169,7 @@ def kron_factors(
         inputs = {b.name: _inputs(b, recorded.inputs[b.name], counted[b.name]) for b in layout.blocks}
         return inputs, products, squares
 
-    sums, terms = accumulate(
-        objective,
-        layout,
-        params,
-        batch,
-        key,
-        (contribution, finish),
-        estimator=estimator,
-        num_samples=num_samples,
-        microbatch=microbatch,
-        by_example=by_example,
-    )
-    inputs, products, squares = sums
-    return make_factors(inputs, products, squares, terms)
+    return Statistic(contribution, finish)
 
 
 def make_factors(inputs: Any, products: Any, squares: Any, terms: Scalar) -> Factors:
@@ -187,14 +203,14 @@ def merge(first: Factors, second: Factors) -> Factors:
     return merged
 
 
-def moving_average(held: Factors, new: Factors, decay: float | Array) -> Factors:
+def moving_average(held: T, new: T, decay: float | Array) -> T:
     """Take `new` into an exponential moving average, `decay * held + (1 - decay) * new` for sums and weights alike.
 
     Started from zeros, the means need no bias correction: their weights decay with them. A block that was not used (an
     expert, a branch) adds no weight and keeps its mean of inputs.
     """
     check_decay(decay=decay)
-    averaged: Factors = jax.tree.map(lambda h, n: (decay * h + (1 - decay) * n).astype(h.dtype), held, new)
+    averaged: T = jax.tree.map(lambda h, n: (decay * h + (1 - decay) * n).astype(h.dtype), held, new)
     return averaged
 
 
@@ -224,22 +240,18 @@ def accumulate(
     params: Params,
     batch: Batch,
     key: PRNGKey,
-    statistic: tuple[Contribution, Callable[[Recorded, PyTree[Array]], PyTree[Array]]],
+    statistic: Statistic,
     *,
     estimator: str,
     num_samples: int,
     microbatch: int | None,
     by_example: bool,
 ) -> tuple[PyTree[Array], Scalar]:
-    """Sum a statistic of the taps over rounds of cotangents and chunks of the batch; return it and the number of terms.
-
-    `statistic = (contribution, finish)`: `contribution(recorded, u, v)` is summed over rounds, `finish(recorded, sum)` ends.
-    """
+    """Sum a statistic over rounds of cotangents and chunks of the batch; return it and the number of terms."""
     check_params(params)
     check_layout(layout, params)
     check_batch(batch)
     check_estimator(estimator, num_samples)
-    contribution, finish = statistic
     totals = total_terms(objective, params, batch, microbatch)
     rows = with_index(batch)
     total_size = rows[1].size
@@ -264,9 +276,9 @@ def accumulate(
 
         def one(k: Array) -> PyTree[Array]:
             u, v = rounds.pair(k)
-            return contribution(recorded, recorded.pull(u), None if v is None else recorded.pull(v))
+            return statistic.contribution(recorded, recorded.pull(u), None if v is None else recorded.pull(v))
 
-        return finish(recorded, summed_rounds(rounds.number, one, body))
+        return statistic.finish(recorded, summed_rounds(rounds.number, one, body))
 
     if microbatch is None:
         sums = of_chunk(rows)

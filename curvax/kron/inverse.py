@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from curvax._checks import check_choice, describe, is_masked
 from curvax._types import Matvec, Params, at_least_float32
 from curvax.kron.factors import Factor, Factors
 from curvax.kron.layout import Block, Layout, Leaf, check_layout
-from curvax.kron.moments import EigenFactors
+from curvax.kron.moments import Basis, EigenFactors
 from curvax.kron.sides import (
     Eigen,
     Side,
@@ -58,6 +58,9 @@ class Spectral(NamedTuple):
     scale: Array
 
 
+BlockPower: TypeAlias = Sandwich | Spectral
+
+
 class KronPower(NamedTuple):
     """A power of damped curvature, ready to be applied by `apply_power`.
 
@@ -66,7 +69,7 @@ class KronPower(NamedTuple):
       diagonal: powers of damped diagonal entries, by path.
     """
 
-    blocks: dict[str, Sandwich | Spectral]
+    blocks: Mapping[str, BlockPower]
     diagonal: dict[str, Array]
 
 
@@ -122,11 +125,14 @@ def kron_inverse(
         raise TypeError(f"with eigen={eigen} kron_inverse takes the {want}, got {describe(factors)}.")
     check_choice("scheme", scheme, DAMPINGS)
     check_damping(damping, allow_zero=power > 0)
-    made = (
-        eigen_power(factors, damping, power)
-        if isinstance(factors, EigenFactors)
-        else kron_power(layout, factors, damping, scheme, power)
-    )
+    if isinstance(factors, EigenFactors):
+        moments = factors.moments
+        blocks: Mapping[str, BlockPower] = {
+            name: eigen_power(basis, moments[name], damping, power) for name, basis in factors.basis.items()
+        }
+    else:
+        blocks = kron_power(layout, factors, damping, scheme, power)
+    made = KronPower(blocks, diagonal_power(factors.diagonal, damping, power))
     return Partial(partial(apply_power, layout), made)
 
 
@@ -136,28 +142,28 @@ def check_damping(damping: Any, allow_zero: bool = False) -> None:
         raise ValueError(f"damping must be positive, got {damping}: a factor without full rank has no inverse.")
 
 
-def kron_power(layout: Layout, factors: Factors, damping: Any, scheme: str, power: float) -> KronPower:
-    """Compute a power of damped factors, see `kron_inverse`."""
+def kron_power(layout: Layout, factors: Factors, damping: Any, scheme: str, power: float) -> dict[str, BlockPower]:
+    """Compute a power of the damped factors of every block, see `kron_inverse`."""
     pairs = [sides(block, factors.blocks[block.name]) for block in layout.blocks]
     if scheme == "factored":
         damped = [damped_sides(block, *pair, damping) for block, pair in zip(layout.blocks, pairs, strict=True)]
         invert = inverse if power == -1 else partial(_root, power=power)
         done = iter(together(invert, [side for pair in damped for side in pair]))
-        blocks: list[Sandwich | Spectral] = [Sandwich(next(done), next(done)) for _ in pairs]
+        blocks: list[BlockPower] = [Sandwich(next(done), next(done)) for _ in pairs]
     else:
         spectra = iter(together(eigen, [side for pair in pairs for side in pair]))
         blocks = [_spectral(next(spectra), next(spectra), damping, power) for _ in pairs]
-    named = {block.name: made for block, made in zip(layout.blocks, blocks, strict=True)}
-    return KronPower(named, _diagonal(factors.diagonal, damping, power))
+    return {block.name: made for block, made in zip(layout.blocks, blocks, strict=True)}
 
 
-def eigen_power(factors: EigenFactors, damping: Any, power: float) -> KronPower:
-    """Compute a power of damped EK-FAC curvature."""
-    blocks: dict[str, Sandwich | Spectral] = {
-        name: Spectral(basis.inputs, basis.outputs, (factors.moments[name].mean + damping) ** power)
-        for name, basis in factors.basis.items()
-    }
-    return KronPower(blocks, _diagonal(factors.diagonal, damping, power))
+def eigen_power(basis: Basis, moments: Factor, damping: Any, power: float) -> Spectral:
+    """Compute a power of a block that is diagonal in an eigenbasis."""
+    return Spectral(basis.inputs, basis.outputs, (moments.mean + damping) ** power)
+
+
+def diagonal_power(diagonal: Mapping[str, Factor], damping: Any, power: float) -> dict[str, Array]:
+    """Compute a power of damped diagonal entries, by path."""
+    return {path: (factor.mean + damping) ** power for path, factor in diagonal.items()}
 
 
 def apply_power(layout: Layout, made: KronPower, v: Params) -> Params:
@@ -206,7 +212,7 @@ def _outside(layout: Layout, leaf: Leaf, x: Array, made: KronPower) -> Array:
     return jnp.where(covered > 0, 0, done)
 
 
-def _apply(made: Sandwich | Spectral, matrix: Float[Array, "s i o"]) -> Float[Array, "s i o"]:
+def _apply(made: BlockPower, matrix: Float[Array, "s i o"]) -> Float[Array, "s i o"]:
     if isinstance(made, Sandwich):
         return multiply_right(multiply_left(made.left, matrix), made.right)
     rotated = multiply_right(multiply_left(made.left, matrix, transpose=True), made.right) * made.scale
@@ -245,7 +251,3 @@ def _root(side: Side, power: float) -> Side:
 def _spectral(left: Eigen, right: Eigen, damping: Any, power: float) -> Spectral:
     values = left.values[:, :, None] * right.values[:, None, :]
     return Spectral(left.vectors, right.vectors, (values + damping) ** power)
-
-
-def _diagonal(diagonal: Mapping[str, Factor], damping: Any, power: float) -> dict[str, Array]:
-    return {path: (factor.mean + damping) ** power for path, factor in diagonal.items()}

@@ -259,6 +259,15 @@ def check_layout(layout: Layout, tree: Any, name: str = "params") -> None:
             )
 
 
+def present(layout: Layout, tree: Any) -> Layout:
+    """Keep what of a layout lies wholly in leaves of `tree` that are not masked out."""
+    gone = set(_masked(tree, [leaf.path for leaf in layout.leaves]))
+    if not gone:
+        return layout
+    blocks = tuple(block for block in layout.blocks if not gone.intersection(block.leaves))
+    return Layout(blocks, tuple(leaf for leaf in layout.leaves if leaf.path not in gone))
+
+
 def _masked(tree: Any, paths: Iterable[str]) -> list[str]:
     nodes = [keystr(path) for path, x in jax.tree.leaves_with_path(tree, is_leaf=is_masked) if is_masked(x)]
     return [path for path in paths if any(path.startswith(node) for node in nodes)]

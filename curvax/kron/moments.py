@@ -11,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from curvax._types import Batch, Params, PRNGKey, at_least_float32
-from curvax.kron.factors import Factor, Factors, accumulate
+from curvax.kron.factors import Factor, Factors, Statistic, accumulate, factor_sums, make_factors
 from curvax.kron.layout import Block, Layout
-from curvax.kron.sides import eigen, sides, together
+from curvax.kron.sides import eigen, multiply_left, multiply_right, sides, together
 from curvax.kron.tapping import Pulled, Recorded, Rows
 from curvax.objective import Objective
 
@@ -104,7 +104,7 @@ def kron_moments(
     References: George et al. (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis.
     """
 
-    def statistic(recorded: Recorded, u: Pulled, v: Pulled | None) -> PyTree[Array]:
+    def contribution(recorded: Recorded, u: Pulled, v: Pulled | None) -> PyTree[Array]:
         other = u if v is None else v
         second = {
             block.name: block_moments(
@@ -121,7 +121,7 @@ def kron_moments(
         params,
         batch,
         key,
-        (statistic, lambda recorded, sums: sums),
+        Statistic(contribution, lambda recorded, sums: sums),
         estimator=estimator,
         num_samples=num_samples,
         microbatch=microbatch,
@@ -129,6 +129,74 @@ def kron_moments(
     )
     scaled = jax.tree.map(lambda x: Factor(terms * x, terms), sums)
     return EigenFactors(basis, *scaled)
+
+
+class EigenCurvature(NamedTuple):
+    """Curvature of a batch as data for `scale_by_ekfac`: factors, and the rows of which moments in any basis are made.
+
+    Not an average: of two batches, `merge` the factors, and concatenate rows along the examples after scaling cotangents
+    by the root of each batch's share of the terms.
+
+    Attributes:
+      factors: Kronecker factors.
+      inputs: for each block what its uses were given, `[examples, stack, positions, in]`.
+      cotangents: for each block the uses' cotangents, `[examples, stack, positions, out]`.
+      terms: number of terms of the mean.
+    """
+
+    factors: Factors
+    inputs: dict[str, list[Rows]]
+    cotangents: dict[str, list[Rows]]
+    terms: Array
+
+
+def eigen_curvature(objective: Objective, layout: Layout, params: Params, batch: Batch, key: PRNGKey) -> EigenCurvature:
+    """Sample what EK-FAC needs of a batch: `kron_factors` (of one sample), and what `kron_moments` is made of.
+
+    Args:
+      objective: a `curvax.Objective`.
+      layout: of this objective and params.
+      params: pytree of float arrays.
+      batch: `(inputs, targets)`.
+      key: JAX key.
+
+    Raises:
+      As `kron_moments`.
+
+    Cost: as `kron_factors`.
+    """
+    sums = factor_sums(layout)
+
+    def contribution(recorded: Recorded, u: Pulled, v: Pulled | None) -> PyTree[Array]:
+        return sums.contribution(recorded, u, v), u.blocks
+
+    def finish(recorded: Recorded, found: PyTree[Array]) -> PyTree[Array]:
+        return sums.finish(recorded, found[0]), recorded.inputs, found[1]
+
+    (found, inputs, cotangents), terms = accumulate(
+        objective,
+        layout,
+        params,
+        batch,
+        key,
+        Statistic(contribution, finish),
+        estimator="mc",
+        num_samples=1,
+        microbatch=None,
+        by_example=True,
+    )
+    of_inputs, products, squares = found
+    return EigenCurvature(make_factors(of_inputs, products, squares, terms), inputs, cotangents, terms)
+
+
+def carried_moments(old: Basis, new: Basis, moments: Factor) -> Factor:
+    """Express second moments in a new basis: the diagonal there of the matrix that is diagonal in the old one.
+
+    With `R = new' old` for each side it is `(R_A * R_A) moments (R_G * R_G)'`; its sum, the trace, stays.
+    """
+    squares = lambda old, new: None if old is None else jnp.square(multiply_left(new, old, transpose=True))
+    total = multiply_left(squares(old.inputs, new.inputs), moments.total)
+    return Factor(multiply_right(total, squares(old.outputs, new.outputs), transpose=True), moments.weight)
 
 
 def block_moments(

@@ -75,13 +75,13 @@ def scale_by_diagonal(
         **extra: Any,
     ) -> tuple[PyTree, ScaleByDiagonalState]:
         del params, extra
-        good = finite = _all_finite(updates)
+        good = finite = all_finite(updates)
         mu = optax.tree.update_moment(tree_at_least_float32(updates), state.mu, b1, 1)
         held, num_refreshes = state.curvature, state.num_refreshes
         if curvature is not None:
             curvature = select_leaves(curvature, updates)
-            finite = good & _all_finite(curvature)
-            held = _keep_unless(finite, average(held, curvature), held)
+            finite = good & all_finite(curvature)
+            held = keep_unless(finite, average(held, curvature), held)
             num_refreshes = num_refreshes + finite
 
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -91,7 +91,7 @@ def scale_by_diagonal(
         num_nonfinite = state.info.num_nonfinite + ~finite
         new = ScaleByDiagonalState(count, num_refreshes, mu, held, info(measure.astype(jnp.float32), num_nonfinite))
         old = state._replace(info=state.info._replace(num_nonfinite=num_nonfinite))
-        return steps, _keep_unless(good, new, old)
+        return steps, keep_unless(good, new, old)
 
     return optax.GradientTransformationExtraArgs(init, cast(optax.TransformUpdateExtraArgsFn, update))
 
@@ -119,10 +119,12 @@ def with_decay_and_rate(
     return optax.chain(rule, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
 
 
-def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every entry is a finite number."""
     return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], jnp.array(True))
 
 
-def _keep_unless(good: Bool[Array, ""], new: T, old: T) -> T:
+def keep_unless(good: Bool[Array, ""], new: T, old: T) -> T:
+    """Return `new` if it is good, else `old`."""
     kept: T = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     return kept

@@ -48,7 +48,7 @@ class View:
         """Write the view as NumPy would, without reshapes and transposes."""
         if self.move == "slice":
             bounds = zip(self.how, self.of[0].shape, strict=True)
-            text = ", ".join(_bounds_text(*how, size) for how, size in bounds)
+            text = ", ".join(_bounds_text(start, stop, step, size) for (start, stop, step), size in bounds)
             return f"{self.of[0]}[{text}]"
         if self.move == "concatenate":
             return " | ".join(map(str, self.of))

@@ -1,0 +1,42 @@
+"""Estimate curvature on a part of the batch."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, PyTree
+
+from curvax._batch import batch_size, map_rows
+from curvax._types import Batch, Params, PRNGKey
+from curvax.optim.estimating import Estimator
+
+
+def on_fraction(estimator: Estimator, fraction: float) -> Estimator:
+    """Return an estimator that sees a fraction of the rows of every batch.
+
+    Rows are taken at equal distances, so that a batch sharded over devices stays so; shuffled data makes them a random
+    sample. Curvature is of a mean, so its scale stays.
+
+    Args:
+      estimator: `(key, params, batch) -> curvature`.
+      fraction: in (0, 1]; at least one row is taken.
+
+    Raises:
+      ValueError: a fraction outside (0, 1].
+
+    Cost: the fraction of the estimator's; but a forward pass that is shared with the gradient's no longer is.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> rows = lambda key, params, batch: batch[0]
+      >>> curvax.on_fraction(rows, 0.25)(None, None, (jnp.arange(8), jnp.arange(8))).tolist()
+      [0, 4]
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
+
+    def on_some_rows(key: PRNGKey, params: Params, batch: Batch) -> PyTree[Array]:
+        size = batch_size(batch)
+        number = max(1, round(fraction * size))
+        some: Batch = map_rows(lambda x: x[:: size // number][:number], batch)
+        return estimator(key, params, some)
+
+    return on_some_rows

@@ -1,0 +1,171 @@
+"""K-FAC: the gradient times the damped inverse of Kronecker factors that are averaged over steps."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from curvax._checks import check_choice, check_decay
+from curvax._types import Params, Scalar
+from curvax.kron import Factors, Layout, kron_factors
+from curvax.kron.factors import zero_factors
+from curvax.kron.inverse import DAMPINGS, KronPower, diagonal_power, kron_power
+from curvax.kron.spectrum import BlockSpectrum, block_spectrum
+from curvax.objective import Objective
+from curvax.optim.estimating import estimating
+from curvax.optim.kronecker import Method, Pieces, scale_by_kron
+
+
+def scale_by_kfac(
+    layout: Layout,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    inverse_every: int | Int[Array, ""] = 1,
+    decay: float | Float[Array, ""] = 0.95,
+    scheme: str = "factored",
+    stagger: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply by the damped inverse of Kronecker-factored curvature, given as data.
+
+    `A <- decay A + (1 - decay) A_new` and likewise G, with bias correction; every `inverse_every` steps
+    `P = (A + pi sqrt(damping) I)^-1`, `Q = (G + sqrt(damping) / pi I)^-1`; the step is `P V Q` for each block V of the
+    updates.
+
+    Args:
+      layout: of `curvax.kron_layout`.
+      damping: in units of an eigenvalue of the curvature: a number, or a schedule of the step. An update that is given
+        `damping=` (`curvax.levenberg_marquardt` does) takes that instead.
+      inverse_every: steps between inversions; step 0 inverts.
+      decay: of the running averages of factors.
+      scheme: "factored" or "exact" damping, see `curvax.kron_inverse`.
+      stagger: spread the inversions of blocks over the `inverse_every` steps, for an even time per step.
+
+    Returns:
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *, curvature=None, damping=None)`;
+      curvature are the `Factors` of `curvax.kron_factors`. Leaves that a mask or partition has taken out are left out, and
+      with them the blocks they are in. State is a `ScaleByKronState`.
+
+    Raises:
+      ValueError: damping that is not positive; unknown schemes; `inverse_every` below 1; updates or curvature of another
+        layout.
+
+    Cost: `in out (in + out)` multiplications a block and step; `in^3 + out^3` every `inverse_every` steps. Memory:
+      `2 (in^2 + out^2)` floats a block.
+
+    Example: Kronecker blocks by K-FAC, everything else by Adam (a fallback); factors from a quarter of the batch.
+      >>> import jax, jax.numpy as jnp, optax, curvax
+      >>> objective = curvax.Objective(lambda p, x: (x @ p["w"]) * p["s"], curvax.losses.squared_error())
+      >>> params, batch = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}, (jnp.ones((8, 3)), jnp.zeros((8, 2)))
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key)
+      >>> groups = {"kron": curvax.scale_by_kfac(layout, inverse_every=10), "diagonal": optax.scale_by_adam()}
+      >>> tx = optax.chain(
+      ...     curvax.estimating(
+      ...         optax.partition(groups, layout.labels(params)), curvax.on_fraction(estimator, 0.25), curvature_every=2),
+      ...     optax.trace(0.9), optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(0.1))
+      >>> updates, state = tx.update(jax.grad(objective)(params, batch), tx.init(params), params, batch=batch)
+
+    References: Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored approximate curvature.
+
+    Deviates: averages are bias-corrected with a constant decay, where the paper has `min(1 - 1/k, 0.95)` at step k.
+    """
+    check_choice("scheme", scheme, DAMPINGS)
+    method = Method(
+        factors=lambda curvature: curvature,
+        start=partial(_nothing, scheme),
+        refresh=partial(_invert, scheme),
+        finish=lambda own, pieces, curvature: pieces,
+        power=lambda own, factors, pieces, damping: KronPower(pieces, diagonal_power(factors.diagonal, damping, -1.0)),
+    )
+    return scale_by_kron(layout, method, damping, inverse_every, decay, stagger)
+
+
+def kfac(
+    learning_rate: optax.ScalarOrSchedule,
+    objective: Objective,
+    layout: Layout,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    curvature_every: int | Int[Array, ""] = 1,
+    inverse_every: int | Int[Array, ""] = 1,
+    momentum: float | Float[Array, ""] = 0.9,
+    seed: int | Int[Array, ""] = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC: natural gradient with Kronecker factors of the Fisher, sampled from the model's own predictions.
+
+    `estimating(scale_by_kfac(layout, damping, inverse_every), kron_factors)`, then momentum, then the learning rate.
+
+    Args:
+      learning_rate: number or schedule.
+      objective: a `curvax.Objective` whose loss samples.
+      layout: of `curvax.kron_layout(objective, params, batch)`.
+      damping: in units of an eigenvalue of the curvature; number or schedule.
+      curvature_every: steps between estimates of factors; step 0 estimates.
+      inverse_every: steps between inversions; step 0 inverts.
+      momentum: decay of the sum of past steps, as in `optax.trace`.
+      seed: of the sampled targets.
+
+    Returns:
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
+
+    Raises:
+      ValueError, TypeError: at trace time, as `scale_by_kfac`, `kron_factors` and `curvax.estimating`.
+
+    Cost: with every interval 1 a backward pass without kernels' gradients, `n (in^2 + out^2) / 2` multiplications for
+      the factors of n positions, `in^3 + out^3` for inverses, and `in out (in + out)` for the step. Memory:
+      `2 (in^2 + out^2)` floats a block, and a buffer for momentum.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, curvax
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> x = jnp.array([[1.0, 2.0], [0.0, 3.0], [1.0, 1.0]])
+      >>> params, batch = jnp.zeros((2, 1)), (x, x @ jnp.array([[2.0], [-1.0]]))
+      >>> tx = curvax.kfac(0.5, objective, curvax.kron_layout(objective, params, batch), damping=1e-6)
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     updates, state = tx.update(jax.grad(objective)(params, batch), state, params, batch=batch)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(objective(params, batch) < 1e-3)
+      True
+
+      What else there is comes by composition. Damping adapted, learning rate and momentum of the quadratic model:
+      >>> estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key)
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> rule = curvax.estimating(curvax.scale_by_kfac(layout, scheme="exact"), estimator)
+      >>> tx = curvax.levenberg_marquardt(curvax.quadratic_model(rule, objective), objective, damping=1.0)
+
+      A bound on the step's Kullback-Leibler divergence, weight decay, and a given learning rate:
+      >>> tx = optax.chain(
+      ...     curvax.kl_clip(rule, learning_rate=0.1), optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(0.1))
+
+    References: Martens and Grosse (2015).
+    """
+    estimator = lambda key, params, batch: kron_factors(objective, layout, params, batch, key)
+    rule = scale_by_kfac(layout, damping, inverse_every)
+    return with_momentum_and_rate(estimating(rule, estimator, curvature_every, seed), momentum, learning_rate)
+
+
+def with_momentum_and_rate(
+    rule: optax.GradientTransformation, momentum: Any, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    """Finish a rule as optimizer: momentum (none, and no buffer, where it is the number 0), then the learning rate."""
+    check_decay(momentum=momentum)
+    still = isinstance(momentum, int | float) and momentum == 0
+    return optax.chain(rule, *([] if still else [optax.trace(momentum)]), optax.scale_by_learning_rate(learning_rate))
+
+
+def _nothing(scheme: str, own: Layout, params: Params) -> Pieces:
+    inverse = jax.eval_shape(lambda factors: kron_power(own, factors, 1.0, scheme, -1.0), zero_factors(own, params))
+    zeros: Pieces = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), inverse)
+    return zeros
+
+
+def _invert(
+    scheme: str, own: Layout, factors: Factors, pieces: Pieces, damping: Scalar
+) -> tuple[Pieces, dict[str, BlockSpectrum]]:
+    del pieces
+    made = kron_power(own, factors, damping, scheme, -1.0)
+    return made, {b.name: block_spectrum(b, factors.blocks[b.name], made[b.name], damping) for b in own.blocks}

@@ -1,0 +1,80 @@
+"""A bound on how far a step moves the model's predictions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from curvax._checks import check_at_least
+from curvax._types import Count, Params, Scalar
+from curvax.optim.quadratic_model import inner_product
+
+
+class KlClipState(NamedTuple):
+    """State of `kl_clip`.
+
+    Attributes:
+      count: steps taken.
+      inner_state: of the wrapped transformation.
+      scale: by which the latest step was shortened, at most 1.
+    """
+
+    count: Count
+    inner_state: Any
+    scale: Scalar
+
+
+def kl_clip(
+    inner: optax.GradientTransformation, learning_rate: optax.ScalarOrSchedule, max_norm: float = 1e-3
+) -> optax.GradientTransformationExtraArgs:
+    """Shorten steps whose squared norm in the metric of the curvature exceeds `max_norm`.
+
+    With g the gradient and `u = F^-1 g` what `inner` makes of it, `(lr u)' F (lr u) = lr^2 g.u`, which is twice the
+    Kullback-Leibler divergence between the predictions before and after, to second order. The step becomes
+    `u min(1, sqrt(max_norm / (lr^2 g.u)))`.
+
+    Args:
+      inner: gives the preconditioned gradient, as `curvax.estimating(curvax.scale_by_kfac(layout), estimator)` does.
+      learning_rate: that will be applied after, number or schedule.
+      max_norm: the bound.
+
+    Returns:
+      `optax.GradientTransformationExtraArgs`; the learning rate is still to be applied. State is a `KlClipState`.
+
+    Raises:
+      ValueError: a negative bound.
+
+    Cost: one inner product.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, curvax
+      >>> tx = curvax.kl_clip(optax.identity(), learning_rate=1.0, max_norm=1.0)
+      >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+      >>> [round(x, 3) for x in updates.tolist()], round(state.scale.item(), 3)
+      ([0.6, 0.8], 0.2)
+
+    References: Ba, Grosse and Martens (2017), Distributed second-order optimization using Kronecker-factored
+      approximations, section 5.
+    """
+    check_at_least(0, max_norm=max_norm)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Params) -> KlClipState:
+        return KlClipState(jnp.zeros([], jnp.int32), inner.init(params), jnp.ones([], jnp.float32))
+
+    def update(
+        updates: PyTree, state: KlClipState, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, KlClipState]:
+        steps, inner_state = inner.update(updates, state.inner_state, params, **extra)
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        norm = rate**2 * inner_product(updates, steps)
+        scale = jnp.where(norm > max_norm, jnp.sqrt(max_norm / jnp.where(norm > max_norm, norm, 1)), 1)
+        steps = jax.tree.map(lambda s: (scale * s).astype(s.dtype), steps)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return steps, KlClipState(count, inner_state, scale.astype(jnp.float32))
+
+    return optax.GradientTransformationExtraArgs(init, cast(optax.TransformUpdateExtraArgsFn, update))

@@ -1,0 +1,213 @@
+"""What K-FAC and EK-FAC share: running averages of factors, a refresh of what is costly, guards, diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PyTree
+
+from curvax._checks import check_count, check_decay, check_integer, check_precision
+from curvax._types import Count, Params, Scalar
+from curvax.kron.factors import Factors, moving_average, zero_factors
+from curvax.kron.inverse import KronPower, apply_power, check_damping
+from curvax.kron.layout import Layout, check_layout, present
+from curvax.kron.spectrum import BlockSpectrum
+from curvax.optim.diagonal import all_finite, keep_unless
+from curvax.optim.refresh import refresh_if
+
+Pieces: TypeAlias = dict[str, Any]
+"""For each block, by name, what a method holds besides the factors: an inverse, an eigenbasis."""
+
+
+class Method(NamedTuple):
+    """How a Kronecker method gets from averaged factors to its step.
+
+    Attributes:
+      factors: `curvature -> Factors`, what of the given curvature is averaged.
+      start: `(layout, params) -> pieces`, before the first curvature.
+      refresh: `(layout, factors, pieces, damping) -> (pieces, spectra)`, the costly part, for the blocks of `layout`.
+      finish: `(layout, pieces, curvature) -> pieces`, with every curvature, after the refresh.
+      power: `(layout, factors, pieces, damping) -> KronPower`, the inverse to apply.
+    """
+
+    factors: Callable[[Any], Factors]
+    start: Callable[[Layout, Params], Pieces]
+    refresh: Callable[[Layout, Factors, Pieces, Scalar], tuple[Pieces, dict[str, BlockSpectrum]]]
+    finish: Callable[[Layout, Pieces, Any], Pieces]
+    power: Callable[[Layout, Factors, Pieces, Scalar], KronPower]
+
+
+class BlockInfo(NamedTuple):
+    """Diagnostics of one block.
+
+    Attributes:
+      trace: of its curvature, undamped.
+      largest: eigenvalue of the damped block.
+      smallest: eigenvalue of the damped block.
+      condition: their ratio.
+      age: steps since its inverse (or eigenbasis) was computed.
+    """
+
+    trace: Scalar
+    largest: Scalar
+    smallest: Scalar
+    condition: Scalar
+    age: Int[Array, ""]
+
+
+class KronInfo(NamedTuple):
+    """Diagnostics of a Kronecker method.
+
+    Attributes:
+      blocks: for each block, by name.
+      damping: of the latest step.
+      num_nonfinite: gradients or curvatures that were not finite, so far.
+      num_failures: for each block, how often its factorization failed; each time it went on with the last good one.
+    """
+
+    blocks: dict[str, BlockInfo]
+    damping: Scalar
+    num_nonfinite: Int[Array, ""]
+    num_failures: dict[str, Int[Array, ""]]
+
+
+class ScaleByKronState(NamedTuple):
+    """State of `scale_by_kfac` and `scale_by_ekfac`.
+
+    Attributes:
+      count: steps taken.
+      num_refreshes: curvatures taken in; while it is 0 the updates are zero.
+      curvature: running averages of factors, in at least float32.
+      pieces: for each block its inverse (K-FAC), or its eigenbasis and second moments there (EK-FAC).
+      info: `KronInfo`.
+    """
+
+    count: Count
+    num_refreshes: Int[Array, ""]
+    curvature: Factors
+    pieces: Pieces
+    info: KronInfo
+
+
+def scale_by_kron(
+    layout: Layout,
+    method: Method,
+    damping: optax.ScalarOrSchedule,
+    inverse_every: int | Int[Array, ""],
+    decay: float | Array,
+    stagger: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Build a transformation from a `Method`; arguments as in `scale_by_kfac`.
+
+    A gradient that is not finite gives an update of NaN (seen by `optax.apply_if_finite`) and leaves the state as it was;
+    a curvature that is not finite is not taken in.
+    """
+    check_damping(damping)
+    check_precision(damping=damping, decay=decay)
+    check_decay(decay=decay)
+    check_integer(1, 2**31 - 1, inverse_every=inverse_every)
+    if stagger:
+        check_count(1, inverse_every=inverse_every)
+
+    def init(params: Params) -> ScaleByKronState:
+        check_layout(layout, params)
+        own = present(layout, params)
+        count, number = lambda: jnp.zeros([], jnp.int32), lambda: jnp.zeros([], jnp.float32)
+        blocks = {block.name: BlockInfo(number(), number(), number(), number(), count()) for block in own.blocks}
+        info = KronInfo(blocks, number(), count(), {block.name: count() for block in own.blocks})
+        return ScaleByKronState(count(), count(), zero_factors(own, params), method.start(own, params), info)
+
+    def update(
+        updates: PyTree,
+        state: ScaleByKronState,
+        params: Params | None = None,
+        *,
+        curvature: Any = None,
+        damping: Any = damping,
+        **extra: Any,
+    ) -> tuple[PyTree, ScaleByKronState]:
+        del params, extra
+        check_layout(layout, updates, "updates")
+        own = present(layout, updates)
+        strength = jnp.asarray(damping(state.count) if callable(damping) else damping, jnp.float32)
+        good = finite = all_finite(updates)
+        factors, pieces, info = state.curvature, state.pieces, state.info
+        if curvature is not None:
+            new = _own_factors(method.factors(curvature), factors)
+            finite = good & all_finite(new)
+            factors = keep_unless(finite, moving_average(factors, new, decay), factors)
+        num_refreshes = state.num_refreshes + (finite if curvature is not None else 0)
+        known = num_refreshes > 0
+
+        info = info._replace(blocks={name: block._replace(age=block.age + 1) for name, block in info.blocks.items()})
+        for due, some in _schedule(own, state.count, inverse_every, stagger):
+            pieces, info = _refresh(method, some, due & known, factors, pieces, info, strength)
+        if curvature is not None:
+            pieces = keep_unless(finite, method.finish(own, pieces, curvature), pieces)
+
+        steps = apply_power(own, method.power(own, factors, pieces, strength), updates)
+        amplitude = jnp.where(good, jnp.where(known, 1, 0), jnp.nan)
+        steps = jax.tree.map(lambda s: jnp.where(amplitude == 0, 0, amplitude.astype(s.dtype) * s), steps)
+        info = info._replace(damping=strength, num_nonfinite=state.info.num_nonfinite + ~finite)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        new_state = ScaleByKronState(count, num_refreshes, factors, pieces, info)
+        old_state = state._replace(info=state.info._replace(num_nonfinite=info.num_nonfinite))
+        return steps, keep_unless(good, new_state, old_state)
+
+    return optax.GradientTransformationExtraArgs(init, cast(optax.TransformUpdateExtraArgsFn, update))
+
+
+def _refresh(
+    method: Method, some: Layout, due: Any, factors: Factors, pieces: Pieces, info: KronInfo, strength: Scalar
+) -> tuple[Pieces, KronInfo]:
+    """Refresh some blocks' pieces if it is due; where that fails, the last good piece stays."""
+    names = [block.name for block in some.blocks]
+    held = {name: pieces[name] for name in names}, {name: info.blocks[name] for name in names}
+    failures = {name: info.num_failures[name] for name in names}
+
+    def fresh(factors: Factors, held: Any, failures: Any, strength: Scalar) -> Any:
+        made, spectra = method.refresh(some, factors, held[0], strength)
+        good = {name: all_finite(made[name]) for name in names}
+        age = jnp.zeros([], jnp.int32)
+        infos = {name: BlockInfo(*s, s.largest / s.smallest, age) for name, s in spectra.items()}
+        infos = jax.tree.map(lambda new, old: new.astype(old.dtype), infos, held[1])
+        kept = tuple(
+            {n: keep_unless(good[n], new[n], old[n]) for n in names} for new, old in zip((made, infos), held, strict=True)
+        )
+        return kept, {name: failures[name] + ~good[name] for name in names}
+
+    keep = lambda factors, held, failures, strength: (held, failures)
+    (made, infos), failures = refresh_if(due, fresh, keep, factors, held, failures, strength)
+    blocks, num_failures = info.blocks | infos, info.num_failures | failures
+    return pieces | made, info._replace(blocks=blocks, num_failures=num_failures)
+
+
+def _schedule(layout: Layout, count: Array, every: Any, stagger: bool) -> list[tuple[Any, Layout]]:
+    """Say which blocks are due: all at once, or a share of the work in each step (all of it in step 0)."""
+    if not stagger or every == 1:
+        return [(count % every == 0, layout)]
+    work = lambda block: block.shape[0] * (block.shape[1] ** 3 + block.shape[2] ** 3)
+    shares: list[list[Any]] = [[] for _ in range(every)]
+    for block in sorted(layout.blocks, key=work, reverse=True):
+        min(shares, key=lambda share: sum(map(work, share))).append(block)
+    return [
+        ((count == 0) | (count % every == i), Layout(tuple(share), layout.leaves))
+        for i, share in enumerate(shares)
+        if share
+    ]
+
+
+def _own_factors(new: Factors, held: Factors) -> Factors:
+    """Keep what the state holds (a mask or partition may have taken some out)."""
+    missing = [*(held.blocks.keys() - new.blocks.keys()), *(held.diagonal.keys() - new.diagonal.keys())]
+    if missing:
+        raise ValueError(f"curvature is of another layout: it has no factors of {', '.join(sorted(missing))}.")
+    blocks = {name: new.blocks[name] for name in held.blocks}
+    own = Factors(blocks, {path: new.diagonal[path] for path in held.diagonal})
+    if jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, held):
+        raise ValueError("curvature is of another layout: shapes of its factors differ from those of the state.")
+    return own
