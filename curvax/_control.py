@@ -1,4 +1,4 @@
-"""Bodies of loops and branches, written so that the CPU backend runs them as fast as straight code."""
+"""How programs are put before the compiler: bodies of loops and branches, and shardings that it chooses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 from jax.tree_util import Partial
 from jaxtyping import Array
 
@@ -33,6 +34,19 @@ def in_round(closure: T, index: Array) -> T:
     What a round computes from them is then computed in the round, not once before the loop and kept in memory.
     """
     return lax.optimization_barrier((closure, index))[0] if isinstance(closure, Partial) else closure
+
+
+def in_auto_mode(fn: Callable[..., T], *args: Any) -> T:
+    """Return `fn(*args)`, replicated, with explicitly sharded arguments handed over to the compiler's own placement.
+
+    Sums over a batch that is sharded explicitly would each have to say how their result is sharded.
+    """
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+    mesh = next((s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types), None)
+    if mesh is None:
+        return fn(*args)
+    result: T = auto_axes(fn, out_sharding=NamedSharding(mesh, PartitionSpec()))(*args)
+    return result
 
 
 def _channels_last(lhs: Array, rhs: Array, *, dimension_numbers: Any, **params: Any) -> Array:

@@ -39,14 +39,15 @@ def check_estimator(estimator: str, num_samples: int) -> None:
         raise ValueError(f'num_samples is of estimator="mc"; {estimator!r} does not sample, got num_samples={num_samples}.')
 
 
-def sampled(
-    loss: Loss, key: PRNGKey, outputs: Outputs, targets: Targets, index: Array, num_samples: int, by_example: bool
-) -> Rounds:
-    """Draw `num_samples` pseudo-gradients, each divided by the square root of their number: `E sum_k u_k u_k' = S`."""
+def sampled(loss: Loss, key: PRNGKey, outputs: Outputs, targets: Targets, index: Array | None, num_samples: int) -> Rounds:
+    """Draw `num_samples` pseudo-gradients, each divided by the square root of their number: `E sum_k u_k u_k' = S`.
+
+    With row numbers `index` the draws of a row depend on its number only.
+    """
 
     def pair(k: Array) -> tuple[Outputs, None]:
         drawn_with = jax.random.fold_in(key, k)
-        if by_example:
+        if index is not None:
             r = pseudo_gradient_by_example(loss, drawn_with, outputs, targets, index)
         else:
             r = loss.pseudo_gradient(drawn_with, outputs, unwrap(targets))
@@ -78,23 +79,3 @@ def empirical(loss: Loss, outputs: Outputs, targets: Targets, size: int) -> Roun
     gradient = jax.grad(lambda f: loss(f, unwrap(targets)))(outputs)
     scaled = jax.tree.map(lambda x: (size**0.5 * x).astype(x.dtype), gradient)
     return Rounds(1, lambda k: (scaled, None))
-
-
-def rounds_of(
-    estimator: str,
-    loss: Loss,
-    key: PRNGKey,
-    outputs: Outputs,
-    targets: Targets,
-    index: Array,
-    *,
-    num_samples: int,
-    by_example: bool,
-    total_size: int,
-) -> Rounds:
-    """Pick the estimator's rounds."""
-    if estimator == "mc":
-        return sampled(loss, key, outputs, targets, index, num_samples, by_example)
-    if estimator == "exact":
-        return exact(loss, outputs, targets)
-    return empirical(loss, outputs, targets, total_size)

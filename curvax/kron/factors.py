@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, PyTree
 
 from curvax._batch import check_batch, sum_over_chunks, with_index
 from curvax._checks import check_count, check_decay, check_params
-from curvax._control import body
+from curvax._control import body, in_auto_mode
 from curvax._types import Batch, Params, PRNGKey, Scalar, at_least_float32
-from curvax.kron.cotangents import check_estimator, rounds_of
+from curvax.kron.cotangents import check_estimator, empirical, exact, sampled
 from curvax.kron.layout import Block, Layout, by_path, check_layout
 from curvax.kron.statistics import Second, counted_positions, has_transposed, input_moment, output_moment, summed_rounds
 from curvax.kron.tapping import Pulled, Recorded, Rows, record
@@ -144,10 +144,7 @@ def kron_factors(
         batch,
         key,
         factor_sums(layout),
-        estimator=estimator,
-        num_samples=num_samples,
-        microbatch=microbatch,
-        by_example=by_example,
+        How(estimator, num_samples, microbatch, by_example),
     )
     inputs, products, squares = sums
     return make_factors(inputs, products, squares, terms)
@@ -181,28 +178,6 @@ def make_factors(inputs: Any, products: Any, squares: Any, terms: Scalar) -> Fac
     return Factors(blocks, {path: Factor(terms * x, terms) for path, x in squares.items()})
 
 
-def merge(first: Factors, second: Factors) -> Factors:
-    """Combine the factors of two batches into those of both together.
-
-    Exact for `estimator="exact"` and, in expectation, "mc"; for "empirical" if both have as many terms for each example.
-    With it factors stream over a data set: `factors = merge(factors, kron_factors(...))`, and resume from a checkpoint.
-
-    Raises:
-      ValueError: factors of different layouts.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from curvax.kron import Factor, Factors, merge
-      >>> one, two = (Factors({}, {"w": Factor(n * jnp.ones(1), jnp.float32(n))}) for n in (1, 3))
-      >>> merge(one, two).diagonal["w"].mean.tolist()
-      [1.0]
-    """
-    if jax.tree.map(jnp.shape, first) != jax.tree.map(jnp.shape, second):
-        raise ValueError("these factors are of different layouts: their blocks or shapes differ.")
-    merged: Factors = jax.tree.map(jnp.add, first, second)
-    return merged
-
-
 def moving_average(held: T, new: T, decay: float | Array) -> T:
     """Take `new` into an exponential moving average, `decay * held + (1 - decay) * new` for sums and weights alike.
 
@@ -234,59 +209,74 @@ def zero_factors(layout: Layout, params: Params) -> Factors:
     return Factors({b.name: block(b) for b in layout.blocks}, diagonal)
 
 
+class How(NamedTuple):
+    """How a batch is gone through.
+
+    Attributes:
+      estimator: "mc", "exact" or "empirical".
+      num_samples: with "mc".
+      microbatch: rows worked on at a time, or None.
+      by_example: tell the examples apart.
+    """
+
+    estimator: str
+    num_samples: int
+    microbatch: int | None
+    by_example: bool
+
+
 def accumulate(
-    objective: Objective,
-    layout: Layout,
-    params: Params,
-    batch: Batch,
-    key: PRNGKey,
-    statistic: Statistic,
-    *,
-    estimator: str,
-    num_samples: int,
-    microbatch: int | None,
-    by_example: bool,
+    objective: Objective, layout: Layout, params: Params, batch: Batch, key: PRNGKey, statistic: Statistic, how: How
 ) -> tuple[PyTree[Array], Scalar]:
     """Sum a statistic over rounds of cotangents and chunks of the batch; return it and the number of terms."""
     check_params(params)
     check_layout(layout, params)
     check_batch(batch)
-    check_estimator(estimator, num_samples)
-    totals = total_terms(objective, params, batch, microbatch)
-    rows = with_index(batch)
-    total_size = rows[1].size
+    check_estimator(how.estimator, how.num_samples)
+    if how.microbatch is not None:
+        check_count(1, microbatch=how.microbatch)
 
-    def of_chunk(chunk: tuple[Batch, Array]) -> PyTree[Array]:
-        (inputs, targets), index = chunk
-        whole = microbatch is None
-        loss = objective.loss if whole else share(objective, params, (inputs, targets), totals).loss
-        recorded = record(objective, layout, params, inputs, by_example)
-        chunk_key = key if whole or by_example else jax.random.fold_in(key, index[0])
-        rounds = rounds_of(
-            estimator,
-            loss,
-            chunk_key,
-            recorded.outputs,
-            targets,
-            index,
-            num_samples=num_samples,
-            by_example=by_example,
-            total_size=total_size,
-        )
+    def run(params: Params, batch: Batch, key: PRNGKey) -> tuple[PyTree[Array], Scalar]:
+        totals = total_terms(objective, params, batch, how.microbatch)
+        rows = with_index(batch)
 
-        def one(k: Array) -> PyTree[Array]:
-            u, v = rounds.pair(k)
-            return statistic.contribution(recorded, recorded.pull(u), None if v is None else recorded.pull(v))
+        def of_chunk(chunk: tuple[Batch, Array]) -> PyTree[Array]:
+            own = objective if how.microbatch is None else share(objective, params, chunk[0], totals)
+            return _of_chunk(own, layout, params, chunk, key, statistic, how, rows[1].size)
 
-        return statistic.finish(recorded, summed_rounds(rounds.number, one, body))
+        sums = of_chunk(rows) if how.microbatch is None else sum_over_chunks(of_chunk, rows, how.microbatch)
+        return sums, jnp.asarray(sum(jax.tree.leaves(totals)))
 
-    if microbatch is None:
-        sums = of_chunk(rows)
+    return in_auto_mode(run, params, batch, key)
+
+
+def _of_chunk(
+    objective: Objective,
+    layout: Layout,
+    params: Params,
+    chunk: tuple[Batch, Array],
+    key: PRNGKey,
+    statistic: Statistic,
+    how: How,
+    total_size: int,
+) -> PyTree[Array]:
+    (inputs, targets), index = chunk
+    recorded = record(objective, layout, params, inputs, how.by_example)
+    if how.estimator == "mc":
+        if not how.by_example and how.microbatch is not None:
+            key = jax.random.fold_in(key, index[0])
+        loss, outputs = objective.loss, recorded.outputs
+        rounds = sampled(loss, key, outputs, targets, index if how.by_example else None, how.num_samples)
+    elif how.estimator == "exact":
+        rounds = exact(objective.loss, recorded.outputs, targets)
     else:
-        check_count(1, microbatch=microbatch)
-        sums = sum_over_chunks(of_chunk, rows, microbatch)
-    terms = sum(jax.tree.leaves(totals))
-    return sums, jnp.asarray(terms)
+        rounds = empirical(objective.loss, recorded.outputs, targets, total_size)
+
+    def one(k: Array) -> PyTree[Array]:
+        u, v = rounds.pair(k)
+        return statistic.contribution(recorded, recorded.pull(u), None if v is None else recorded.pull(v))
+
+    return statistic.finish(recorded, summed_rounds(rounds.number, one, body))
 
 
 def _products(block: Block, u: Pulled, v: Pulled | None) -> list[Float[Array, "s ..."]]:

@@ -265,6 +265,14 @@ def present(layout: Layout, tree: Any) -> Layout:
     if not gone:
         return layout
     blocks = tuple(block for block in layout.blocks if not gone.intersection(block.leaves))
+    for block in layout.blocks:
+        here = [path for path in block.leaves if path not in gone]
+        if block not in blocks and here:
+            raise ValueError(
+                f"a mask or partition separates {', '.join(here)} from {', '.join(gone.intersection(block.leaves))}, which "
+                "are in one Kronecker block. Put them into one group, as layout.labels(params) does, or take them out of "
+                f'blocks: layout.edit("{here[0]}", kind="diagonal").'
+            )
     return Layout(blocks, tuple(leaf for leaf in layout.leaves if leaf.path not in gone))
 
 

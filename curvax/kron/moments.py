@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from curvax._types import Batch, Params, PRNGKey, at_least_float32
-from curvax.kron.factors import Factor, Factors, Statistic, accumulate, factor_sums, make_factors
+from curvax.kron.factors import Factor, Factors, How, Statistic, accumulate, factor_sums, make_factors
 from curvax.kron.layout import Block, Layout
 from curvax.kron.sides import eigen, multiply_left, multiply_right, sides, together
 from curvax.kron.tapping import Pulled, Recorded, Rows
@@ -122,10 +122,7 @@ def kron_moments(
         batch,
         key,
         Statistic(contribution, lambda recorded, sums: sums),
-        estimator=estimator,
-        num_samples=num_samples,
-        microbatch=microbatch,
-        by_example=True,
+        How(estimator, num_samples, microbatch, by_example=True),
     )
     scaled = jax.tree.map(lambda x: Factor(terms * x, terms), sums)
     return EigenFactors(basis, *scaled)
@@ -134,8 +131,7 @@ def kron_moments(
 class EigenCurvature(NamedTuple):
     """Curvature of a batch as data for `scale_by_ekfac`: factors, and the rows of which moments in any basis are made.
 
-    Not an average: of two batches, `merge` the factors, and concatenate rows along the examples after scaling cotangents
-    by the root of each batch's share of the terms.
+    Rows do not average: of two batches (or micro-batches), `curvax.merge` the curvatures.
 
     Attributes:
       factors: Kronecker factors.
@@ -180,10 +176,7 @@ def eigen_curvature(objective: Objective, layout: Layout, params: Params, batch:
         batch,
         key,
         Statistic(contribution, finish),
-        estimator="mc",
-        num_samples=1,
-        microbatch=None,
-        by_example=True,
+        How("mc", 1, None, by_example=True),
     )
     of_inputs, products, squares = found
     return EigenCurvature(make_factors(of_inputs, products, squares, terms), inputs, cotangents, terms)

@@ -78,7 +78,7 @@ def scale_by_kfac(
         factors=lambda curvature: curvature,
         start=partial(_nothing, scheme),
         refresh=partial(_invert, scheme),
-        finish=lambda own, pieces, curvature: pieces,
+        finish=None,
         power=lambda own, factors, pieces, damping: KronPower(pieces, diagonal_power(factors.diagonal, damping, -1.0)),
     )
     return scale_by_kron(layout, method, damping, inverse_every, decay, stagger)

@@ -30,14 +30,14 @@ class Method(NamedTuple):
       factors: `curvature -> Factors`, what of the given curvature is averaged.
       start: `(layout, params) -> pieces`, before the first curvature.
       refresh: `(layout, factors, pieces, damping) -> (pieces, spectra)`, the costly part, for the blocks of `layout`.
-      finish: `(layout, pieces, curvature) -> pieces`, with every curvature, after the refresh.
+      finish: `(layout, pieces, curvature) -> pieces`, with every curvature, after the refresh; or None.
       power: `(layout, factors, pieces, damping) -> KronPower`, the inverse to apply.
     """
 
     factors: Callable[[Any], Factors]
     start: Callable[[Layout, Params], Pieces]
     refresh: Callable[[Layout, Factors, Pieces, Scalar], tuple[Pieces, dict[str, BlockSpectrum]]]
-    finish: Callable[[Layout, Pieces, Any], Pieces]
+    finish: Callable[[Layout, Pieces, Any], Pieces] | None
     power: Callable[[Layout, Factors, Pieces, Scalar], KronPower]
 
 
@@ -112,6 +112,7 @@ def scale_by_kron(
     check_integer(1, 2**31 - 1, inverse_every=inverse_every)
     if stagger:
         check_count(1, inverse_every=inverse_every)
+    fixed = damping
 
     def init(params: Params) -> ScaleByKronState:
         check_layout(layout, params)
@@ -133,6 +134,7 @@ def scale_by_kron(
         del params, extra
         check_layout(layout, updates, "updates")
         own = present(layout, updates)
+        varies = callable(damping) or damping is not fixed
         strength = jnp.asarray(damping(state.count) if callable(damping) else damping, jnp.float32)
         good = finite = all_finite(updates)
         factors, pieces, info = state.curvature, state.pieces, state.info
@@ -144,10 +146,16 @@ def scale_by_kron(
         known = num_refreshes > 0
 
         info = info._replace(blocks={name: block._replace(age=block.age + 1) for name, block in info.blocks.items()})
-        for due, some in _schedule(own, state.count, inverse_every, stagger):
-            pieces, info = _refresh(method, some, due & known, factors, pieces, info, strength)
-        if curvature is not None:
-            pieces = keep_unless(finite, method.finish(own, pieces, curvature), pieces)
+        schedule = _schedule(own, state.count, inverse_every, stagger)
+        if curvature is None and not varies and schedule[0][0] is None:
+            schedule = []  # nothing has changed since the last inversion
+        for due, some in schedule:
+            due = None if due is None else due & known
+            pieces, info = _refresh(method, some, due, factors, pieces, info, strength)
+        if curvature is not None and method.finish is not None:
+            finished = method.finish(own, pieces, curvature)
+            finite &= all_finite(finished)
+            pieces = keep_unless(finite, finished, pieces)
 
         steps = apply_power(own, method.power(own, factors, pieces, strength), updates)
         amplitude = jnp.where(good, jnp.where(known, 1, 0), jnp.nan)
@@ -162,9 +170,9 @@ def scale_by_kron(
 
 
 def _refresh(
-    method: Method, some: Layout, due: Any, factors: Factors, pieces: Pieces, info: KronInfo, strength: Scalar
+    method: Method, some: Layout, due: Array | None, factors: Factors, pieces: Pieces, info: KronInfo, strength: Scalar
 ) -> tuple[Pieces, KronInfo]:
-    """Refresh some blocks' pieces if it is due; where that fails, the last good piece stays."""
+    """Refresh some blocks' pieces if it is due (None: always); where that fails, the last good piece stays."""
     names = [block.name for block in some.blocks]
     held = {name: pieces[name] for name in names}, {name: info.blocks[name] for name in names}
     failures = {name: info.num_failures[name] for name in names}
@@ -181,14 +189,17 @@ def _refresh(
         return kept, {name: failures[name] + ~good[name] for name in names}
 
     keep = lambda factors, held, failures, strength: (held, failures)
-    (made, infos), failures = refresh_if(due, fresh, keep, factors, held, failures, strength)
+    operands = (factors, held, failures, strength)
+    (made, infos), failures = fresh(*operands) if due is None else refresh_if(due, fresh, keep, *operands)
     blocks, num_failures = info.blocks | infos, info.num_failures | failures
     return pieces | made, info._replace(blocks=blocks, num_failures=num_failures)
 
 
 def _schedule(layout: Layout, count: Array, every: Any, stagger: bool) -> list[tuple[Any, Layout]]:
-    """Say which blocks are due: all at once, or a share of the work in each step (all of it in step 0)."""
-    if not stagger or every == 1:
+    """Say which blocks are due when (None: always): all at once, or a share in each step (all in step 0)."""
+    if isinstance(every, int) and every == 1:
+        return [(None, layout)]
+    if not stagger:
         return [(count % every == 0, layout)]
     work = lambda block: block.shape[0] * (block.shape[1] ** 3 + block.shape[2] ** 3)
     shares: list[list[Any]] = [[] for _ in range(every)]

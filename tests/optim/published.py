@@ -1,4 +1,4 @@
-"""NumPy float64 transcriptions of the published AdaHessian and Sophia updates, as references for the tests."""
+"""NumPy float64 transcriptions of published updates, as references for the tests."""
 
 import numpy as np
 
@@ -78,3 +78,28 @@ def block_mean(size):
         return out.reshape(d.shape)
 
     return average
+
+
+def levenberg_marquardt(theta, loss, gradient, curvature, step, num_steps, *, damping, every, factor):
+    """The trace of damped steps: (theta, damping, what the trial said) after each; `step(g, m, damping)` gives (d, m)."""
+    theta, m, damping, path = np.array(theta), np.zeros_like(theta), np.float32(damping), []
+    change = np.float32(factor**every)
+    for t in range(num_steps):
+        g = gradient(theta)
+        d, new = step(g, m, damping)
+        said = "untried"
+        if t % every == 0:
+            with np.errstate(invalid="ignore", over="ignore"):
+                reduction = loss(theta + d) - loss(theta)  # rho = (L(theta + d) - L(theta)) / (g.d + d'Fd / 2)
+                rho = reduction / (g @ d + d @ curvature(theta) @ d / 2)
+            if not reduction < 0:  # or NaN
+                said, d, new, damping = "rejected", np.zeros_like(d), m, damping / change
+            elif rho > 3 / 4:
+                said, damping = "less", damping * change
+            elif rho >= 1 / 4:
+                said = "same"
+            else:
+                said, damping = "more", damping / change
+        theta, m = theta + d, new
+        path.append((theta, m, damping, said))
+    return path

@@ -1,0 +1,691 @@
+"""K-FAC and EK-FAC step by step against NumPy, and the wrappers that choose damping, rate, momentum and rows."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import published
+import pytest
+
+import curvax
+from curvax import losses
+from curvax.kron import Factor
+from curvax.kron.factors import zero_factors
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def network(p, x):
+    """Two layers with biases for sequences, and a gain in no block."""
+    return (jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]) * p["gain"]
+
+
+OBJECTIVE = curvax.Objective(network, losses.softmax_cross_entropy())
+SHAPES = {"w1": (3, 4), "b1": (4,), "w2": (4, 3), "b2": (3,), "gain": (3,)}
+PARAMS = {name: normal(i, *shape) for i, (name, shape) in enumerate(SHAPES.items())}
+BATCHES = [(normal(t, 6, 2, 3), np.random.default_rng(t).integers(0, 3, (6, 2))) for t in range(4)]
+GRADIENTS = [jax.tree.map(lambda p, t=t: normal(t, *p.shape), PARAMS) for t in range(4)]
+LAYOUT = curvax.kron_layout(OBJECTIVE, PARAMS, BATCHES[0])
+KERNELS = {"['w1']": ("w1", "b1"), "['w2']": ("w2", "b2")}  # by block
+DAMPING = 2.0**-5  # exact in float32, in which the state keeps it
+
+
+def exact_factors(key, params, batch):
+    return curvax.kron_factors(OBJECTIVE, LAYOUT, params, batch, key, estimator="exact")
+
+
+def sampled_factors(key, params, batch):
+    return curvax.kron_factors(OBJECTIVE, LAYOUT, params, batch, key)
+
+
+def sampled_rows(key, params, batch):
+    return curvax.eigen_curvature(OBJECTIVE, LAYOUT, params, batch, key)
+
+
+ESTIMATORS = {"kfac": sampled_factors, "ekfac": sampled_rows}
+gradient = jax.jit(jax.grad(OBJECTIVE))
+
+
+def drawn_factors(layout, params, seed):
+    """Positive definite factors."""
+
+    def draw(factor, rng=np.random.default_rng(seed)):
+        x = rng.normal(size=(*factor.total.shape[:2], 20))
+        return Factor(jnp.asarray(x @ x.swapaxes(1, 2) / 20), jnp.ones(factor.weight.shape))
+
+    zeros = zero_factors(layout, params)
+    blocks = jax.tree.map(draw, zeros.blocks, is_leaf=lambda x: isinstance(x, Factor))
+    ones = {path: Factor(jnp.ones(x.total.shape), jnp.ones([])) for path, x in zeros.diagonal.items()}
+    return zeros._replace(blocks=blocks, diagonal=ones)
+
+
+def matrix(tree, name):
+    """A block's kernel with its bias as last row."""
+    kernel, bias = KERNELS[name]
+    return np.concatenate([tree[kernel], tree[bias][None]])
+
+
+def mean(factor):
+    """Of one slice."""
+    total, weight = np.asarray(factor.total), np.asarray(factor.weight)
+    return (total / weight.reshape(*weight.shape, *[1] * (total.ndim - weight.ndim)))[0]
+
+
+class Averages:
+    """Averages with bias correction: of the sides of each block, and of the diagonal."""
+
+    def __init__(self, decay):
+        self.decay, self.power, self.held = decay, 1.0, {}
+
+    def take(self, **new):
+        """The averages, corrected."""
+        self.power *= self.decay
+        for name, x in new.items():
+            self.held[name] = self.decay * self.held.get(name, 0) + (1 - self.decay) * x
+        return {name: x / (1 - self.power) for name, x in self.held.items()}
+
+
+def of_factors(factors):
+    sides = {(name, side): mean(getattr(f, side)) for name, f in factors.blocks.items() for side in ("inputs", "outputs")}
+    gain = factors.diagonal["['gain']"]
+    return {str(key): x for key, x in sides.items()} | {"gain": np.asarray(gain.total) / gain.weight}
+
+
+def pair(averages, name):
+    return averages[str((name, "inputs"))], averages[str((name, "outputs"))]
+
+
+def damped(a, g, damping, scheme):
+    """The damped block as one matrix."""
+    n, m = len(a), len(g)
+    if scheme == "exact":
+        return np.kron(a, g) + damping * np.eye(n * m)
+    pi = np.sqrt((np.trace(a) / n) / (np.trace(g) / m))
+    return np.kron(a + pi * damping**0.5 * np.eye(n), g + damping**0.5 / pi * np.eye(m))
+
+
+def close(got, want, tolerance=1e-9):
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+@pytest.mark.parametrize("scheme", ["factored", "exact"])
+def test_kfac_inverts_bias_corrected_averages(scheme):
+    """Along with what the state says of each block."""
+    rule = curvax.scale_by_kfac(LAYOUT, DAMPING, inverse_every=2, decay=0.9, scheme=scheme)
+    update, draw = jax.jit(rule.update), jax.jit(exact_factors)
+    state, averages, inverse = rule.init(PARAMS), Averages(0.9), {}
+    for t, (g, batch) in enumerate(zip(GRADIENTS, BATCHES, strict=True)):
+        factors = draw(jax.random.key(0), PARAMS, batch)
+        steps, state = update(g, state, curvature=factors)
+        now = averages.take(**of_factors(factors))
+        for name in KERNELS:
+            info = state.info.blocks[name]
+            assert info.age == t % 2 and state.info.num_failures[name] == 0
+            if t % 2 == 0:
+                a, g_side = pair(now, name)
+                dense = damped(a, g_side, DAMPING, scheme)
+                inverse[name], values = np.linalg.inv(dense), np.linalg.eigvalsh(dense)
+                np.testing.assert_allclose(info.trace, np.trace(a) * np.trace(g_side), rtol=1e-6)
+                if scheme == "exact":
+                    np.testing.assert_allclose([info.smallest, info.largest], values[[0, -1]], rtol=1e-6)
+                else:  # by power iteration
+                    assert values[-1] * 0.9 < info.largest <= values[-1] * (1 + 1e-6)
+                    assert values[0] * (1 - 1e-6) <= info.smallest < values[0] * 1.1
+                np.testing.assert_allclose(info.condition, info.largest / info.smallest, rtol=1e-6)
+            close(matrix(steps, name).ravel(), inverse[name] @ matrix(g, name).ravel())
+        close(steps["gain"], g["gain"] / (now["gain"] + DAMPING))
+        assert state.count == state.num_refreshes == t + 1 and state.info.damping == DAMPING
+
+
+def test_ekfac_divides_by_averaged_moments_that_go_along_with_the_basis():
+    rule = curvax.scale_by_ekfac(LAYOUT, DAMPING, inverse_every=2, decay=0.9)
+    update, draw = jax.jit(rule.update), jax.jit(sampled_rows)
+    state, averages, moments, basis = rule.init(PARAMS), Averages(0.9), {}, {}
+    for t, (g, batch) in enumerate(zip(GRADIENTS, BATCHES, strict=True)):
+        rows = draw(jax.random.key(t), PARAMS, batch)
+        steps, state = update(g, state, curvature=rows)
+        now = averages.take(**of_factors(rows.factors))
+        for name in KERNELS:
+            a, g_side = pair(now, name)
+            if t % 2 == 0:
+                new = np.kron(*(np.linalg.eigh(side)[1] for side in (a, g_side)))
+                if t > 0:
+                    turn = new.T @ basis[name]
+                    moments[name] = np.diag(turn * moments[name] @ turn.T)
+                basis[name], values = new, np.linalg.eigvalsh(damped(a, g_side, DAMPING, "exact"))
+                info = state.info.blocks[name]
+                np.testing.assert_allclose(info.trace, np.trace(a) * np.trace(g_side), rtol=1e-6)
+                np.testing.assert_allclose([info.smallest, info.largest], values[[0, -1]], rtol=1e-6)
+            assert state.info.blocks[name].age == t % 2
+            given, cotangents = (np.asarray(x[name][0])[:, 0] for x in (rows.inputs, rows.cotangents))
+            given = np.concatenate([given, np.ones((6, 2, 1))], axis=2)
+            gradients = np.einsum("bni,bno->bio", given, cotangents).reshape(6, -1)
+            fresh = np.sum((gradients @ basis[name]) ** 2, axis=0)
+            moments[name] = 0.9 * moments.get(name, 0) + 0.1 * fresh
+            scale = moments[name] / (1 - 0.9 ** (t + 1)) + DAMPING
+            q = basis[name]
+            close(matrix(steps, name).ravel(), q @ (q.T @ matrix(g, name).ravel() / scale))
+        close(steps["gain"], g["gain"] / (now["gain"] + DAMPING))
+
+
+def test_rows_of_ekfac_give_the_moments():
+    """In the basis of its own factors; and a first step with them is one with `kron_inverse`."""
+    rule = curvax.scale_by_ekfac(LAYOUT, DAMPING)
+
+    @jax.jit
+    def compute(params, batch, g):
+        key = jax.random.key(5)
+        rows = sampled_rows(key, params, batch)
+        basis = curvax.kron_basis(LAYOUT, rows.factors)
+        found = curvax.kron_moments(OBJECTIVE, LAYOUT, basis, params, batch, key)
+        inverse = curvax.kron_inverse(LAYOUT, found, DAMPING, eigen=True)
+        return rule.update(g, rule.init(params), curvature=rows)[0], inverse(g)
+
+    chex.assert_trees_all_close(*compute(PARAMS, BATCHES[0], GRADIENTS[0]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_momentum_and_learning_rate(name):
+    """A sum of past steps that decays, times a rate that may be a schedule; without momentum, no buffer."""
+    build, scale_by = getattr(curvax, name), getattr(curvax, f"scale_by_{name}")
+    rate = lambda count: 0.5**count
+    tx = build(rate, OBJECTIVE, LAYOUT, DAMPING, curvature_every=2, inverse_every=2, momentum=0.7, seed=3)
+    rule = scale_by(LAYOUT, DAMPING, 2)
+    draw = jax.jit(ESTIMATORS[name])
+    update = jax.jit(lambda g, s, p, b: tx.update(g, s, p, batch=b))
+    rule_update = jax.jit(lambda g, s, c: rule.update(g, s, curvature=c))
+    state, held, sum_of_steps = tx.init(PARAMS), rule.init(PARAMS), optax.tree.zeros_like(PARAMS)
+    for t, (g, batch) in enumerate(zip(GRADIENTS, BATCHES, strict=True)):
+        updates, state = update(g, state, PARAMS, batch)
+        curvature = draw(jax.random.fold_in(jax.random.key(3), t), PARAMS, batch) if t % 2 == 0 else None
+        steps, held = rule_update(g, held, curvature)
+        sum_of_steps = jax.tree.map(lambda m, s: 0.7 * m + s, sum_of_steps, steps)
+        chex.assert_trees_all_close(updates, jax.tree.map(lambda m, t=t: -rate(t) * m, sum_of_steps), rtol=1e-9)
+    sizes = lambda momentum: size(build(rate, OBJECTIVE, LAYOUT, momentum=momentum), PARAMS)
+    assert sizes(0.7) - sizes(0.0) == sizes(0) * 0 + sum(p.size for p in PARAMS.values())
+
+
+# -- schedules, guards ---------------------------------------------------------------------------------------------------
+
+
+def deep(p, x):
+    for w in p:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+DEEP = [normal(i, *shape) for i, shape in enumerate([(9, 2), (2, 5), (5, 3), (3, 3), (3, 2)])]
+DEEP_LAYOUT = curvax.kron_layout(curvax.Objective(deep, losses.squared_error()), DEEP, (normal(0, 4, 9), normal(1, 4, 2)))
+NAMES = [block.name for block in DEEP_LAYOUT.blocks]
+
+
+def test_stagger_inverts_all_at_first_and_then_each_share_in_its_turn():
+    stagger = curvax.scale_by_kfac(DEEP_LAYOUT, DAMPING, inverse_every=3, stagger=True)
+    every_step, together = curvax.scale_by_kfac(DEEP_LAYOUT, DAMPING), curvax.scale_by_kfac(DEEP_LAYOUT, DAMPING, 3)
+    factors = [drawn_factors(DEEP_LAYOUT, DEEP, seed) for seed in range(7)]
+
+    def run(rule, curvatures):
+        update, state = jax.jit(rule.update), rule.init(DEEP)
+        for curvature in curvatures:
+            steps, state = update(DEEP, state, curvature=curvature)
+            yield dict(zip(NAMES, steps, strict=True)), {name: int(b.age) for name, b in state.info.blocks.items()}
+
+    turns = []
+    for t, ((steps, ages), (fresh, _)) in enumerate(zip(run(stagger, factors), run(every_step, factors), strict=True)):
+        turns.append({name for name in NAMES if ages[name] == 0})
+        for name in NAMES:
+            assert np.allclose(steps[name], fresh[name], rtol=1e-9) == (name in turns[t])
+    assert turns[0] == set(NAMES) and turns[1:4] == turns[4:7]
+    assert sorted(name for turn in turns[1:4] for name in turn) == sorted(NAMES)  # each once
+    assert {NAMES[0]} in turns[1:4]  # the largest matrix has a step for itself
+    constant = [factors[0]] * 5
+    for (steps, _), (expected, _) in zip(run(stagger, constant), run(together, constant), strict=True):
+        chex.assert_trees_all_close(steps, expected, rtol=1e-12)
+
+
+def test_a_block_whose_factorization_fails_goes_on_with_its_last_good_inverse():
+    rule = curvax.scale_by_kfac(DEEP_LAYOUT, DAMPING, decay=0.0)
+    update = jax.jit(rule.update)
+    one, two, three = (drawn_factors(DEEP_LAYOUT, DEEP, seed) for seed in range(3))
+    bad = two.blocks[NAMES[2]]
+    bad = bad._replace(inputs=bad.inputs._replace(total=bad.inputs.total - 10 * jnp.eye(5)))  # indefinite
+    broken = two._replace(blocks=two.blocks | {NAMES[2]: bad})
+    first, state = update(DEEP, rule.init(DEEP), curvature=one)
+    steps, failed = update(DEEP, state, curvature=broken)
+    expected, _ = update(DEEP, state, curvature=two)
+    chex.assert_tree_all_finite((steps, failed))
+    chex.assert_trees_all_equal(steps, [first[2] if i == 2 else x for i, x in enumerate(expected)])
+    assert failed.info.num_failures == {name: int(name == NAMES[2]) for name in NAMES}
+    assert [int(failed.info.blocks[name].age) for name in NAMES] == [0, 0, 1, 0, 0]
+    chex.assert_trees_all_equal(failed.info.blocks[NAMES[2]]._replace(age=0), state.info.blocks[NAMES[2]]._replace(age=0))
+    steps, healed = update(DEEP, failed, curvature=three)
+    chex.assert_trees_all_close(steps, update(DEEP, state, curvature=three)[0], rtol=1e-12)
+    assert healed.info.blocks[NAMES[2]].age == 0 and healed.info.num_failures[NAMES[2]] == 1
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_what_is_not_finite_stays_out_of_the_state(name):
+    rule = getattr(curvax, f"scale_by_{name}")(LAYOUT, DAMPING)
+    update = jax.jit(rule.update)
+    draw = jax.jit(ESTIMATORS[name])
+    good = draw(jax.random.key(0), PARAMS, BATCHES[0])
+    held, state = update(GRADIENTS[0], rule.init(PARAMS), curvature=good)
+    leaves, structure = jax.tree.flatten(good)
+    for i, leaf in enumerate(leaves):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        bad = jax.tree.unflatten(structure, [x * jnp.nan if i == k else x for k, x in enumerate(leaves)])
+        steps, after = update(GRADIENTS[0], state, curvature=bad)
+        chex.assert_trees_all_close(steps, held, rtol=1e-9)
+        assert after.info.num_nonfinite == 1 and after.num_refreshes == 1 and after.count == 2
+        chex.assert_trees_all_equal(after.curvature, state.curvature)
+    steps, after = update({**GRADIENTS[0], "b2": jnp.full(3, jnp.nan)}, state, curvature=good)
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(steps))
+    assert after.info.num_nonfinite == 1
+    chex.assert_trees_all_equal(after._replace(info=after.info._replace(num_nonfinite=0)), state)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_the_first_curvature_is_inverted_whenever_it_comes(name):
+    """Also if it comes late, or the one before was not finite: then the updates are no longer zero."""
+    rule = getattr(curvax, f"scale_by_{name}")(LAYOUT, DAMPING, inverse_every=10)
+    update = jax.jit(rule.update)
+    good = jax.jit(ESTIMATORS[name])(jax.random.key(0), PARAMS, BATCHES[0])
+    expected, _ = update(GRADIENTS[0], rule.init(PARAMS), curvature=good)
+    for first in (None, jax.tree.map(lambda x: x * np.nan, good)):
+        nothing, state = update(GRADIENTS[0], rule.init(PARAMS), curvature=first)
+        assert optax.tree.norm(nothing) == 0
+        chex.assert_trees_all_close(update(GRADIENTS[0], state, curvature=good)[0], expected, rtol=1e-9)
+
+
+def test_damping_by_schedule_by_argument_and_injected():
+    factors = drawn_factors(LAYOUT, PARAMS, 0)
+    strong, weak = (jax.jit(curvax.scale_by_kfac(LAYOUT, d).update) for d in (0.5, 0.125))
+    start = curvax.scale_by_kfac(LAYOUT).init(PARAMS)
+    first, second = (f(GRADIENTS[0], start, curvature=factors)[0] for f in (strong, weak))
+    falling = curvax.scale_by_kfac(LAYOUT, lambda count: 0.5 * 0.25**count)
+    given = curvax.scale_by_kfac(LAYOUT, 8.0)
+    steps, state = falling.update(GRADIENTS[0], start, curvature=factors)
+    chex.assert_trees_all_close(steps, first, rtol=1e-12)
+    for curvature in (factors, None):  # also where the factors stay
+        steps, _ = falling.update(GRADIENTS[0], state, curvature=curvature)
+        chex.assert_trees_all_close(steps, second, rtol=1e-12)
+        _, held = given.update(GRADIENTS[0], start, curvature=factors, damping=0.5)
+        steps, held = given.update(GRADIENTS[0], held, curvature=curvature, damping=0.125)
+        chex.assert_trees_all_close(steps, second, rtol=1e-12)
+        assert held.info.damping == 0.125
+        injected = optax.inject_hyperparams(lambda damping: curvax.scale_by_kfac(LAYOUT, damping))(damping=0.5)
+        steps, held = injected.update(GRADIENTS[0], injected.init(PARAMS), curvature=factors)
+        chex.assert_trees_all_close(steps, first, rtol=1e-12)
+        held = held._replace(hyperparams={"damping": jnp.float32(0.125)})
+        steps, _ = injected.update(GRADIENTS[0], held, curvature=curvature)
+        chex.assert_trees_all_close(steps, second, rtol=1e-12)
+
+
+def test_fallback_for_leaves_in_no_block():
+    groups = {"kron": curvax.scale_by_kfac(LAYOUT, DAMPING), "diagonal": optax.scale_by_adam()}
+    tx = curvax.estimating(optax.partition(groups, LAYOUT.labels(PARAMS)), sampled_factors)
+    update, draw = jax.jit(lambda g, s, b: tx.update(g, s, PARAMS, batch=b)), jax.jit(sampled_factors)
+    alone, adam = curvax.scale_by_kfac(LAYOUT, DAMPING), optax.scale_by_adam()
+    alone_update = jax.jit(alone.update)
+    state, held, of_adam = tx.init(PARAMS), alone.init(PARAMS), adam.init(PARAMS)
+    for t, (g, batch) in enumerate(zip(GRADIENTS, BATCHES, strict=True)):
+        updates, state = update(g, state, batch)
+        factors = draw(jax.random.fold_in(jax.random.key(0), t), PARAMS, batch)
+        expected, held = alone_update(g, held, curvature=factors)
+        by_adam, of_adam = adam.update(g, of_adam)
+        chex.assert_trees_all_close(updates, expected | {"gain": by_adam["gain"]}, rtol=1e-9)
+    assert optax.tree.get(state, "curvature").diagonal == {}  # nothing is held for what Adam has
+
+
+# -- what K-FAC is for ---------------------------------------------------------------------------------------------------
+
+
+def test_one_step_solves_a_linear_least_squares_problem():
+    objective = curvax.Objective(lambda p, x: x @ p["w"] + p["b"], losses.squared_error())
+    x, y = normal(0, 9, 3), normal(1, 9, 2)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    layout = curvax.kron_layout(objective, params, (x, y))
+    estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key, estimator="exact")
+    tx = curvax.quadratic_model(curvax.estimating(curvax.scale_by_kfac(layout, 1e-24), estimator), objective)
+    step = jax.jit(lambda p, b: tx.update(jax.grad(objective)(p, b), tx.init(p), p, batch=b))
+    updates, state = step(params, (x, y))
+    solution = np.linalg.lstsq(np.concatenate([x, np.ones((9, 1))], axis=1), y, rcond=None)[0]
+    close(np.concatenate([params["w"] + updates["w"], (params["b"] + updates["b"])[None]]), solution)
+    np.testing.assert_allclose([state.info.learning_rate, state.info.momentum], [1, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["factored", "exact"])
+def test_kfac_does_not_see_affine_maps_of_a_layers_inputs(scheme):
+    """Without damping. Each layer's inputs are mapped, and its initial weights so that the model is the same."""
+
+    def model(p, x, maps):
+        (t1, c1), (t2, c2) = maps
+        h = jnp.tanh((x @ t1 + c1) @ p["w1"] + p["b1"])
+        return (h @ t2 + c2) @ p["w2"] + p["b2"]
+
+    def values(maps, params):
+        objective = curvax.Objective(lambda p, x: model(p, x, maps), losses.squared_error())
+        batch = normal(5, 16, 3), normal(6, 16, 3)
+        layout = curvax.kron_layout(objective, params, batch)
+        estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key, estimator="exact")
+        tx = curvax.estimating(curvax.scale_by_kfac(layout, 1e-20, scheme=scheme), estimator)
+
+        @jax.jit
+        def step(params, state, batch):
+            value, grads = jax.value_and_grad(objective)(params, batch)
+            updates, state = tx.update(grads, state, params, batch=batch)
+            return value, jax.tree.map(lambda p, u: p - 0.3 * u, params, updates), state
+
+        state = tx.init(params)
+        for _ in range(5):
+            value, params, state = step(params, state, batch)
+            yield value
+
+    plain = {name: PARAMS[name] for name in ("w1", "b1", "w2", "b2")}
+    maps = [(np.eye(n) + 0.8 * normal(n, n, n), normal(n + 10, n)) for n in (3, 4)]
+    mapped = {}
+    for i, (t, c) in enumerate(maps, 1):
+        mapped[f"w{i}"] = np.linalg.solve(t, plain[f"w{i}"])
+        mapped[f"b{i}"] = plain[f"b{i}"] - c @ mapped[f"w{i}"]
+    expected = list(values([(np.eye(n), np.zeros(n)) for n in (3, 4)], plain))
+    np.testing.assert_allclose(list(values(maps, mapped)), expected, rtol=1e-6)
+    assert expected[-1] < 0.5 * expected[0]
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_trains_a_sequence_model(name):
+    tx = getattr(curvax, name)(0.1, OBJECTIVE, LAYOUT, 0.01, curvature_every=2, inverse_every=3)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(OBJECTIVE)(params, BATCHES[0]), state, params, batch=BATCHES[0])
+        return optax.apply_updates(params, updates), state
+
+    carry = PARAMS, tx.init(PARAMS)
+    for _ in range(30):
+        carry = step(*carry)
+    assert OBJECTIVE(carry[0], BATCHES[0]) < 0.5 * OBJECTIVE(PARAMS, BATCHES[0])
+    info = optax.tree.get(carry[1], "info")
+    assert info.num_nonfinite == 0 and not any(info.num_failures.values())
+
+
+# -- wrappers ------------------------------------------------------------------------------------------------------------
+
+
+def damped_descent():
+    """Minus momentum over damping: a step that depends on `damping=`, and a state."""
+    step = lambda m, g: 0.5 * m + g
+
+    def update(updates, state, params=None, *, damping, **extra):
+        new = jax.tree.map(step, state, updates)
+        return jax.tree.map(lambda m: -m / damping, new), new
+
+    return optax.GradientTransformationExtraArgs(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+X = np.linspace(0, 3, 6)
+Y = 2 * np.exp(-1.5 * X) + 0.1 * np.cos(9 * X)
+
+
+class Decay(NamedTuple):
+    """Least squares for `a exp(-b x)`, by hand."""
+
+    a: float = 0.0
+    b: float = 0.0
+
+    def residual(self):
+        return self.a * np.exp(-self.b * X) - Y
+
+    def jacobian(self):
+        return np.stack([np.exp(-self.b * X), -self.a * X * np.exp(-self.b * X)], axis=1)
+
+
+DECAY = curvax.Objective(lambda p, x: p["a"] * jnp.exp(-p["b"] * x), losses.squared_error())
+
+
+def test_levenberg_marquardt_follows_the_published_rule():
+    start, num_steps = {"a": jnp.array(0.5), "b": jnp.array(-0.8)}, 24
+    tx = curvax.levenberg_marquardt(damped_descent(), DECAY, damping=1.0, every=2, factor=0.6)
+    step = jax.jit(lambda p, s: tx.update(jax.grad(DECAY)(p, (X, Y)), s, p, batch=(X, Y)))
+    expected = published.levenberg_marquardt(
+        np.array([0.5, -0.8]),
+        loss=lambda theta: 0.5 * np.mean(Decay(*theta).residual() ** 2),
+        gradient=lambda theta: Decay(*theta).jacobian().T @ Decay(*theta).residual() / 6,
+        curvature=lambda theta: Decay(*theta).jacobian().T @ Decay(*theta).jacobian() / 6,
+        step=lambda g, m, damping: (-(0.5 * m + g) / np.float64(damping), 0.5 * m + g),
+        num_steps=num_steps,
+        damping=1.0,
+        every=2,
+        factor=0.6,
+    )
+    print([e[3] for e in expected])
+    params, state, rejected = start, tx.init(start), 0
+    for theta, m, damping, said in expected:
+        before = params, state
+        updates, state = step(params, state)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose([params["a"], params["b"]], theta, rtol=1e-9)
+        np.testing.assert_allclose([state.inner_state["a"], state.inner_state["b"]], m, rtol=1e-9)
+        assert state.damping == damping and state.info.accepted == (said != "rejected")
+        if said == "rejected":
+            rejected += 1
+            chex.assert_trees_all_equal((params, state.inner_state), (before[0], before[1].inner_state))
+            assert state.damping > before[1].damping
+    assert state.info.num_rejected == rejected and state.count == num_steps
+    assert {"rejected", "less", "same", "more", "untried"} == {said for *_, said in expected}
+
+
+def test_levenberg_marquardt_rejects_what_is_not_finite_and_keeps_its_bounds():
+    params = {"a": jnp.array(0.5), "b": jnp.array(0.8)}
+    tx = curvax.levenberg_marquardt(damped_descent(), DECAY, damping=1.0, every=1, factor=0.5, bounds=(0.5, 3.0))
+    update = jax.jit(lambda g, s: tx.update(g, s, params, batch=(X, Y)))
+    for bad in (jnp.nan, jnp.inf, -1e300):
+        g, state = {"a": jnp.array(bad), "b": jnp.array(bad)}, tx.init(params)
+        for damping in (2.0, 3.0):
+            steps, state = update(g, state)
+            assert all(x == 0 for x in jax.tree.leaves((steps, state.inner_state)))
+            assert state.damping == damping and not state.info.accepted
+    tiny, state = jax.tree.map(lambda x: 1e-3 * x, jax.grad(DECAY)(params, (X, Y))), tx.init(params)
+    for _ in range(3):
+        _, state = update(tiny, state)
+    assert state.damping == 0.5 and state.info.num_rejected == 0
+
+
+@pytest.mark.parametrize("where", ["constructor", "update"])
+def test_quadratic_model_solves_for_rate_and_momentum(where):
+    damping = 0.25
+    tx = curvax.quadratic_model(optax.identity(), OBJECTIVE, damping=damping if where == "constructor" else 9.0)
+    extra = {"damping": damping} if where == "update" else {}
+
+    @jax.jit
+    def step(params, state, batch):
+        g = jax.grad(OBJECTIVE)(params, batch)
+        dense = curvax.to_dense(curvax.ggnvp(OBJECTIVE, params, batch), params)
+        return g, dense, *tx.update(g, state, params, batch=batch, **extra)
+
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    params, state, previous = PARAMS, tx.init(PARAMS), np.zeros(len(flat(PARAMS)))
+    for t in range(3):
+        g, dense, updates, state = step(params, state, BATCHES[0])
+        chex.assert_trees_all_close(flat(state.previous), flat(updates))
+        g, pair = flat(g), np.stack([-flat(g), previous], axis=1)
+        matrix, slope = pair.T @ (dense + damping * np.eye(len(g))) @ pair, pair.T @ g
+        weights = np.linalg.solve(matrix, -slope) if t > 0 else np.array([-slope[0] / matrix[0, 0], 0])
+        s = pair @ weights
+        close(flat(updates), s)
+        model = g @ s + s @ dense @ s / 2 + damping * s @ s / 2
+        np.testing.assert_allclose(g @ s / 2, model, rtol=1e-9)  # at the minimum
+        np.testing.assert_allclose(state.info, [*weights, model], rtol=1e-6)
+        params, previous = optax.apply_updates(params, updates), s
+    # the direction of the previous step once more, at the same place: the rate alone
+    _, _, first, after = step(PARAMS, tx.init(PARAMS), BATCHES[0])
+    _, _, again, after = step(PARAMS, after, BATCHES[0])
+    close(flat(again), flat(first))
+    assert after.info.momentum == 0
+
+
+def test_a_gradient_that_is_not_finite_does_not_stay_in_the_quadratic_model():
+    tx = curvax.quadratic_model(damped_descent(), OBJECTIVE)
+    update = jax.jit(lambda g, s: tx.update(g, s, PARAMS, batch=BATCHES[0], damping=1.0))
+    _, state = update(gradient(PARAMS, BATCHES[0]), tx.init(PARAMS))
+    steps, after = update({**GRADIENTS[0], "b1": jnp.full(4, jnp.nan)}, state)
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(steps))
+    chex.assert_trees_all_equal(after._replace(inner_state=None), state._replace(inner_state=None))
+    assert np.isnan(after.inner_state["b1"]).all()  # what the inner transformation does is its own affair
+
+
+def test_kl_clip_shortens_by_its_formula():
+    g, factor = {"a": jnp.array([3.0, 1.0]), "b": jnp.array(-2.0)}, 2.0
+    dot = factor * 14.0  # of the gradient with the step
+    rate = lambda count: 0.5 / (count + 1)
+    for schedule, rates in ((rate, (0.5, 0.25, 0.5 / 3)), (0.5, (0.5, 0.5, 0.5))):
+        tx = curvax.kl_clip(optax.scale(factor), schedule, max_norm=1.0)
+        update, state = jax.jit(tx.update), tx.init(g)
+        for lr in rates:
+            steps, state = update(g, state)
+            scale = min(1, np.sqrt(1.0 / (lr**2 * dot)))
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-9), steps, optax.tree.scale(factor * scale, g)
+            )
+            np.testing.assert_allclose(state.scale, scale, rtol=1e-6)
+    assert state.scale < 1 and rates[0] ** 2 * dot * state.scale**2 == pytest.approx(1)
+    nothing, state = update(optax.tree.zeros_like(g), state)
+    assert optax.tree.norm(nothing) == 0 and state.scale == 1 and state.count == 4
+    same, _ = curvax.kl_clip(optax.identity(), 0.01, max_norm=1.0).update(g, tx.init(g))
+    chex.assert_trees_all_equal(same, g)
+
+
+def test_on_fraction_takes_rows_at_equal_distances():
+    rows = lambda key, params, batch: batch
+    for size, fraction, want in (
+        (8, 0.25, [0, 4]),
+        (8, 1, range(8)),
+        (9, 1 / 3, [0, 3, 6]),
+        (8, 0.01, [0]),
+        (10, 0.2, [0, 5]),
+    ):
+        inputs = {"x": jnp.arange(size), "all": curvax.Shared(jnp.arange(5))}
+        got, targets = curvax.on_fraction(rows, fraction)(None, None, (inputs, 2 * jnp.arange(size)))
+        assert got["x"].tolist() == list(want) and targets.tolist() == [2 * i for i in want]
+        assert got["all"].value.tolist() == list(range(5))
+
+
+# -- cost ----------------------------------------------------------------------------------------------------------------
+
+
+def size(tx, params):
+    """Entries in the state, other than scalars."""
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(tx.init, params)) if x.ndim > 0)
+
+
+def test_the_states_take_what_the_documentation_says():
+    sides = 2 * (4**2 + 4**2 + 5**2 + 3**2) + 3 + 2  # with the diagonal, and weights of inputs
+    assert size(curvax.scale_by_kfac(LAYOUT), PARAMS) == sides
+    assert size(curvax.scale_by_ekfac(LAYOUT), PARAMS) == sides + 4 * 4 + 5 * 3
+    widths = [64, 1000, 500, 250, 30, 250, 500, 1000, 64]
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    params = [(shape(n, m), shape(m)) for n, m in itertools.pairwise(widths)]
+    objective = curvax.Objective(
+        lambda p, x: functools.reduce(lambda h, layer: jnp.tanh(h @ layer[0] + layer[1]), p, x), losses.squared_error()
+    )
+    layout = curvax.kron_layout(objective, params, (shape(8, 64), shape(8, 64)))
+    for momentum, limit in ((0.0, 43e6), (0.9, 49e6)):
+        state = jax.eval_shape(curvax.kfac(0.1, objective, layout, momentum=momentum).init, params)
+        assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) <= limit
+
+
+def test_at_interval_1_nothing_is_conditional_and_one_forward_pass_serves_both():
+    """Bound: the parts by themselves, less nearly all of a forward pass; each part has one of its own."""
+    with jax.enable_x64(False):
+        shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+        params = [shape(64, 128), shape(128, 128), shape(128, 8)]
+        model = lambda p, x: jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) @ p[2]
+        objective = curvax.Objective(model, losses.softmax_cross_entropy())
+        batch = shape(256, 64), jax.ShapeDtypeStruct((256,), jnp.int32)
+        layout = curvax.kron_layout(objective, params, batch)
+        estimator = lambda p, b: curvax.kron_factors(objective, layout, p, b, jax.random.key(0))
+        rule, build = curvax.scale_by_kfac(layout), functools.partial(curvax.kfac, 0.1, objective, layout)
+        tx = build()
+        step = lambda tx: lambda p, s, b: tx.update(jax.grad(objective)(p, b), s, p, batch=b)
+        flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+        state = jax.eval_shape(tx.init, params)
+        factors = jax.eval_shape(estimator, params, batch)
+        rest = flops(lambda g, s, c: rule.update(g, s, curvature=c), params, jax.eval_shape(rule.init, params), factors)
+        parts = flops(jax.grad(objective), params, batch), flops(estimator, params, batch), rest
+        forward = 2 * 256 * (64 * 128 + 128 * 128 + 128 * 8)
+        whole = flops(step(tx), params, state, batch)
+        print(whole, parts, forward, (sum(parts) - whole) / forward)
+        assert whole <= sum(parts) - 0.95 * forward
+        text = lambda **every: str(jax.make_jaxpr(step(build(**every)))(params, state, batch))
+        assert "cond[" not in text()
+        assert "cond[" in text(curvature_every=2) and "cond[" in text(inverse_every=2)
+
+
+# -- errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale_by", [curvax.scale_by_kfac, curvax.scale_by_ekfac])
+def test_errors_of_the_rules(scale_by):
+    for damping in (0.0, -1.0):
+        with pytest.raises(ValueError, match=f"damping must be positive, got {damping}"):
+            scale_by(LAYOUT, damping)
+    with pytest.raises(ValueError, match=r"inverse_every must lie in \[1, .*got 0"):
+        scale_by(LAYOUT, inverse_every=0)
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1"):
+        scale_by(LAYOUT, decay=1.0)
+    with pytest.raises(TypeError, match="inverse_every must be a Python integer"):
+        scale_by(LAYOUT, inverse_every=jnp.array(2), stagger=True)
+    rule = scale_by(LAYOUT)
+    with pytest.raises(ValueError, match=r"the layout is of other params: \['w1'\] is \[3, 4\] there, in params \[4, 3\]"):
+        rule.init({**PARAMS, "w1": np.ones((4, 3))})
+    state = rule.init(PARAMS)
+    with pytest.raises(ValueError, match=r"the layout is of other params: \['b1'\] is \[4\] there, in updates \[1\]"):
+        rule.update({**PARAMS, "b1": np.ones(1)}, state)
+    with pytest.raises(ValueError, match=r"the layout has a leaf \['gain'\], updates has not"):
+        rule.update({name: x for name, x in PARAMS.items() if name != "gain"}, state)
+
+
+def test_errors_of_curvature_and_wrappers():
+    rule = curvax.scale_by_kfac(LAYOUT)
+    state, factors = rule.init(PARAMS), drawn_factors(LAYOUT, PARAMS, 0)
+    with pytest.raises(ValueError, match="unknown scheme 'cholesky'; valid: 'exact', 'factored'"):
+        curvax.scale_by_kfac(LAYOUT, scheme="cholesky")
+    with pytest.raises(ValueError, match=r"curvature is of another layout: it has no factors of \['w1'\]"):
+        rule.update(PARAMS, state, curvature=factors._replace(blocks={"['w2']": factors.blocks["['w2']"]}))
+    with pytest.raises(ValueError, match="curvature is of another layout: shapes of its factors differ"):
+        rule.update(PARAMS, state, curvature=zero_factors(LAYOUT.edit("['w1']", inputs="diagonal"), PARAMS))
+    with pytest.raises(ValueError, match=r"\['w1'\].*\['b1'\] are in one Kronecker block, but a mask"):
+        optax.masked(rule, {name: name != "b1" for name in PARAMS}).init(PARAMS)
+    for build in (curvax.kfac, curvax.ekfac):
+        tx = build(0.1, OBJECTIVE, LAYOUT)
+        with pytest.raises(ValueError, match=r"needs the batch: tx.update\(grads, state, params, batch=batch\)"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+        with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1"):
+            build(0.1, OBJECTIVE, LAYOUT, momentum=1.0)
+    for tx in (curvax.levenberg_marquardt(damped_descent(), OBJECTIVE, 1.0), curvax.quadratic_model(rule, OBJECTIVE)):
+        for missing in ({"params": PARAMS}, {"batch": BATCHES[0]}):
+            with pytest.raises(ValueError, match=r"needs both: tx.update\(grads, state, params, batch=batch\)"):
+                tx.update(PARAMS, tx.init(PARAMS), **missing)
+    for wrong, message in (
+        ({"damping": 0.0}, "damping must be positive"),
+        ({"factor": 1.0}, r"factor must lie in \(0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            curvax.levenberg_marquardt(rule, OBJECTIVE, **{"damping": 1.0, **wrong})
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        curvax.levenberg_marquardt(rule, OBJECTIVE, 1.0, every=0)
+    with pytest.raises(ValueError, match="max_norm must be at least 0, got -1"):
+        curvax.kl_clip(rule, 0.1, max_norm=-1)
+    for fraction in (0, 1.5, -0.1):
+        with pytest.raises(ValueError, match=rf"fraction must lie in \(0, 1\], got {fraction}"):
+            curvax.on_fraction(sampled_factors, fraction)
