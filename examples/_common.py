@@ -28,6 +28,17 @@ def load_images(folder: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     return (images / 255).astype(np.float32), labels.astype(np.int32)
 
 
+def load_split(folder: Path | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return images, labels, and how many are for training: the first 80%, in file order. Exits if there are none."""
+    try:
+        images, labels = load_images(folder)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--data: {error}") from error
+    num_train = int(0.8 * len(images))
+    print(f"{num_train} train, {len(images) - num_train} test images of {images.shape[1]}x{images.shape[2]} pixels")
+    return images, labels, num_train
+
+
 def read_idx(path: Path) -> np.ndarray:
     """Read one file of MNIST's idx format, possibly compressed: a header of big-endian sizes, then bytes."""
     packed = path.read_bytes()

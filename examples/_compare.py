@@ -250,7 +250,9 @@ def report(result: Result) -> None:
         rows.append([*row, f"{1e3 * step_time:.2f}", f"{step_time / result.step_times[reference]:.2f}"])
     share = f"/ {reference}"
     header = ("optimizer", "setting", "train loss", result.task.measure, "steps", share, "seconds", share, "ms/step", share)
-    title = f"{result.task.name}: steps and seconds to train loss {result.target:.4g} (final, of the best run of {reference})"
+    title = (
+        f"{result.task.name}: steps and seconds to train loss {result.target:.4g} (final, of the best run of {reference})"
+    )
     print_table(title, header, rows)
     print(f"best by steps: {lowest(steps)}; best by seconds: {lowest(seconds)}")
 

@@ -11,11 +11,12 @@ from jaxtyping import Array, PyTree, Shaped
 
 from curvax._batch import Shared, map_rows
 from curvax._checks import describe
+from curvax._jaxpr import trace
 from curvax._types import Outputs, Params
 from curvax.kron.grouping import group_uses
 from curvax.kron.layout import Block, Layout, by_path, leaf_shapes, trace_uses
 from curvax.objective import Objective
-from curvax.taps import Use, tapped, zero_perturbation
+from curvax.taps import Use, mixing_operation, tapped, zero_perturbation
 
 Rows = Shaped[Array, "examples stack positions size"]
 
@@ -70,6 +71,7 @@ def record(objective: Objective, layout: Layout, params: Params, inputs: Any, by
     outside = {path: x for path, x in by_path(params).items() if _is_outside(layout, path)}
     if by_example:
         _check_rows(shapes)
+        _check_unmixed(objective, params, inputs)
 
     def forward(inputs: Any, perturbations: list[Array], added: dict[str, Array]) -> tuple[Outputs, list[Array]]:
         leaves = {path: x + added[path] if path in added else x for path, x in by_path(params).items()}
@@ -129,6 +131,19 @@ def _describe(block: Block) -> str:
 
 def _is_outside(layout: Layout, path: str) -> bool:
     return next(leaf for leaf in layout.leaves if leaf.path == path).outside == "diagonal"
+
+
+def _check_unmixed(objective: Objective, params: Params, inputs: Any) -> None:
+    closed, _ = trace(lambda params, inputs: objective.outputs(params, inputs), params, inputs)
+    is_shared = lambda x: isinstance(x, Shared)
+    rows = [not is_shared(x) for x in jax.tree.leaves(inputs, is_leaf=is_shared) for _ in jax.tree.leaves(x)]
+    mixing = mixing_operation(closed, [False] * len(jax.tree.leaves(params)) + rows)
+    if mixing is not None:
+        raise ValueError(
+            f"the model mixes examples: its `{mixing}` runs over the batch axis (as BatchNorm in training does): no "
+            'example has a gradient of its own. Work by example (sharing="reduce", EK-FAC, estimators "exact" and '
+            '"empirical") is not defined for it; K-FAC with sharing="expand" and estimator="mc" is.'
+        )
 
 
 def _check_rows(shapes: PyTree) -> None:

@@ -120,6 +120,11 @@ def returned_and_read_again(p, x):
     return (z + p["b"]) * y
 
 
+def returned_by_remat(p, x):
+    z, y = jax.checkpoint(lambda z: (z, jnp.sin(z)))(x @ p["w"])
+    return (z + p["b"]) * y
+
+
 def returned_twice(p, x):
     z, y = jax.jit(lambda w, x: [x @ w] * 2)(p["w"], x)
     return (z + p["b"]) * y
@@ -154,6 +159,12 @@ def scan_in_scan(p, x):
     return lax.scan(group, x, {"layers": layers, "v": p["v"], "c": p["c"]})[0]
 
 
+def members_in_a_scan(p, x):
+    """Layers of three members."""
+    step = lambda h, q: (jnp.tanh(jnp.einsum("ebi,eio->ebo", h, q["w"]) + q["b"][:, None]), None)
+    return lax.scan(step, jnp.stack([x] * 3), p)[0].swapaxes(0, 1)
+
+
 def layers_of_two_types(p, x):
     branches = [lambda h, w: jnp.tanh(h @ w), lambda h, w: h + jnp.tanh(h @ p["v"] + p["b"])]
     step = lambda h, layer: (lax.switch(layer[0], branches, h, layer[1]), None)
@@ -176,8 +187,9 @@ ODD = {
     "bias after a reshape": (act(lambda z, p: (z.reshape(-1, 1, 3) + p["b"])[:, 0]), "w33 v32 b3", {}),
     "read twice": (act(lambda z, p: (z + p["b"]) * z), "w33 v32 b3", {"b": "add"}),
     "returned and read again": (returned_and_read_again, "w32 b2", {"b": "add"}),
+    "returned by remat": (returned_by_remat, "w32 b2", {"b": "add"}),
     "returned twice": (returned_twice, "w32 b2", {"b": "add"}),
-    "scaled before": (act(lambda z, p: 2 * z + p["b"]), "w33 v32 b3", {"b": "not straight"}),
+    "scaled before": (act(lambda z, p: z * 2 + p["b"]), "w33 v32 b3", {"b": "not straight"}),
     "subtracted": (act(lambda z, p: z - p["b"]), "w33 v32 b3", {"b": "sub"}),
     "second bias": (act(lambda z, p: z + p["b"] + p["c"]), "w33 v32 b3 c3", {"c": "second bias"}),
     "split features": (lambda p, x: (x @ p["w"]).reshape(-1, 2, 2) + p["b"], "w34 b22", {"b": "not straight"}),
@@ -186,7 +198,9 @@ ODD = {
     "part of a leaf": (lambda p, x: x @ p["w"][1:4, ::2], "w54", {"w": "14 of 20 entries"}),
     "several times": (lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1), "w32", {"w": "several times"}),
     "joined with one that is not": (joined, "w3 v3", {"w": "joined", "v": "mul"}),
-    "not used": (lambda p, x: x @ p["w"] + 0 * lax.stop_gradient(p["b"]), "w32 b2", {"b": "not influence"}),
+    "stopped": (lambda p, x: x @ p["w"] + 0 * lax.stop_gradient(p["b"]), "w32 b2", {"b": "not influence"}),
+    "not used": (lambda p, x: [x @ p["w"], p["w"] * p["b"]][0], "w32 b2", {"b": "not influence"}),
+    "read in vain": (act(lambda z, p: [z + p["b"], jnp.exp(z)][0]), "w33 v32 b3", {}),
     "an output": (lambda p, x: jnp.broadcast_to(p["w"], (len(x), 2)), "w2", {"w": "output"}),
     "inside a function": (lambda p, x: x @ jax.nn.relu(p["w"]), "w33", {"w": "custom_jvp_call"}),
     "repeated": (lambda p, x: jnp.einsum("bi,bio->bo", x, jnp.broadcast_to(p["w"], (len(x), 3, 2))), "w32", {"w": "dot"}),
@@ -201,6 +215,7 @@ ODD = {
     ),
     "in the carry": (in_the_carry, "w33 v33", {"v": "changed in the carry"}),
     "scan in scan": (scan_in_scan, "w2333 b233 e233 v233 c23 u33 d3 s33", {"e": "axes"}),
+    "members in a scan": (members_in_a_scan, "w2333 b233", {}),
     "layers of two types": (layers_of_two_types, "w333 v33 b3", {}),
 }
 

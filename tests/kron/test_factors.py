@@ -239,8 +239,7 @@ def test_draws_depend_on_rows_not_on_chunks():
     chex.assert_trees_all_close(*A, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("name", ["sequences", "multi_head"])
+@pytest.mark.parametrize("name, sharing", [("sequences", "expand"), ("sequences", "reduce"), ("multi_head", "reduce")])
 def test_sampled_factors_are_unbiased_for_exact_ones(name, sharing):
     case = sequences() if name == "sequences" else CASES[name]()
     layout = layout_of(case, sharing=sharing)
@@ -259,6 +258,20 @@ def test_sampled_factors_are_unbiased_for_exact_ones(name, sharing):
         sem = x.std(0, ddof=1) / len(x) ** 0.5
         assert (jnp.abs(x.mean(0) - y) <= 5 * sem + 1e-12).all()
         assert sem.max() < 0.15 * abs(y).max()  # the test can tell a wrong factor
+
+
+def test_shared_inputs_are_those_of_every_example():
+    """As if the model had closed over them."""
+    case = CASES["shared_statistics"]()
+    shared = {name: x for name, x in case.batch[0].items() if name != "x"}
+    closed = lambda p, x: case.objective.model(p, {"x": x, **{name: part.value for name, part in shared.items()}})
+    alone = case._replace(
+        objective=curvax.Objective(closed, case.objective.loss, has_aux=True),
+        batch=(case.batch[0]["x"], case.batch[1]),
+    )
+    for kwargs in ({"estimator": "exact"}, {"microbatch": 2}):
+        of = lambda case, kwargs=kwargs: factors(case, layout_of(case, sharing="reduce"), **kwargs)
+        chex.assert_trees_all_close(compiled(of, case), compiled(of, alone), rtol=1e-9)
 
 
 # ---------------------------------------------------------------- masks, precision, diagonals

@@ -123,6 +123,26 @@ def compiled(row, every=1):
     return tx, jax.jit(step_with(tx))
 
 
+@functools.cache
+def updating(row):
+    """The optimizer without momentum or decay, and its compiled `(grads, state, params, batch) -> (updates, state)`."""
+    tx = row.build(0.02, OBJECTIVE, **dict(row.plain))
+    return tx, jax.jit(lambda g, s, p, b: tx.update(g, s, p, batch=b))
+
+
+@functools.cache
+def ruling(row):
+    """The rule, and its compiled `(grads, state, curvature) -> (updates, state)`."""
+    rule = row.scale_by()
+    return rule, jax.jit(lambda g, s, c: rule.update(g, s, curvature=c))
+
+
+@functools.cache
+def estimating(row):
+    """The compiled estimator."""
+    return jax.jit(row.estimator)
+
+
 def train(step, tx, num_steps=7, params=PARAMS, batch=BATCH):
     carry = params, tx.init(params)
     for _ in range(num_steps):
@@ -195,24 +215,24 @@ def test_is_the_rule_with_its_estimator_in_a_chain(row):
 @every_optimizer
 def test_curvature_as_data(row):
     """The rule given curvature, and the one-liner given curvature, equal the one-liner that estimates it."""
-    tx = row.build(0.02, OBJECTIVE, **dict(row.plain))
-    expected, _ = tx.update(gradient(), tx.init(PARAMS), PARAMS, batch=BATCH)
-    curvature = row.estimator(jax.random.fold_in(jax.random.key(0), 0), PARAMS, BATCH)
-    given, _ = tx.update(gradient(), tx.init(PARAMS), PARAMS, curvature=curvature)
+    tx, update = updating(row)
+    expected, _ = update(gradient(), tx.init(PARAMS), PARAMS, BATCH)
+    curvature = estimating(row)(jax.random.fold_in(jax.random.key(0), 0), PARAMS, BATCH)
+    given, _ = jax.jit(lambda s, c: tx.update(gradient(), s, PARAMS, curvature=c))(tx.init(PARAMS), curvature)
     same(given, expected)
-    rule = row.scale_by()
-    direction, state = rule.update(gradient(), rule.init(PARAMS), curvature=curvature)
+    rule, apply = ruling(row)
+    direction, state = apply(gradient(), rule.init(PARAMS), curvature)
     same(optax.tree.scale(-0.02, direction), expected)
-    again, later = rule.update(gradient(), state)  # goes on with what it holds
+    again, later = apply(gradient(), state, None)  # goes on with what it holds
     assert optax.tree.norm(again) > 0
     same(later.curvature, state.curvature)
-    nothing_yet, _ = rule.update(gradient(), rule.init(PARAMS))
+    nothing_yet, _ = apply(gradient(), rule.init(PARAMS), None)
     assert optax.tree.norm(nothing_yet) == 0
 
 
 @every_optimizer
 def test_masked_needs_the_whole_model_and_leaves_the_rest(row):
-    tx = row.build(0.02, OBJECTIVE, **dict(row.plain))
+    tx, _ = updating(row)
     masked = optax.masked(tx, {"a": True, "c": False})
     state = masked.init(PARAMS)
     with pytest.raises(ValueError, match=r"params\['c'\] is masked out.*model_params=params"):
@@ -220,7 +240,7 @@ def test_masked_needs_the_whole_model_and_leaves_the_rest(row):
     step = jax.jit(lambda g, s, p, b: masked.update(g, s, p, batch=b, model_params=p))
     updates, state = step(gradient(), state, PARAMS, BATCH)
     same(updates["c"], gradient()["c"])
-    same(updates["a"], tx.update(gradient(), tx.init(PARAMS), PARAMS, batch=BATCH)[0]["a"])
+    same(updates["a"], updating(row)[1](gradient(), tx.init(PARAMS), PARAMS, BATCH)[0]["a"])
     assert not any(x.shape == PARAMS["c"].shape for x in jax.tree.leaves(state))  # no state for what is masked
 
 
@@ -231,8 +251,8 @@ def test_partition_inside_estimating(row):
     tx = curvax.estimating(optax.partition(groups, labels), row.estimator, curvature_every=2)
     step = jax.jit(lambda g, s, p, b: tx.update(g, s, p, batch=b))
     updates, state = step(gradient(), tx.init(PARAMS), PARAMS, BATCH)
-    whole = curvax.estimating(row.scale_by(), row.estimator)
-    expected, _ = whole.update(gradient(), whole.init(PARAMS), PARAMS, batch=BATCH)
+    whole, update = updating(row)
+    expected = optax.tree.scale(-50, update(gradient(), whole.init(PARAMS), PARAMS, BATCH)[0])  # without its rate
     adam = optax.scale_by_adam()
     of_adam = adam.update(gradient(), adam.init(PARAMS))[0]
     spread = jax.tree.broadcast(labels, PARAMS)
@@ -248,13 +268,14 @@ def test_multisteps_with_averaged_curvature(row):
     chained = optax.chain(optax.identity(), optax.GradientTransformationExtraArgs(ms.init, ms.update))
     halves = [jax.tree.map(lambda x, i=i: x[i::2], BATCH) for i in range(2)]
     grads = [gradient(batch=half) for half in halves]
-    curvatures = [row.estimator(jax.random.key(i), PARAMS, half) for i, half in enumerate(halves)]
+    curvatures = [estimating(row)(jax.random.key(i), PARAMS, half) for i, half in enumerate(halves)]
     update = jax.jit(lambda g, s, p, c: chained.update(g, s, p, curvature=c))
     state = chained.init(PARAMS)
     updates, state = update(grads[0], state, PARAMS, curvatures[0])
     assert optax.tree.norm(updates) == 0
     updates, state = update(grads[1], state, PARAMS, row.combine(curvatures))
-    expected, _ = tx.update(mean(grads), tx.init(PARAMS), PARAMS, curvature=row.combine(curvatures))
+    whole = jax.jit(lambda g, s, p, c: tx.update(g, s, p, curvature=c))
+    expected, _ = whole(mean(grads), tx.init(PARAMS), PARAMS, row.combine(curvatures))
     same(updates, expected)
     # and with batch= the estimate is that of the last micro-batch, as MultiSteps shows it
     updates, _ = jax.jit(lambda g, s, p, b: chained.update(g, s, p, batch=b))(grads[0], state, PARAMS, halves[0])
@@ -279,28 +300,26 @@ def test_inject_hyperparams(row):
 @every_optimizer
 def test_schedules(row):
     """A rate that halves after one step: the first step is that of the constant rate, the second half of it."""
-    falling = row.build(optax.piecewise_constant_schedule(0.02, {1: 0.5}), OBJECTIVE)
-    constant = row.build(0.02, OBJECTIVE)
-    update = lambda tx: jax.jit(lambda s: tx.update(gradient(), s, PARAMS, batch=BATCH))
-    falling_update, constant_update = update(falling), update(constant)
-    one, state = falling_update(falling.init(PARAMS))
-    two, _ = falling_update(state)
-    expected_one, state = constant_update(constant.init(PARAMS))
-    expected_two, _ = constant_update(state)
+    falling = row.build(optax.piecewise_constant_schedule(0.02, {1: 0.5}), OBJECTIVE, **dict(row.plain))
+    update = jax.jit(lambda s: falling.update(gradient(), s, PARAMS, batch=BATCH))
+    one, state = update(falling.init(PARAMS))
+    two, _ = update(state)
+    constant, step = updating(row)
+    expected_one, state = step(gradient(), constant.init(PARAMS), PARAMS, BATCH)
+    expected_two, _ = step(gradient(), state, PARAMS, BATCH)
     same((one, two), (expected_one, optax.tree.scale(0.5, expected_two)))
 
 
 @every_optimizer
 def test_non_finite_gradient_or_curvature_leaves_the_last_good_state(row):
-    rule = row.scale_by()
-    curvature = row.estimator(jax.random.key(0), PARAMS, BATCH)
+    rule, update = ruling(row)
+    curvature = estimating(row)(jax.random.key(0), PARAMS, BATCH)
 
     def poison(tree):
         leaves, structure = jax.tree.flatten(tree)
         return jax.tree.unflatten(structure, [leaves[0].at[(0,) * leaves[0].ndim].set(jnp.inf), *leaves[1:]])
 
-    _, good = rule.update(gradient(), rule.init(PARAMS), curvature=curvature)
-    update = jax.jit(lambda g, s, c: rule.update(g, s, curvature=c))
+    _, good = update(gradient(), rule.init(PARAMS), curvature)
     stepped, after = update(gradient(), good, poison(curvature))
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(stepped)) and optax.tree.norm(stepped) > 0
     same(after.curvature, good.curvature)
@@ -419,7 +438,7 @@ def test_unknown_extra_arguments_are_ignored(row):
     tx = row.build(0.02, OBJECTIVE)
     same(train(jax.jit(step_with(tx, value=1.0, other="x")), tx, 2), train(compiled(row)[1], tx, 2))
     rule = row.scale_by()
-    rule.update(gradient(), rule.init(PARAMS), PARAMS, value=1.0)
+    jax.eval_shape(lambda g, s, p: rule.update(g, s, p, value=1.0), gradient(), rule.init(PARAMS), PARAMS)
 
 
 @every_optimizer

@@ -36,7 +36,10 @@ BATCHES = [(normal(t, 6, 2, 3), np.random.default_rng(t).integers(0, 3, (6, 2)))
 GRADIENTS = [jax.tree.map(lambda p, t=t: normal(t, *p.shape), PARAMS) for t in range(4)]
 LAYOUT = curvax.kron_layout(OBJECTIVE, PARAMS, BATCHES[0])
 KERNELS = {"['w1']": ("w1", "b1"), "['w2']": ("w2", "b2")}  # by block
-DAMPING = 2.0**-5  # exact in float32, in which the state keeps it
+DAMPING = 2.0**-4  # it and its root are exact in float32, in which the state keeps it
+
+LINEAR = curvax.Objective(lambda p, x: x @ p["w"] + p["b"], losses.squared_error())
+LINEAR_LAYOUT = curvax.kron_layout(LINEAR, {"w": np.ones((3, 2)), "b": np.zeros(2)}, (np.ones((9, 3)), np.ones((9, 2))))
 
 
 def exact_factors(key, params, batch):
@@ -57,8 +60,9 @@ gradient = jax.jit(jax.grad(OBJECTIVE))
 
 def drawn_factors(layout, params, seed):
     """Positive definite factors."""
+    rng = np.random.default_rng(seed)
 
-    def draw(factor, rng=np.random.default_rng(seed)):
+    def draw(factor):
         x = rng.normal(size=(*factor.total.shape[:2], 20))
         return Factor(jnp.asarray(x @ x.swapaxes(1, 2) / 20), jnp.ones(factor.weight.shape))
 
@@ -193,149 +197,144 @@ def test_rows_of_ekfac_give_the_moments():
     chex.assert_trees_all_close(*compute(PARAMS, BATCHES[0], GRADIENTS[0]), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac"])
-def test_momentum_and_learning_rate(name):
+def test_momentum_and_learning_rate():
     """A sum of past steps that decays, times a rate that may be a schedule; without momentum, no buffer."""
-    build, scale_by = getattr(curvax, name), getattr(curvax, f"scale_by_{name}")
-    rate = lambda count: 0.5**count
-    tx = build(rate, OBJECTIVE, LAYOUT, DAMPING, curvature_every=2, inverse_every=2, momentum=0.7, seed=3)
-    rule = scale_by(LAYOUT, DAMPING, 2)
-    draw = jax.jit(ESTIMATORS[name])
-    update = jax.jit(lambda g, s, p, b: tx.update(g, s, p, batch=b))
-    rule_update = jax.jit(lambda g, s, c: rule.update(g, s, curvature=c))
-    state, held, sum_of_steps = tx.init(PARAMS), rule.init(PARAMS), optax.tree.zeros_like(PARAMS)
-    for t, (g, batch) in enumerate(zip(GRADIENTS, BATCHES, strict=True)):
-        updates, state = update(g, state, PARAMS, batch)
-        curvature = draw(jax.random.fold_in(jax.random.key(3), t), PARAMS, batch) if t % 2 == 0 else None
-        steps, held = rule_update(g, held, curvature)
-        sum_of_steps = jax.tree.map(lambda m, s: 0.7 * m + s, sum_of_steps, steps)
-        chex.assert_trees_all_close(updates, jax.tree.map(lambda m, t=t: -rate(t) * m, sum_of_steps), rtol=1e-9)
-    sizes = lambda momentum: size(build(rate, OBJECTIVE, LAYOUT, momentum=momentum), PARAMS)
-    assert sizes(0.7) - sizes(0.0) == sizes(0) * 0 + sum(p.size for p in PARAMS.values())
+    rate, batch = lambda count: 0.5**count, (normal(0, 9, 3), normal(1, 9, 2))
+    build = functools.partial(curvax.kfac, objective=LINEAR, layout=LINEAR_LAYOUT, damping=DAMPING, seed=3)
+    still, tx = build(-1.0, momentum=0.0), build(rate, momentum=0.7)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    updates = [jax.jit(lambda g, s, rule=rule: rule.update(g, s, params, batch=batch)) for rule in (still, tx)]
+    held, state, total = still.init(params), tx.init(params), optax.tree.zeros_like(params)
+    for t in range(4):
+        g = jax.tree.map(lambda p, t=t: normal(t, *p.shape), params)
+        (steps, held), (got, state) = updates[0](g, held), updates[1](g, state)
+        total = jax.tree.map(lambda m, s: 0.7 * m + s, total, steps)
+        chex.assert_trees_all_close(got, jax.tree.map(lambda m, t=t: -rate(t) * m, total), rtol=1e-9)
+    assert size(tx, params) - size(still, params) == 8
 
 
 # -- schedules, guards ---------------------------------------------------------------------------------------------------
 
 
-def deep(p, x):
-    for w in p:
-        x = jnp.tanh(x @ w)
-    return x
-
-
-DEEP = [normal(i, *shape) for i, shape in enumerate([(9, 2), (2, 5), (5, 3), (3, 3), (3, 2)])]
-DEEP_LAYOUT = curvax.kron_layout(curvax.Objective(deep, losses.squared_error()), DEEP, (normal(0, 4, 9), normal(1, 4, 2)))
-NAMES = [block.name for block in DEEP_LAYOUT.blocks]
-
-
 def test_stagger_inverts_all_at_first_and_then_each_share_in_its_turn():
-    stagger = curvax.scale_by_kfac(DEEP_LAYOUT, DAMPING, inverse_every=3, stagger=True)
-    every_step, together = curvax.scale_by_kfac(DEEP_LAYOUT, DAMPING), curvax.scale_by_kfac(DEEP_LAYOUT, DAMPING, 3)
-    factors = [drawn_factors(DEEP_LAYOUT, DEEP, seed) for seed in range(7)]
+    params = [normal(i, *shape) for i, shape in enumerate([(9, 2), (2, 3), (3, 3), (3, 2)])]
+    model = lambda p, x: functools.reduce(lambda x, w: jnp.tanh(x @ w), p, x)
+    objective = curvax.Objective(model, losses.squared_error())
+    layout = curvax.kron_layout(objective, params, (normal(0, 4, 9), normal(1, 4, 2)))
+    names = [block.name for block in layout.blocks]
+    factors = [drawn_factors(layout, params, seed) for seed in range(7)]
+    build = functools.partial(curvax.scale_by_kfac, layout, DAMPING, scheme="exact")
+    rules = build(3, stagger=True), build()
+    updates, inits = [jax.jit(rule.update) for rule in rules], [rule.init(params) for rule in rules]
 
-    def run(rule, curvatures):
-        update, state = jax.jit(rule.update), rule.init(DEEP)
+    def run(which, curvatures):
+        state = inits[which]
         for curvature in curvatures:
-            steps, state = update(DEEP, state, curvature=curvature)
-            yield dict(zip(NAMES, steps, strict=True)), {name: int(b.age) for name, b in state.info.blocks.items()}
+            steps, state = updates[which](params, state, curvature=curvature)
+            yield dict(zip(names, steps, strict=True)), {name: int(b.age) for name, b in state.info.blocks.items()}
 
     turns = []
-    for t, ((steps, ages), (fresh, _)) in enumerate(zip(run(stagger, factors), run(every_step, factors), strict=True)):
-        turns.append({name for name in NAMES if ages[name] == 0})
-        for name in NAMES:
+    for t, ((steps, ages), (fresh, _)) in enumerate(zip(run(0, factors), run(1, factors), strict=True)):
+        turns.append({name for name in names if ages[name] == 0})
+        for name in names:
             assert np.allclose(steps[name], fresh[name], rtol=1e-9) == (name in turns[t])
-    assert turns[0] == set(NAMES) and turns[1:4] == turns[4:7]
-    assert sorted(name for turn in turns[1:4] for name in turn) == sorted(NAMES)  # each once
-    assert {NAMES[0]} in turns[1:4]  # the largest matrix has a step for itself
+    assert turns[0] == set(names) and turns[1:4] == turns[4:7]
+    assert sorted(name for turn in turns[1:4] for name in turn) == sorted(names)  # each once
+    assert {names[0]} in turns[1:4]  # the largest matrix has a step for itself
     constant = [factors[0]] * 5
-    for (steps, _), (expected, _) in zip(run(stagger, constant), run(together, constant), strict=True):
-        chex.assert_trees_all_close(steps, expected, rtol=1e-12)
+    for (steps, _), (expected, _) in zip(run(0, constant), run(1, constant), strict=True):
+        chex.assert_trees_all_close(steps, expected, rtol=1e-9)
 
 
 def test_a_block_whose_factorization_fails_goes_on_with_its_last_good_inverse():
-    rule = curvax.scale_by_kfac(DEEP_LAYOUT, DAMPING, decay=0.0)
-    update = jax.jit(rule.update)
-    one, two, three = (drawn_factors(DEEP_LAYOUT, DEEP, seed) for seed in range(3))
-    bad = two.blocks[NAMES[2]]
+    rule = curvax.scale_by_kfac(LAYOUT, DAMPING, decay=0.0)
+    update, g = jax.jit(rule.update), GRADIENTS[0]
+    one, two, three = (drawn_factors(LAYOUT, PARAMS, seed) for seed in range(3))
+    other, name = KERNELS
+    bad = two.blocks[name]
     bad = bad._replace(inputs=bad.inputs._replace(total=bad.inputs.total - 10 * jnp.eye(5)))  # indefinite
-    broken = two._replace(blocks=two.blocks | {NAMES[2]: bad})
-    first, state = update(DEEP, rule.init(DEEP), curvature=one)
-    steps, failed = update(DEEP, state, curvature=broken)
-    expected, _ = update(DEEP, state, curvature=two)
+    first, state = update(g, rule.init(PARAMS), curvature=one)
+    steps, failed = update(g, state, curvature=two._replace(blocks=two.blocks | {name: bad}))
+    expected, _ = update(g, state, curvature=two)
     chex.assert_tree_all_finite((steps, failed))
-    chex.assert_trees_all_equal(steps, [first[2] if i == 2 else x for i, x in enumerate(expected)])
-    assert failed.info.num_failures == {name: int(name == NAMES[2]) for name in NAMES}
-    assert [int(failed.info.blocks[name].age) for name in NAMES] == [0, 0, 1, 0, 0]
-    chex.assert_trees_all_equal(failed.info.blocks[NAMES[2]]._replace(age=0), state.info.blocks[NAMES[2]]._replace(age=0))
-    steps, healed = update(DEEP, failed, curvature=three)
-    chex.assert_trees_all_close(steps, update(DEEP, state, curvature=three)[0], rtol=1e-12)
-    assert healed.info.blocks[NAMES[2]].age == 0 and healed.info.num_failures[NAMES[2]] == 1
+    chex.assert_trees_all_equal(steps, expected | {leaf: first[leaf] for leaf in KERNELS[name]})
+    assert failed.info.num_failures == {other: 0, name: 1} and failed.info.num_nonfinite == 0
+    assert (failed.info.blocks[other].age, failed.info.blocks[name].age) == (0, 1)
+    chex.assert_trees_all_equal(failed.info.blocks[name]._replace(age=0), state.info.blocks[name])
+    steps, healed = update(g, failed, curvature=three)
+    chex.assert_trees_all_equal(steps, update(g, state, curvature=three)[0])
+    assert healed.info.blocks[name].age == 0 and healed.info.num_failures[name] == 1
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+RULES = {"kfac": functools.partial(curvax.scale_by_kfac, scheme="exact"), "ekfac": curvax.scale_by_ekfac}
+every_rule = pytest.mark.parametrize("name", RULES)
+
+
+@every_rule
 def test_what_is_not_finite_stays_out_of_the_state(name):
-    rule = getattr(curvax, f"scale_by_{name}")(LAYOUT, DAMPING)
-    update = jax.jit(rule.update)
-    draw = jax.jit(ESTIMATORS[name])
+    rule = RULES[name](LAYOUT, DAMPING)
+    update, draw = jax.jit(rule.update), jax.jit(ESTIMATORS[name])
     good = draw(jax.random.key(0), PARAMS, BATCHES[0])
     held, state = update(GRADIENTS[0], rule.init(PARAMS), curvature=good)
     leaves, structure = jax.tree.flatten(good)
-    for i, leaf in enumerate(leaves):
+    for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(good)):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         bad = jax.tree.unflatten(structure, [x * jnp.nan if i == k else x for k, x in enumerate(leaves)])
         steps, after = update(GRADIENTS[0], state, curvature=bad)
-        chex.assert_trees_all_close(steps, held, rtol=1e-9)
-        assert after.info.num_nonfinite == 1 and after.num_refreshes == 1 and after.count == 2
-        chex.assert_trees_all_equal(after.curvature, state.curvature)
+        chex.assert_tree_all_finite((steps, after))
+        assert after.info.num_nonfinite == 1 and after.count == 2
+        if name == "kfac" or "factors" in jax.tree_util.keystr(path):
+            chex.assert_trees_all_close(steps, held, rtol=1e-9)
+            chex.assert_trees_all_equal(after.curvature, state.curvature)
+            assert after.num_refreshes == 1
     steps, after = update({**GRADIENTS[0], "b2": jnp.full(3, jnp.nan)}, state, curvature=good)
-    assert all(np.isnan(x).all() for x in jax.tree.leaves(steps))
-    assert after.info.num_nonfinite == 1
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(steps)) and after.info.num_nonfinite == 1
     chex.assert_trees_all_equal(after._replace(info=after.info._replace(num_nonfinite=0)), state)
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+@every_rule
 def test_the_first_curvature_is_inverted_whenever_it_comes(name):
-    """Also if it comes late, or the one before was not finite: then the updates are no longer zero."""
-    rule = getattr(curvax, f"scale_by_{name}")(LAYOUT, DAMPING, inverse_every=10)
+    """Also if it comes late, or the one before was not finite: the updates are zero only while there is none."""
+    rule = RULES[name](LAYOUT, DAMPING, inverse_every=10)
     update = jax.jit(rule.update)
     good = jax.jit(ESTIMATORS[name])(jax.random.key(0), PARAMS, BATCHES[0])
     expected, _ = update(GRADIENTS[0], rule.init(PARAMS), curvature=good)
-    for first in (None, jax.tree.map(lambda x: x * np.nan, good)):
+    for first in (None, jax.tree.map(lambda x: (x * np.nan).astype(x.dtype), good)):
         nothing, state = update(GRADIENTS[0], rule.init(PARAMS), curvature=first)
         assert optax.tree.norm(nothing) == 0
         chex.assert_trees_all_close(update(GRADIENTS[0], state, curvature=good)[0], expected, rtol=1e-9)
 
 
 def test_damping_by_schedule_by_argument_and_injected():
-    factors = drawn_factors(LAYOUT, PARAMS, 0)
-    strong, weak = (jax.jit(curvax.scale_by_kfac(LAYOUT, d).update) for d in (0.5, 0.125))
-    start = curvax.scale_by_kfac(LAYOUT).init(PARAMS)
-    first, second = (f(GRADIENTS[0], start, curvature=factors)[0] for f in (strong, weak))
-    falling = curvax.scale_by_kfac(LAYOUT, lambda count: 0.5 * 0.25**count)
-    given = curvax.scale_by_kfac(LAYOUT, 8.0)
-    steps, state = falling.update(GRADIENTS[0], start, curvature=factors)
-    chex.assert_trees_all_close(steps, first, rtol=1e-12)
-    for curvature in (factors, None):  # also where the factors stay
-        steps, _ = falling.update(GRADIENTS[0], state, curvature=curvature)
-        chex.assert_trees_all_close(steps, second, rtol=1e-12)
-        _, held = given.update(GRADIENTS[0], start, curvature=factors, damping=0.5)
-        steps, held = given.update(GRADIENTS[0], held, curvature=curvature, damping=0.125)
-        chex.assert_trees_all_close(steps, second, rtol=1e-12)
-        assert held.info.damping == 0.125
-        injected = optax.inject_hyperparams(lambda damping: curvax.scale_by_kfac(LAYOUT, damping))(damping=0.5)
-        steps, held = injected.update(GRADIENTS[0], injected.init(PARAMS), curvature=factors)
-        chex.assert_trees_all_close(steps, first, rtol=1e-12)
-        held = held._replace(hyperparams={"damping": jnp.float32(0.125)})
-        steps, _ = injected.update(GRADIENTS[0], held, curvature=curvature)
-        chex.assert_trees_all_close(steps, second, rtol=1e-12)
+    """Each with damping 1/2 in the first step and 1/8 in the second, which is given the same factors, or none."""
+    params = {"w": normal(0, 3, 2), "b": normal(1, 2)}
+    factors = drawn_factors(LINEAR_LAYOUT, params, 0)
+    invert = jax.jit(lambda f, damping: curvax.kron_inverse(LINEAR_LAYOUT, f, damping)(params))
+    expected = [invert(factors, damping) for damping in (0.5, 0.125)]
+    build = functools.partial(RULES["kfac"], LINEAR_LAYOUT)
+    injected = optax.inject_hyperparams(lambda damping: build(damping))(damping=0.5)
+    inject = lambda state, t: state._replace(hyperparams={"damping": jnp.float32(0.5 * 0.25**t)})
+    ways = {
+        "schedule": (build(lambda count: 0.5 * 0.25**count), lambda state, t: state, lambda t: {}),
+        "argument": (build(8.0), lambda state, t: state, lambda t: {"damping": jnp.float32(0.5 * 0.25**t)}),
+        "injected": (injected, inject, lambda t: {}),
+    }
+    for way, (rule, prepare, extra) in ways.items():
+        update, start = jax.jit(rule.update), rule.init(params)
+        for second in (factors, None):
+            state = start
+            for t, curvature in enumerate((factors, second)):
+                steps, state = update(params, prepare(state, t), curvature=curvature, **extra(t))
+                chex.assert_trees_all_close(steps, expected[t], rtol=1e-9, custom_message=f"{way}, step {t}, {second}")
+                assert optax.tree.get(state, "info").damping == 0.5 * 0.25**t
 
 
 def test_fallback_for_leaves_in_no_block():
-    groups = {"kron": curvax.scale_by_kfac(LAYOUT, DAMPING), "diagonal": optax.scale_by_adam()}
+    alone, adam = RULES["kfac"](LAYOUT, DAMPING), optax.scale_by_adam()
+    groups = {"kron": alone, "diagonal": adam}
     tx = curvax.estimating(optax.partition(groups, LAYOUT.labels(PARAMS)), sampled_factors)
     update, draw = jax.jit(lambda g, s, b: tx.update(g, s, PARAMS, batch=b)), jax.jit(sampled_factors)
-    alone, adam = curvax.scale_by_kfac(LAYOUT, DAMPING), optax.scale_by_adam()
     alone_update = jax.jit(alone.update)
     state, held, of_adam = tx.init(PARAMS), alone.init(PARAMS), adam.init(PARAMS)
     for t, (g, batch) in enumerate(zip(GRADIENTS, BATCHES, strict=True)):
@@ -351,13 +350,12 @@ def test_fallback_for_leaves_in_no_block():
 
 
 def test_one_step_solves_a_linear_least_squares_problem():
-    objective = curvax.Objective(lambda p, x: x @ p["w"] + p["b"], losses.squared_error())
     x, y = normal(0, 9, 3), normal(1, 9, 2)
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
-    layout = curvax.kron_layout(objective, params, (x, y))
-    estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key, estimator="exact")
-    tx = curvax.quadratic_model(curvax.estimating(curvax.scale_by_kfac(layout, 1e-24), estimator), objective)
-    step = jax.jit(lambda p, b: tx.update(jax.grad(objective)(p, b), tx.init(p), p, batch=b))
+    estimator = functools.partial(curvax.kron_factors, estimator="exact")
+    draw = lambda key, params, batch: estimator(LINEAR, LINEAR_LAYOUT, params, batch, key)
+    tx = curvax.quadratic_model(curvax.estimating(curvax.scale_by_kfac(LINEAR_LAYOUT, 1e-24), draw), LINEAR)
+    step = jax.jit(lambda p, b: tx.update(jax.grad(LINEAR)(p, b), tx.init(p), p, batch=b))
     updates, state = step(params, (x, y))
     solution = np.linalg.lstsq(np.concatenate([x, np.ones((9, 1))], axis=1), y, rcond=None)[0]
     close(np.concatenate([params["w"] + updates["w"], (params["b"] + updates["b"])[None]]), solution)
@@ -368,31 +366,31 @@ def test_one_step_solves_a_linear_least_squares_problem():
 def test_kfac_does_not_see_affine_maps_of_a_layers_inputs(scheme):
     """Without damping. Each layer's inputs are mapped, and its initial weights so that the model is the same."""
 
-    def model(p, x, maps):
-        (t1, c1), (t2, c2) = maps
-        h = jnp.tanh((x @ t1 + c1) @ p["w1"] + p["b1"])
+    def model(p, inputs):
+        (t1, c1), (t2, c2) = inputs["maps"]
+        h = jnp.tanh((inputs["x"] @ t1 + c1) @ p["w1"] + p["b1"])
         return (h @ t2 + c2) @ p["w2"] + p["b2"]
 
+    objective = curvax.Objective(model, losses.squared_error())
+    batch = lambda maps: ({"x": normal(5, 16, 3), "maps": curvax.Shared(maps)}, normal(6, 16, 3))
+    maps = [(np.eye(n) + 0.8 * normal(n, n, n), normal(n + 10, n)) for n in (3, 4)]
+    layout = curvax.kron_layout(objective, {name: PARAMS[name] for name in ("w1", "b1", "w2", "b2")}, batch(maps))
+    estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key, estimator="exact")
+    tx = curvax.estimating(curvax.scale_by_kfac(layout, 1e-20, scheme=scheme), estimator)
+
+    @jax.jit
+    def step(params, state, batch):
+        value, grads = jax.value_and_grad(objective)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return value, jax.tree.map(lambda p, u: p - 0.3 * u, params, updates), state
+
     def values(maps, params):
-        objective = curvax.Objective(lambda p, x: model(p, x, maps), losses.squared_error())
-        batch = normal(5, 16, 3), normal(6, 16, 3)
-        layout = curvax.kron_layout(objective, params, batch)
-        estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key, estimator="exact")
-        tx = curvax.estimating(curvax.scale_by_kfac(layout, 1e-20, scheme=scheme), estimator)
-
-        @jax.jit
-        def step(params, state, batch):
-            value, grads = jax.value_and_grad(objective)(params, batch)
-            updates, state = tx.update(grads, state, params, batch=batch)
-            return value, jax.tree.map(lambda p, u: p - 0.3 * u, params, updates), state
-
         state = tx.init(params)
         for _ in range(5):
-            value, params, state = step(params, state, batch)
+            value, params, state = step(params, state, batch(maps))
             yield value
 
     plain = {name: PARAMS[name] for name in ("w1", "b1", "w2", "b2")}
-    maps = [(np.eye(n) + 0.8 * normal(n, n, n), normal(n + 10, n)) for n in (3, 4)]
     mapped = {}
     for i, (t, c) in enumerate(maps, 1):
         mapped[f"w{i}"] = np.linalg.solve(t, plain[f"w{i}"])
@@ -402,9 +400,8 @@ def test_kfac_does_not_see_affine_maps_of_a_layers_inputs(scheme):
     assert expected[-1] < 0.5 * expected[0]
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac"])
-def test_trains_a_sequence_model(name):
-    tx = getattr(curvax, name)(0.1, OBJECTIVE, LAYOUT, 0.01, curvature_every=2, inverse_every=3)
+def test_ekfac_trains_a_sequence_model():
+    tx = curvax.ekfac(0.1, OBJECTIVE, LAYOUT, 0.01, inverse_every=3)
 
     @jax.jit
     def step(params, state):
@@ -454,21 +451,20 @@ DECAY = curvax.Objective(lambda p, x: p["a"] * jnp.exp(-p["b"] * x), losses.squa
 
 
 def test_levenberg_marquardt_follows_the_published_rule():
-    start, num_steps = {"a": jnp.array(0.5), "b": jnp.array(-0.8)}, 24
-    tx = curvax.levenberg_marquardt(damped_descent(), DECAY, damping=1.0, every=2, factor=0.6)
+    start, num_steps = {"a": np.array(0.5), "b": np.array(0.8)}, 14
+    tx = curvax.levenberg_marquardt(damped_descent(), DECAY, damping=0.125, every=2, factor=0.7)
     step = jax.jit(lambda p, s: tx.update(jax.grad(DECAY)(p, (X, Y)), s, p, batch=(X, Y)))
     expected = published.levenberg_marquardt(
-        np.array([0.5, -0.8]),
+        np.array([0.5, 0.8]),
         loss=lambda theta: 0.5 * np.mean(Decay(*theta).residual() ** 2),
         gradient=lambda theta: Decay(*theta).jacobian().T @ Decay(*theta).residual() / 6,
         curvature=lambda theta: Decay(*theta).jacobian().T @ Decay(*theta).jacobian() / 6,
         step=lambda g, m, damping: (-(0.5 * m + g) / np.float64(damping), 0.5 * m + g),
         num_steps=num_steps,
-        damping=1.0,
+        damping=0.125,
         every=2,
-        factor=0.6,
+        factor=0.7,
     )
-    print([e[3] for e in expected])
     params, state, rejected = start, tx.init(start), 0
     for theta, m, damping, said in expected:
         before = params, state
@@ -486,11 +482,11 @@ def test_levenberg_marquardt_follows_the_published_rule():
 
 
 def test_levenberg_marquardt_rejects_what_is_not_finite_and_keeps_its_bounds():
-    params = {"a": jnp.array(0.5), "b": jnp.array(0.8)}
+    params = {"a": np.array(0.5), "b": np.array(0.8)}
     tx = curvax.levenberg_marquardt(damped_descent(), DECAY, damping=1.0, every=1, factor=0.5, bounds=(0.5, 3.0))
     update = jax.jit(lambda g, s: tx.update(g, s, params, batch=(X, Y)))
     for bad in (jnp.nan, jnp.inf, -1e300):
-        g, state = {"a": jnp.array(bad), "b": jnp.array(bad)}, tx.init(params)
+        g, state = {"a": np.array(bad), "b": np.array(bad)}, tx.init(params)
         for damping in (2.0, 3.0):
             steps, state = update(g, state)
             assert all(x == 0 for x in jax.tree.leaves((steps, state.inner_state)))
@@ -608,10 +604,10 @@ def test_at_interval_1_nothing_is_conditional_and_one_forward_pass_serves_both()
     """Bound: the parts by themselves, less nearly all of a forward pass; each part has one of its own."""
     with jax.enable_x64(False):
         shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-        params = [shape(64, 128), shape(128, 128), shape(128, 8)]
-        model = lambda p, x: jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) @ p[2]
+        params = [shape(32, 64), shape(64, 8)]
+        model = lambda p, x: jnp.tanh(x @ p[0]) @ p[1]
         objective = curvax.Objective(model, losses.softmax_cross_entropy())
-        batch = shape(256, 64), jax.ShapeDtypeStruct((256,), jnp.int32)
+        batch = shape(256, 32), jax.ShapeDtypeStruct((256,), jnp.int32)
         layout = curvax.kron_layout(objective, params, batch)
         estimator = lambda p, b: curvax.kron_factors(objective, layout, p, b, jax.random.key(0))
         rule, build = curvax.scale_by_kfac(layout), functools.partial(curvax.kfac, 0.1, objective, layout)
@@ -622,9 +618,8 @@ def test_at_interval_1_nothing_is_conditional_and_one_forward_pass_serves_both()
         factors = jax.eval_shape(estimator, params, batch)
         rest = flops(lambda g, s, c: rule.update(g, s, curvature=c), params, jax.eval_shape(rule.init, params), factors)
         parts = flops(jax.grad(objective), params, batch), flops(estimator, params, batch), rest
-        forward = 2 * 256 * (64 * 128 + 128 * 128 + 128 * 8)
+        forward = 2 * 256 * (32 * 64 + 64 * 8)
         whole = flops(step(tx), params, state, batch)
-        print(whole, parts, forward, (sum(parts) - whole) / forward)
         assert whole <= sum(parts) - 0.95 * forward
         text = lambda **every: str(jax.make_jaxpr(step(build(**every)))(params, state, batch))
         assert "cond[" not in text()
@@ -664,7 +659,7 @@ def test_errors_of_curvature_and_wrappers():
         rule.update(PARAMS, state, curvature=factors._replace(blocks={"['w2']": factors.blocks["['w2']"]}))
     with pytest.raises(ValueError, match="curvature is of another layout: shapes of its factors differ"):
         rule.update(PARAMS, state, curvature=zero_factors(LAYOUT.edit("['w1']", inputs="diagonal"), PARAMS))
-    with pytest.raises(ValueError, match=r"\['w1'\].*\['b1'\] are in one Kronecker block, but a mask"):
+    with pytest.raises(ValueError, match=r"separates \['w1'\] from \['b1'\], which are in one Kronecker block"):
         optax.masked(rule, {name: name != "b1" for name in PARAMS}).init(PARAMS)
     for build in (curvax.kfac, curvax.ekfac):
         tx = build(0.1, OBJECTIVE, LAYOUT)
