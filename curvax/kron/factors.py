@@ -107,7 +107,8 @@ def kron_factors(
       batch: `(inputs, targets)`.
       key: JAX key, for "mc".
       estimator: "mc", targets sampled from the model; "exact", every entry of one example's outputs in turn, the
-        expectation of "mc"; "empirical", the batch's own targets.
+        expectation of "mc" (a use without batch axis, such as a learned query, is then counted once for each example);
+        "empirical", the batch's own targets.
       num_samples: samples for each term, with "mc".
       microbatch: rows worked on at a time; A and exact G as without it, in bounded memory.
 

@@ -18,14 +18,14 @@ from curvax.kron.layout import Block, Layout, Leaf, check_layout
 from curvax.kron.moments import Basis, EigenFactors
 from curvax.kron.sides import (
     Eigen,
+    Inverse,
     Side,
     add_to_diagonal,
-    eigen,
-    inverse,
+    eigens,
+    inverses,
     multiply_left,
     multiply_right,
     sides,
-    together,
     trace,
 )
 
@@ -144,16 +144,22 @@ def check_damping(damping: Any, allow_zero: bool = False) -> None:
 
 def kron_power(layout: Layout, factors: Factors, damping: Any, scheme: str, power: float) -> dict[str, BlockPower]:
     """Compute a power of the damped factors of every block, see `kron_inverse`."""
-    pairs = [sides(block, factors.blocks[block.name]) for block in layout.blocks]
+    if scheme == "factored" and power == -1:
+        return {name: Sandwich(a.side, g.side) for name, (a, g) in factored_inverses(layout, factors, damping).items()}
+    pairs = {block.name: sides(block, factors.blocks[block.name]) for block in layout.blocks}
     if scheme == "factored":
-        damped = [damped_sides(block, *pair, damping) for block, pair in zip(layout.blocks, pairs, strict=True)]
-        invert = inverse if power == -1 else partial(_root, power=power)
-        done = iter(together(invert, [side for pair in damped for side in pair]))
-        blocks: list[BlockPower] = [Sandwich(next(done), next(done)) for _ in pairs]
-    else:
-        spectra = iter(together(eigen, [side for pair in pairs for side in pair]))
-        blocks = [_spectral(next(spectra), next(spectra), damping, power) for _ in pairs]
-    return {block.name: made for block, made in zip(layout.blocks, blocks, strict=True)}
+        damped = [damped_sides(block, *pairs[block.name], damping) for block in layout.blocks]
+        roots = iter(_root(side, power) for side in eigens([side for pair in damped for side in pair]))
+        return {name: Sandwich(next(roots), next(roots)) for name in pairs}
+    spectra = iter(eigens([side for pair in pairs.values() for side in pair]))
+    return {name: _spectral(next(spectra), next(spectra), damping, power) for name in pairs}
+
+
+def factored_inverses(layout: Layout, factors: Factors, damping: Any) -> dict[str, tuple[Inverse, Inverse]]:
+    """Invert both damped sides of every block."""
+    damped = [damped_sides(b, *sides(b, factors.blocks[b.name]), damping) for b in layout.blocks]
+    done = iter(inverses([side for pair in damped for side in pair]))
+    return {block.name: (next(done), next(done)) for block in layout.blocks}
 
 
 def eigen_power(basis: Basis, moments: Factor, damping: Any, power: float) -> Spectral:
@@ -171,15 +177,15 @@ def apply_power(layout: Layout, made: KronPower, v: Params) -> Params:
     leaves = {keystr(path): x for path, x in jax.tree.leaves_with_path(v, is_leaf=is_masked)}
     present = {path: at_least_float32(x) for path, x in leaves.items() if not is_masked(x)}
     check_layout(layout, v)
-    results = {
-        leaf.path: _outside(layout, leaf, present[leaf.path], made) for leaf in layout.leaves if leaf.path in present
-    }
+    kept = [leaf for leaf in layout.leaves if leaf.path in present and leaf.outside is not None]
+    results = {leaf.path: _outside(layout, leaf, present[leaf.path], made) for leaf in kept}
     for block in layout.blocks:
         if not all(path in present for path in block.leaves):
             continue
         own = {path: present[path] for path in block.leaves}
         product = _apply(made.blocks[block.name], block_matrix(block, own))
-        results |= {path: results[path] + x for path, x in _scatter(block, product, own).items()}
+        for path, x in _scatter(block, product, own).items():
+            results[path] = results[path] + x if path in results else x
     ordered = [x if is_masked(x) else results[path].astype(x.dtype) for path, x in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(v, is_leaf=is_masked), ordered)
 
@@ -200,8 +206,6 @@ def _scatter(block: Block, matrix: Float[Array, "s i o"], leaves: Mapping[str, A
 
 def _outside(layout: Layout, leaf: Leaf, x: Array, made: KronPower) -> Array:
     """Treat the entries of a leaf that are in no block; entries in blocks give 0."""
-    if leaf.outside is None:
-        return jnp.zeros_like(x)
     done = made.diagonal[leaf.path] * x if leaf.outside == "diagonal" else x
     if leaf.kind != "kron":
         return done
@@ -240,12 +244,12 @@ def _damp(side: Side, amount: Any) -> Side:
     return add_to_diagonal(side, jnp.maximum(jnp.asarray(amount, side.dtype), least))
 
 
-def _root(side: Side, power: float) -> Side:
+def _root(side: Eigen, power: float) -> Side:
     """Raise a positive definite side to a power."""
-    values, vectors = eigen(side)
-    if vectors is None:
-        return values**power
-    return multiply_right(vectors * (values**power)[:, None, :], vectors, transpose=True)
+    raised = side.values**power
+    if side.vectors is None:
+        return raised
+    return multiply_right(side.vectors * raised[:, None, :], side.vectors, transpose=True)
 
 
 def _spectral(left: Eigen, right: Eigen, damping: Any, power: float) -> Spectral:

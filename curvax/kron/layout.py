@@ -14,7 +14,7 @@ from jax.tree_util import keystr
 from jaxtyping import PyTree
 
 from curvax._batch import check_batch
-from curvax._checks import check_choice, check_params, describe, is_masked
+from curvax._checks import check_choice, check_params, is_masked
 from curvax._jaxpr import trace
 from curvax._types import Batch, Params
 from curvax.kron.grouping import Group, Member, group_uses
@@ -295,7 +295,7 @@ def _by_path_choice(name: str, choice: Any, shapes: Mapping[str, Any], allowed: 
         if allowed is not None:
             check_choice(name, value, dict.fromkeys(allowed))
         elif not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {describe(value)}.")
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
     keys = sorted(given, key=len)
     return {path: next((given[k] for k in reversed(keys) if path.startswith(k)), defaults[name]) for path in shapes}
 
@@ -317,7 +317,7 @@ def _block(name: str, group: Group, choose: Mapping[str, Mapping[str, Any]]) -> 
         kernel=group.kernel,
         bias=group.bias,
         members=group.members,
-        inputs="diagonal" if only_lookups else side(rows),
+        inputs="diagonal" if only_lookups else side(rows + (group.bias is not None)),
         outputs=side(columns),
         sharing=choose["sharing"][first],
     )

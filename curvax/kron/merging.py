@@ -19,7 +19,7 @@ def merge(first: C, second: C) -> C:
 
     With it factors stream over a data set, `factors = merge(factors, kron_factors(...))`, and resume from a checkpoint.
     Exact for `estimator="exact"` and, in expectation, "mc"; for "empirical" if both batches have as many terms for each
-    example.
+    example; for a `weighted_sum` of losses if each of its heads has the same share of the terms in both.
 
     Args:
       first: `Factors`, `EigenFactors` (in one basis), or `EigenCurvature`.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from curvax._types import Batch, Params, PRNGKey, at_least_float32
 from curvax.kron.factors import Factor, Factors, How, Statistic, accumulate, factor_sums, make_factors
 from curvax.kron.layout import Block, Layout
-from curvax.kron.sides import eigen, multiply_left, multiply_right, sides, together
+from curvax.kron.sides import eigens, multiply_left, multiply_right, sides
 from curvax.kron.tapping import Pulled, Recorded, Rows
 from curvax.objective import Objective
 
@@ -59,9 +59,8 @@ def kron_basis(layout: Layout, factors: Factors) -> dict[str, Basis]:
       [[1.0, 0.0], [0.0, 1.0]]
     """
     pairs = [sides(block, factors.blocks[block.name]) for block in layout.blocks]
-    vectors = iter(together(lambda side: eigen(side).vectors, [s for pair in pairs for s in pair if s.ndim == 3]))
-    chosen = [[next(vectors) if s.ndim == 3 else None for s in pair] for pair in pairs]
-    return {block.name: Basis(*pair) for block, pair in zip(layout.blocks, chosen, strict=True)}
+    vectors = iter([done.vectors for done in eigens([side for pair in pairs for side in pair])])
+    return {block.name: Basis(next(vectors), next(vectors)) for block in layout.blocks}
 
 
 def kron_moments(
@@ -247,8 +246,9 @@ def _gradient(block: Block, left: Array, right: Array) -> Float[Array, "e s i o"
     """Return each example's gradient, the sum over positions of outer products."""
     if not jnp.issubdtype(left.dtype, jnp.integer):
         return jnp.einsum("esni,esno->esio", left, right, precision=lax.Precision.HIGHEST)
+    known = jnp.where(left < 0, block.shape[1], left)  # indexing would count negative numbers from the end
     rows = lambda ids, g: jnp.zeros(block.shape[1:], g.dtype).at[ids[:, 0]].add(g, mode="drop")
-    return jax.vmap(jax.vmap(rows))(left, right)
+    return jax.vmap(jax.vmap(rows))(known, right)
 
 
 _ENTRIES_AT_A_TIME = 2**24

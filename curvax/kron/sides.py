@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,6 @@ from jaxtyping import Array, Float
 
 from curvax.kron.factors import BlockFactors
 from curvax.kron.layout import Block
-
-T = TypeVar("T")
 
 # Sides: [stack, n, n], or [stack, n] where only the diagonal is kept.
 Side = Float[Array, "s n ..."]
@@ -85,7 +83,7 @@ def inverse(side: Side) -> Side:
     root, size = _inverse_root(side), side.shape[-1]
     if size <= _SMALL:
         return matmul(_t(root), root)
-    width = -(-size // 4)  # R is lower triangular: rows above a strip's first do not count, nor do columns after its last
+    width = -(-size // 8)  # R is lower triangular: rows above a strip's first do not count, nor do columns after its last
     strip = lambda i: matmul(_t(root[:, i:, i : i + width]), root[:, i:, : i + width])
     strips = [jnp.pad(strip(i), ((0, 0), (0, 0), (0, max(size - i - width, 0)))) for i in range(0, size, width)]
     lower = jnp.concatenate(strips, axis=-2)
@@ -108,21 +106,86 @@ def _inverse_root(side: Float[Array, "s n n"]) -> Float[Array, "s n n"]:
     return jnp.concatenate([top, jnp.concatenate([corner, root2], axis=-1)], axis=-2)
 
 
-def together(fn: Callable[[Side], T], matrices: Sequence[Side]) -> list[T]:
-    """Apply `fn` to every side, those of equal size as one batch where the backend is faster with batches than in turn.
+class Inverse(NamedTuple):
+    """An inverse, and the extreme eigenvalues of what was inverted, `[stack]` each (by power iteration, from inside).
 
-    On CPUs it is not: one matrix at a time keeps all cores busy.
+    Attributes:
+      side: the inverse.
+      largest: largest eigenvalue, from below.
+      smallest: smallest eigenvalue, from above.
     """
+
+    side: Array
+    largest: Array
+    smallest: Array
+
+
+def inverses(matrices: Sequence[Side]) -> list[Inverse]:
+    """Invert positive definite sides, those of about equal size together.
+
+    Sides longer than 64 are padded to a multiple of 64 with their mean eigenvalue, which changes neither the inverse nor
+    the extreme eigenvalues, and lets one compiled program serve all of that size: as a batch, or on CPUs, where one matrix
+    at a time keeps all cores busy, in turn.
+    """
+    done: dict[int, Inverse] = {}
+    padded_size = lambda n: n if n <= _SMALL else -(-n // _SMALL) * _SMALL
+    sizes = {i: padded_size(side.shape[1]) for i, side in enumerate(matrices) if side.ndim == 3}
+    for size in sorted(set(sizes.values())):
+        which = [i for i in sizes if sizes[i] == size]
+        padded = jnp.concatenate([_padded(matrices[i], size) for i in which])
+        if jax.default_backend() == "cpu" and len(padded) > 1:
+            made = jax.tree.map(lambda x: x[:, 0], lax.map(lambda side: _measured_inverse(side[None]), padded))
+        else:
+            made = _measured_inverse(padded)
+        ends = itertools.accumulate(matrices[i].shape[0] for i in which)
+        for i, end in zip(which, ends, strict=True):
+            stack, own, _ = matrices[i].shape
+            inverse, *extremes = (x[end - stack : end] for x in made)
+            done[i] = Inverse(inverse[:, :own, :own], *extremes)
+    for i, side in enumerate(matrices):
+        if side.ndim == 2:
+            done[i] = Inverse(1 / side, jnp.max(side, axis=1), jnp.min(side, axis=1))
+    return [done[i] for i in range(len(matrices))]
+
+
+def _padded(side: Float[Array, "s n n"], size: int) -> Float[Array, "s size size"]:
+    n = side.shape[1]
+    filled = jnp.where(jnp.arange(size) < n, 0, (trace(side) / n)[:, None])
+    return jnp.pad(side, ((0, 0), (0, size - n), (0, size - n))) + filled[:, None] * jnp.eye(size, dtype=side.dtype)
+
+
+def _measured_inverse(side: Float[Array, "s n n"]) -> Inverse:
+    done = inverse(side)
+    return Inverse(done, _largest(side), 1 / _largest(done))
+
+
+def _largest(side: Float[Array, "s n n"], steps: int = 3) -> Float[Array, " s"]:
+    """Estimate the largest eigenvalue, from below, starting from the column of the largest diagonal entry."""
+    column = jnp.argmax(jnp.diagonal(side, axis1=1, axis2=2), axis=1)
+    x = jnp.take_along_axis(side, column[:, None, None], axis=2)
+
+    def step(_: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        x = found[0] / jnp.linalg.norm(found[0], axis=1, keepdims=True)
+        y = matmul(side, x)
+        return y, jnp.sum(x * y, axis=(1, 2))
+
+    _, value = lax.fori_loop(0, steps, step, (x, x[:, 0, 0]))
+    return jnp.asarray(value)
+
+
+def eigens(matrices: Sequence[Side]) -> list[Eigen]:
+    """Decompose sides, those of equal size as one batch except on CPUs, where one at a time is faster."""
     if jax.default_backend() == "cpu":
-        return [fn(side) for side in matrices]
-    results: dict[int, T] = {}
+        return [eigen(side) for side in matrices]
+    done: dict[int, Eigen] = {}
     for shape in {side.shape[1:] for side in matrices}:
         which = [i for i, side in enumerate(matrices) if side.shape[1:] == shape]
-        ends = list(itertools.accumulate(matrices[i].shape[0] for i in which))
-        done = fn(jnp.concatenate([matrices[i] for i in which]))
+        made = eigen(jnp.concatenate([matrices[i] for i in which]))
+        ends = itertools.accumulate(matrices[i].shape[0] for i in which)
         for i, end in zip(which, ends, strict=True):
-            results[i] = jax.tree.map(lambda x, i=i, end=end: x[end - matrices[i].shape[0] : end], done)
-    return [results[i] for i in range(len(matrices))]
+            start = end - matrices[i].shape[0]
+            done[i] = jax.tree.map(lambda x, start=start, end=end: x[start:end], made)
+    return [done[i] for i in range(len(matrices))]
 
 
 def multiply_left(side: Side | None, x: Float[Array, "s i o"], transpose: bool = False) -> Float[Array, "s i o"]:

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 
 from curvax._types import Scalar
 from curvax.kron.factors import BlockFactors
-from curvax.kron.inverse import Sandwich, Spectral, damped_sides
+from curvax.kron.inverse import BlockPower, Spectral
 from curvax.kron.layout import Block
 from curvax.kron.moments import Basis
-from curvax.kron.sides import Side, sides, trace
+from curvax.kron.sides import Inverse, Side, sides, trace
 
 
 class BlockSpectrum(NamedTuple):
@@ -30,39 +30,31 @@ class BlockSpectrum(NamedTuple):
     smallest: Scalar
 
 
-def block_spectrum(block: Block, factors: BlockFactors, inverse: Sandwich | Spectral, damping: Any) -> BlockSpectrum:
-    """Read a block's spectrum off its factors and its damped inverse."""
-    left, right = sides(block, factors)
-    total = jnp.sum(trace(left) * trace(right))
-    if isinstance(inverse, Spectral):
-        return BlockSpectrum(total, 1 / jnp.min(inverse.scale), 1 / jnp.max(inverse.scale))
-    a, g = damped_sides(block, left, right, damping)
-    largest = jnp.max(_largest(a) * _largest(g))
-    smallest = jnp.min(1 / (_largest(inverse.left) * _largest(inverse.right)))
-    return BlockSpectrum(total, largest, smallest)
+def factored_spectrum(block: Block, factors: BlockFactors, left: Inverse, right: Inverse) -> BlockSpectrum:
+    """Read a block's spectrum off the inverses of its sides."""
+    largest, smallest = jnp.max(left.largest * right.largest), jnp.min(left.smallest * right.smallest)
+    return BlockSpectrum(_trace(block, factors), largest, smallest)
+
+
+def spectral_spectrum(block: Block, factors: BlockFactors, inverse: BlockPower) -> BlockSpectrum:
+    """Read a block's spectrum off its inverse in the eigenbasis."""
+    assert isinstance(inverse, Spectral)
+    return BlockSpectrum(_trace(block, factors), 1 / jnp.min(inverse.scale), 1 / jnp.max(inverse.scale))
 
 
 def basis_spectrum(block: Block, factors: BlockFactors, basis: Basis, damping: Any) -> BlockSpectrum:
     """Read a block's spectrum off its factors and the eigenvectors of its sides."""
     left, right = sides(block, factors)
     values = _values(left, basis.inputs)[:, :, None] * _values(right, basis.outputs)[:, None, :]
-    return BlockSpectrum(jnp.sum(trace(left) * trace(right)), jnp.max(values) + damping, jnp.min(values) + damping)
+    return BlockSpectrum(_trace(block, factors), jnp.max(values) + damping, jnp.min(values) + damping)
+
+
+def _trace(block: Block, factors: BlockFactors) -> Scalar:
+    left, right = sides(block, factors)
+    return jnp.sum(trace(left) * trace(right))
 
 
 def _values(side: Side, vectors: Array | None) -> Float[Array, "s n"]:
     if vectors is None:
         return side
     return jnp.maximum(jnp.sum(vectors * jnp.matmul(side, vectors, precision=lax.Precision.HIGHEST), axis=1), 0)
-
-
-def _largest(side: Side, steps: int = 5) -> Float[Array, " s"]:
-    """Estimate the largest eigenvalue, from below, starting from the column of the largest diagonal entry."""
-    if side.ndim == 2:
-        return jnp.max(side, axis=1)
-    column = jnp.argmax(jnp.diagonal(side, axis1=1, axis2=2), axis=1)
-    x = jnp.take_along_axis(side, column[:, None, None], axis=2)
-    for _ in range(steps):
-        x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
-        y = jnp.matmul(side, x, precision=lax.Precision.HIGHEST)
-        value, x = jnp.sum(x * y, axis=(1, 2)), y
-    return value

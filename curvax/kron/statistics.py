@@ -88,7 +88,7 @@ def counted_positions(g: Rows) -> Counted:
 def _expanded_inputs(block: Block, member: Member, a: Rows, m: Counted, structure: str) -> tuple[Array, Array]:
     weight = jnp.sum(m, axis=(0, 2))
     if member.kind == "lookup":
-        counts = _with_one(block, member, _count_rows(_flat(a)[..., 0], _flat(m), block.kernel.shape[1]), weight)
+        counts = _with_one(block, member, _count_rows(_flat(a)[..., 0], _flat(m), _table_rows(block, member)), weight)
         return jax.vmap(jnp.diag)(counts) if structure == "full" else counts, weight
     m = _flat(m)
     a = _with_one(block, member, jnp.where(m[..., None] > 0, _flat(a).astype(m.dtype), 0), m)
@@ -99,7 +99,7 @@ def _summed_inputs(block: Block, member: Member, a: Rows, m: Counted) -> tuple[F
     """Sum inputs over the positions of each example, and count them."""
     count = jnp.sum(m, axis=2)
     if member.kind == "lookup":
-        total = jax.vmap(lambda ids, m: _count_rows(ids, m, block.kernel.shape[1]))(a[..., 0], m)
+        total = jax.vmap(lambda ids, m: _count_rows(ids, m, _table_rows(block, member)))(a[..., 0], m)
     else:
         total = jnp.sum(jnp.where(m[..., None] > 0, a.astype(m.dtype), 0), axis=2)
     return _with_one(block, member, total, count), count
@@ -112,9 +112,14 @@ def _with_one(block: Block, member: Member, a: Array, one: Array) -> Array:
     return jnp.concatenate([a, (one if member.biased else jnp.zeros_like(one))[..., None]], axis=-1)
 
 
+def _table_rows(block: Block, member: Member) -> int:
+    return block.kernel.shape[2 if member.transposed else 1]
+
+
 def _count_rows(ids: Array, m: Float[Array, "s n"], size: int) -> Float[Array, "s i"]:
     """Count how often each row was looked up, slice by slice of the stack; row numbers out of range count nowhere."""
-    return jax.vmap(lambda ids, m: jnp.zeros(size, m.dtype).at[ids].add(m, mode="drop"))(ids, m)
+    known = jnp.where(ids < 0, size, ids)  # indexing would count negative numbers from the end
+    return jax.vmap(lambda ids, m: jnp.zeros(size, m.dtype).at[ids].add(m, mode="drop"))(known, m)
 
 
 def second_moment(x: Float[Array, "s m i"], y: Float[Array, "s m i"] | None, structure: str) -> Float[Array, "s ..."]:

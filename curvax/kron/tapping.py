@@ -118,8 +118,9 @@ def _match(layout: Layout, uses: list[Use], reasons: dict[str, str], params: Par
         if key not in found:
             raise ValueError(
                 f"the layout is of another model: there, {_describe(block)} is used by "
-                f"{len(block.members)} linear map(s) as a block of its own, here it is not. Make it again: "
-                "curvax.kron_layout(objective, params, batch)."
+                f"{len(block.members)} linear map(s) as a block of its own, here it is not. Make it again for this batch: "
+                "curvax.kron_layout(objective, params, batch); if it is of this one, the model takes another path for a "
+                "single row, and cannot be worked through by example."
             )
         matched[block.name] = found[key]
     return matched

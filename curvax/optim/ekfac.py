@@ -52,7 +52,7 @@ def scale_by_ekfac(
       layout: of `curvax.kron_layout`.
       damping: in units of an eigenvalue of the curvature: a number, or a schedule of the step. An update that is given
         `damping=` takes that instead.
-      inverse_every: steps between eigendecompositions; step 0 decomposes.
+      inverse_every: steps between eigendecompositions, as in `scale_by_kfac`.
       decay: of the running averages of factors and moments.
       stagger: spread the decompositions of blocks over the `inverse_every` steps.
 

@@ -14,8 +14,8 @@ from curvax._checks import check_choice, check_decay
 from curvax._types import Params, Scalar
 from curvax.kron import Factors, Layout, kron_factors
 from curvax.kron.factors import zero_factors
-from curvax.kron.inverse import DAMPINGS, KronPower, diagonal_power, kron_power
-from curvax.kron.spectrum import BlockSpectrum, block_spectrum
+from curvax.kron.inverse import DAMPINGS, KronPower, Sandwich, diagonal_power, factored_inverses, kron_power
+from curvax.kron.spectrum import BlockSpectrum, factored_spectrum, spectral_spectrum
 from curvax.objective import Objective
 from curvax.optim.estimating import estimating
 from curvax.optim.kronecker import Method, Pieces, scale_by_kron
@@ -39,10 +39,12 @@ def scale_by_kfac(
       layout: of `curvax.kron_layout`.
       damping: in units of an eigenvalue of the curvature: a number, or a schedule of the step. An update that is given
         `damping=` (`curvax.levenberg_marquardt` does) takes that instead.
-      inverse_every: steps between inversions; step 0 inverts.
+      inverse_every: steps between inversions, which wait for the next curvature if there is none in that step; step 0
+        inverts.
       decay: of the running averages of factors.
       scheme: "factored" or "exact" damping, see `curvax.kron_inverse`.
-      stagger: spread the inversions of blocks over the `inverse_every` steps, for an even time per step.
+      stagger: spread the inversions of blocks over the `inverse_every` steps, for an even time per step; they then do not
+        wait.
 
     Returns:
       `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *, curvature=None, damping=None)`;
@@ -167,5 +169,9 @@ def _invert(
     scheme: str, own: Layout, factors: Factors, pieces: Pieces, damping: Scalar
 ) -> tuple[Pieces, dict[str, BlockSpectrum]]:
     del pieces
-    made = kron_power(own, factors, damping, scheme, -1.0)
-    return made, {b.name: block_spectrum(b, factors.blocks[b.name], made[b.name], damping) for b in own.blocks}
+    if scheme == "exact":
+        made = kron_power(own, factors, damping, scheme, -1.0)
+        return made, {b.name: spectral_spectrum(b, factors.blocks[b.name], made[b.name]) for b in own.blocks}
+    done = factored_inverses(own, factors, damping)
+    spectra = {b.name: factored_spectrum(b, factors.blocks[b.name], *done[b.name]) for b in own.blocks}
+    return {name: Sandwich(left.side, right.side) for name, (left, right) in done.items()}, spectra

@@ -81,6 +81,7 @@ class ScaleByKronState(NamedTuple):
     Attributes:
       count: steps taken.
       num_refreshes: curvatures taken in; while it is 0 the updates are zero.
+      inverse_age: steps since inverses were last computed.
       curvature: running averages of factors, in at least float32.
       pieces: for each block its inverse (K-FAC), or its eigenbasis and second moments there (EK-FAC).
       info: `KronInfo`.
@@ -88,6 +89,7 @@ class ScaleByKronState(NamedTuple):
 
     count: Count
     num_refreshes: Int[Array, ""]
+    inverse_age: Int[Array, ""]
     curvature: Factors
     pieces: Pieces
     info: KronInfo
@@ -112,7 +114,6 @@ def scale_by_kron(
     check_integer(1, 2**31 - 1, inverse_every=inverse_every)
     if stagger:
         check_count(1, inverse_every=inverse_every)
-    fixed = damping
 
     def init(params: Params) -> ScaleByKronState:
         check_layout(layout, params)
@@ -120,7 +121,7 @@ def scale_by_kron(
         count, number = lambda: jnp.zeros([], jnp.int32), lambda: jnp.zeros([], jnp.float32)
         blocks = {block.name: BlockInfo(number(), number(), number(), number(), count()) for block in own.blocks}
         info = KronInfo(blocks, number(), count(), {block.name: count() for block in own.blocks})
-        return ScaleByKronState(count(), count(), zero_factors(own, params), method.start(own, params), info)
+        return ScaleByKronState(count(), count(), count(), zero_factors(own, params), method.start(own, params), info)
 
     def update(
         updates: PyTree,
@@ -134,7 +135,6 @@ def scale_by_kron(
         del params, extra
         check_layout(layout, updates, "updates")
         own = present(layout, updates)
-        varies = callable(damping) or damping is not fixed
         strength = jnp.asarray(damping(state.count) if callable(damping) else damping, jnp.float32)
         good = finite = all_finite(updates)
         factors, pieces, info = state.curvature, state.pieces, state.info
@@ -146,12 +146,17 @@ def scale_by_kron(
         known = num_refreshes > 0
 
         info = info._replace(blocks={name: block._replace(age=block.age + 1) for name, block in info.blocks.items()})
-        schedule = _schedule(own, state.count, inverse_every, stagger)
-        if curvature is None and not varies and schedule[0][0] is None:
-            schedule = []  # nothing has changed since the last inversion
-        for due, some in schedule:
-            due = None if due is None else due & known
-            pieces, info = _refresh(method, some, due, factors, pieces, info, strength)
+        age = state.inverse_age + 1
+        first = (state.num_refreshes == 0) & known
+        if stagger:
+            for share, some in enumerate(_shares(own, cast(int, inverse_every))):
+                due = known & (first | (state.count % inverse_every == share))
+                pieces, info = _refresh(method, some, due, factors, pieces, info, strength)
+        elif curvature is not None:  # without a new one an inversion would repeat the last
+            always = isinstance(inverse_every, int) and inverse_every == 1
+            due = None if always else first | (known & (age >= inverse_every))
+            pieces, info = _refresh(method, own, due, factors, pieces, info, strength)
+            age = jnp.zeros_like(age) if due is None else jnp.where(due, 0, age)
         if curvature is not None and method.finish is not None:
             finished = method.finish(own, pieces, curvature)
             finite &= all_finite(finished)
@@ -162,7 +167,7 @@ def scale_by_kron(
         steps = jax.tree.map(lambda s: jnp.where(amplitude == 0, 0, amplitude.astype(s.dtype) * s), steps)
         info = info._replace(damping=strength, num_nonfinite=state.info.num_nonfinite + ~finite)
         count = jnp.asarray(optax.safe_increment(state.count))
-        new_state = ScaleByKronState(count, num_refreshes, factors, pieces, info)
+        new_state = ScaleByKronState(count, num_refreshes, age, factors, pieces, info)
         old_state = state._replace(info=state.info._replace(num_nonfinite=info.num_nonfinite))
         return steps, keep_unless(good, new_state, old_state)
 
@@ -195,21 +200,13 @@ def _refresh(
     return pieces | made, info._replace(blocks=blocks, num_failures=num_failures)
 
 
-def _schedule(layout: Layout, count: Array, every: Any, stagger: bool) -> list[tuple[Any, Layout]]:
-    """Say which blocks are due when (None: always): all at once, or a share in each step (all in step 0)."""
-    if isinstance(every, int) and every == 1:
-        return [(None, layout)]
-    if not stagger:
-        return [(count % every == 0, layout)]
+def _shares(layout: Layout, number: int) -> list[Layout]:
+    """Divide the blocks into shares of about equal work."""
     work = lambda block: block.shape[0] * (block.shape[1] ** 3 + block.shape[2] ** 3)
-    shares: list[list[Any]] = [[] for _ in range(every)]
+    shares: list[list[Any]] = [[] for _ in range(number)]
     for block in sorted(layout.blocks, key=work, reverse=True):
         min(shares, key=lambda share: sum(map(work, share))).append(block)
-    return [
-        ((count == 0) | (count % every == i), Layout(tuple(share), layout.leaves))
-        for i, share in enumerate(shares)
-        if share
-    ]
+    return [Layout(tuple(share), layout.leaves) for share in shares if share]
 
 
 def _own_factors(new: Factors, held: Factors) -> Factors:

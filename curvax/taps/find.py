@@ -104,7 +104,8 @@ def _walk(closed: Any, held: Sequence[Holds], live: Sequence[bool], place: Place
             alive = [atom in needed for atom in eqn.outvars]
             here = dataclasses.replace(place, site=(*place.site, index))
             values.update(zip(eqn.outvars, _follow(eqn, operands, alive, here, found), strict=True))
-    return [look(atom) if alive else None for atom, alive in zip(jaxpr.outvars, live, strict=True)]
+    once = lambda held, atom: None if isinstance(held, Output) and readers[atom] > 1 else held
+    return [once(look(atom), atom) if alive else None for atom, alive in zip(jaxpr.outvars, live, strict=True)]
 
 
 def _needed(jaxpr: Any, live: Sequence[bool]) -> set[Any]:

@@ -81,25 +81,26 @@ def block_mean(size):
 
 
 def levenberg_marquardt(theta, loss, gradient, curvature, step, num_steps, *, damping, every, factor):
-    """The trace of damped steps: (theta, damping, what the trial said) after each; `step(g, m, damping)` gives (d, m)."""
+    """The list of (theta, m, damping, rho, accepted) after each step; `step(g, m, damping)` gives d and the next m.
+
+    Steps between trials have rho None.
+    """
     theta, m, damping, path = np.array(theta), np.zeros_like(theta), np.float32(damping), []
     change = np.float32(factor**every)
     for t in range(num_steps):
-        g = gradient(theta)
+        g, rho, accepted = gradient(theta), None, True
         d, new = step(g, m, damping)
-        said = "untried"
         if t % every == 0:
             with np.errstate(invalid="ignore", over="ignore"):
                 reduction = loss(theta + d) - loss(theta)  # rho = (L(theta + d) - L(theta)) / (g.d + d'Fd / 2)
                 rho = reduction / (g @ d + d @ curvature(theta) @ d / 2)
-            if not reduction < 0:  # or NaN
-                said, d, new, damping = "rejected", np.zeros_like(d), m, damping / change
+            accepted = bool(reduction < 0)  # NaN is not
+            if not accepted:
+                d, new, damping = np.zeros_like(d), m, damping / change
             elif rho > 3 / 4:
-                said, damping = "less", damping * change
-            elif rho >= 1 / 4:
-                said = "same"
-            else:
-                said, damping = "more", damping / change
+                damping = damping * change
+            elif not rho >= 1 / 4:
+                damping = damping / change
         theta, m = theta + d, new
-        path.append((theta, m, damping, said))
+        path.append((theta, m, damping, rho, accepted))
     return path

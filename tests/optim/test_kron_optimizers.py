@@ -306,13 +306,17 @@ def test_the_first_curvature_is_inverted_whenever_it_comes(name):
         chex.assert_trees_all_close(update(GRADIENTS[0], state, curvature=good)[0], expected, rtol=1e-9)
 
 
-def test_damping_by_schedule_by_argument_and_injected():
-    """Each with damping 1/2 in the first step and 1/8 in the second, which is given the same factors, or none."""
+def linear_problem():
+    """Params of the linear model, which are the gradient too, a rule for it, and inverses to compare with."""
     params = {"w": normal(0, 3, 2), "b": normal(1, 2)}
+    invert = jax.jit(lambda factors, damping: curvax.kron_inverse(LINEAR_LAYOUT, factors, damping)(params))
+    return params, functools.partial(RULES["kfac"], LINEAR_LAYOUT), invert
+
+
+def test_damping_by_schedule_by_argument_and_injected():
+    """Each with damping 1/2 in the first step and 1/8 in the second."""
+    params, build, invert = linear_problem()
     factors = drawn_factors(LINEAR_LAYOUT, params, 0)
-    invert = jax.jit(lambda f, damping: curvax.kron_inverse(LINEAR_LAYOUT, f, damping)(params))
-    expected = [invert(factors, damping) for damping in (0.5, 0.125)]
-    build = functools.partial(RULES["kfac"], LINEAR_LAYOUT)
     injected = optax.inject_hyperparams(lambda damping: build(damping))(damping=0.5)
     inject = lambda state, t: state._replace(hyperparams={"damping": jnp.float32(0.5 * 0.25**t)})
     ways = {
@@ -321,13 +325,24 @@ def test_damping_by_schedule_by_argument_and_injected():
         "injected": (injected, inject, lambda t: {}),
     }
     for way, (rule, prepare, extra) in ways.items():
-        update, start = jax.jit(rule.update), rule.init(params)
-        for second in (factors, None):
-            state = start
-            for t, curvature in enumerate((factors, second)):
-                steps, state = update(params, prepare(state, t), curvature=curvature, **extra(t))
-                chex.assert_trees_all_close(steps, expected[t], rtol=1e-9, custom_message=f"{way}, step {t}, {second}")
-                assert optax.tree.get(state, "info").damping == 0.5 * 0.25**t
+        update, state = jax.jit(rule.update), rule.init(params)
+        for t in range(2):
+            steps, state = update(params, prepare(state, t), curvature=factors, **extra(t))
+            expected = invert(factors, 0.5 * 0.25**t)
+            chex.assert_trees_all_close(steps, expected, rtol=1e-9, custom_message=f"{way}, step {t}")
+            assert optax.tree.get(state, "info").damping == 0.5 * 0.25**t
+
+
+def test_inversions_wait_for_a_curvature():
+    params, build, invert = linear_problem()
+    rule = build(DAMPING, inverse_every=2, decay=0.0)
+    update, state = jax.jit(rule.update), rule.init(params)
+    a, b, c, d = (drawn_factors(LINEAR_LAYOUT, params, seed) for seed in range(4))
+    plan = (a, a, 0), (None, a, 1), (None, a, 2), (b, b, 0), (c, b, 1), (None, b, 2), (d, d, 0)
+    for curvature, inverted, age in plan:
+        steps, state = update(params, state, curvature=curvature)
+        chex.assert_trees_all_close(steps, invert(inverted, DAMPING), rtol=1e-9)
+        assert [info.age for info in state.info.blocks.values()] == [age]
 
 
 def test_fallback_for_leaves_in_no_block():
@@ -451,34 +466,35 @@ DECAY = curvax.Objective(lambda p, x: p["a"] * jnp.exp(-p["b"] * x), losses.squa
 
 
 def test_levenberg_marquardt_follows_the_published_rule():
-    start, num_steps = {"a": np.array(0.5), "b": np.array(0.8)}, 14
-    tx = curvax.levenberg_marquardt(damped_descent(), DECAY, damping=0.125, every=2, factor=0.7)
+    start, how = np.array([1.0, 1.0]), {"damping": 0.125, "every": 2, "factor": 0.8}
+    tx = curvax.levenberg_marquardt(damped_descent(), DECAY, **how)
     step = jax.jit(lambda p, s: tx.update(jax.grad(DECAY)(p, (X, Y)), s, p, batch=(X, Y)))
     expected = published.levenberg_marquardt(
-        np.array([0.5, 0.8]),
+        start,
         loss=lambda theta: 0.5 * np.mean(Decay(*theta).residual() ** 2),
         gradient=lambda theta: Decay(*theta).jacobian().T @ Decay(*theta).residual() / 6,
         curvature=lambda theta: Decay(*theta).jacobian().T @ Decay(*theta).jacobian() / 6,
         step=lambda g, m, damping: (-(0.5 * m + g) / np.float64(damping), 0.5 * m + g),
-        num_steps=num_steps,
-        damping=0.125,
-        every=2,
-        factor=0.7,
+        num_steps=16,
+        **how,
     )
-    params, state, rejected = start, tx.init(start), 0
-    for theta, m, damping, said in expected:
+    params, num_rejected = dict(zip("ab", start, strict=True)), 0
+    state = tx.init(params)
+    for theta, m, damping, rho, accepted in expected:
         before = params, state
         updates, state = step(params, state)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose([params["a"], params["b"]], theta, rtol=1e-9)
         np.testing.assert_allclose([state.inner_state["a"], state.inner_state["b"]], m, rtol=1e-9)
-        assert state.damping == damping and state.info.accepted == (said != "rejected")
-        if said == "rejected":
-            rejected += 1
+        np.testing.assert_allclose(state.info.ratio, before[1].info.ratio if rho is None else rho, rtol=1e-5)
+        num_rejected += not accepted
+        assert (state.damping, state.info.accepted, state.info.num_rejected) == (damping, accepted, num_rejected)
+        if not accepted:
             chex.assert_trees_all_equal((params, state.inner_state), (before[0], before[1].inner_state))
             assert state.damping > before[1].damping
-    assert state.info.num_rejected == rejected and state.count == num_steps
-    assert {"rejected", "less", "same", "more", "untried"} == {said for *_, said in expected}
+    assert state.count == 16 and num_rejected == 2
+    taken = [rho for *_, rho, accepted in expected if accepted and rho is not None]
+    assert {np.digitize(rho, [0, 1 / 4, 3 / 4]) for rho in taken} == {1, 2, 3}  # damping grew, stayed and fell
 
 
 def test_levenberg_marquardt_rejects_what_is_not_finite_and_keeps_its_bounds():
