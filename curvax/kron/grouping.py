@@ -127,8 +127,10 @@ def _refuse_overlaps(groups: Sequence[Group], numbering: _Numbering, reasons: di
             for path in view.leaves:
                 reasons.setdefault(path, "enters one linear map several times")
         for other in {views[k][0] for k in np.unique(owner[numbers]).tolist() if k >= 0}:
+            biases = {view, other} <= {group.bias for group in groups}
+            why = "is the bias of several kernels" if biases else "is used by several linear maps, as matrices that overlap"
             for path in shared.intersection((*view.leaves, *other.leaves)):
-                reasons.setdefault(path, "is used by several linear maps, as different matrices that overlap")
+                reasons.setdefault(path, why)
         owner[numbers] = i
 
 

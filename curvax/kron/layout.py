@@ -135,6 +135,10 @@ class Layout:
             check_choice(name, value, dict.fromkeys(choices[name]))
         ours = [block for block in self.blocks if path in block.leaves]
         if "kind" in changes:
+            if len(changes) > 1:
+                raise ValueError(
+                    f"kind takes {path} out of its block; {sorted(changes)} cannot be changed together with it."
+                )
             gone = {path, *(other for block in ours for other in block.leaves)}
             blocks = tuple(block for block in self.blocks if not gone.intersection(block.leaves))
             if any(gone.intersection(block.leaves) for block in self.blocks if block not in ours):
@@ -175,6 +179,7 @@ def kron_layout(
       max_dim: sides longer than this get a diagonal factor.
 
       Each of the three may be a dict by path: the longest key with which a leaf's path begins counts, "" begins them all.
+      For a block that is the longest among all its leaves.
 
     Returns:
       A `Layout`; print it. It can be changed with `layout.edit(path, ...)`.
@@ -285,8 +290,10 @@ def _by_path(layout: Layout) -> list[tuple[str, Leaf]]:
     return [(leaf.path, leaf) for leaf in layout.leaves]
 
 
-def _by_path_choice(name: str, choice: Any, shapes: Mapping[str, Any], allowed: Sequence[Any] | None) -> Mapping[str, Any]:
-    """Resolve a choice for every path."""
+def _by_path_choice(
+    name: str, choice: Any, shapes: Mapping[str, Any], allowed: Sequence[Any] | None
+) -> Mapping[str, tuple[str, Any]]:
+    """Resolve a choice for every path: the key that counts, and the choice."""
     given = choice if isinstance(choice, Mapping) else {"": choice}
     defaults = {"unmatched": "diagonal", "sharing": "expand", "max_dim": 8192}
     for key, value in given.items():
@@ -296,8 +303,8 @@ def _by_path_choice(name: str, choice: Any, shapes: Mapping[str, Any], allowed: 
             check_choice(name, value, dict.fromkeys(allowed))
         elif not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-    keys = sorted(given, key=len)
-    return {path: next((given[k] for k in reversed(keys) if path.startswith(k)), defaults[name]) for path in shapes}
+    keys = sorted(given, key=len, reverse=True)
+    return {path: next(((k, given[k]) for k in keys if path.startswith(k)), ("", defaults[name])) for path in shapes}
 
 
 def unique_names(groups: Sequence[Group]) -> list[str]:
@@ -306,10 +313,11 @@ def unique_names(groups: Sequence[Group]) -> list[str]:
     return [text if texts[:i].count(text) == 0 else f"{text} #{texts[:i].count(text) + 1}" for i, text in enumerate(texts)]
 
 
-def _block(name: str, group: Group, choose: Mapping[str, Mapping[str, Any]]) -> Block:
-    first = group.kernel.leaves[0]
+def _block(name: str, group: Group, choose: Mapping[str, Mapping[str, tuple[str, Any]]]) -> Block:
+    leaves = (*group.kernel.leaves, *(group.bias.leaves if group.bias else ()))
+    chosen = lambda what: max((choose[what][path] for path in leaves), key=lambda pair: len(pair[0]))[1]
     _, rows, columns = group.kernel.shape
-    longest = choose["max_dim"][first]
+    longest = chosen("max_dim")
     side = lambda size: "full" if size <= longest else "diagonal"
     only_lookups = all(member.kind == "lookup" and not member.transposed for member in group.members)
     return Block(
@@ -319,7 +327,7 @@ def _block(name: str, group: Group, choose: Mapping[str, Mapping[str, Any]]) -> 
         members=group.members,
         inputs="diagonal" if only_lookups else side(rows + (group.bias is not None)),
         outputs=side(columns),
-        sharing=choose["sharing"][first],
+        sharing=chosen("sharing"),
     )
 
 
@@ -347,14 +355,15 @@ def _leaf(
     shapes: Mapping[str, tuple[int, ...]],
     covered: Mapping[str, int],
     reasons: Mapping[str, str],
-    unmatched: Mapping[str, str],
+    unmatched: Mapping[str, tuple[str, str]],
 ) -> Leaf:
+    _, choice = unmatched[path]
     shape, size = shapes[path], math.prod(shapes[path])
     if covered[path] == 0:
-        return Leaf(path, shape, unmatched[path], None, reasons.get(path, "does not influence the outputs"))
+        return Leaf(path, shape, choice, None, reasons.get(path, "does not influence the outputs"))
     if covered[path] == size:
         return Leaf(path, shape, "kron")
-    return Leaf(path, shape, "kron", unmatched[path], f"{size - covered[path]} of {size} entries are in no linear map")
+    return Leaf(path, shape, "kron", choice, f"{size - covered[path]} of {size} entries are in no linear map")
 
 
 def _table(layout: Layout) -> str:
@@ -364,7 +373,9 @@ def _table(layout: Layout) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = sum(_floats(block) for block in layout.blocks)
     total += sum(math.prod(leaf.shape) for leaf in layout.leaves if leaf.outside == "diagonal")
-    return "\n".join([*lines, f"{len(layout.blocks)} blocks, factors of {_memory(total)} in float32"])
+    return "\n".join(
+        [*lines, f"{len(layout.blocks)} block{'s' * (len(layout.blocks) != 1)}, factors of {_memory(total)} in float32"]
+    )
 
 
 def _row(layout: Layout, leaf: Leaf) -> tuple[str, ...]:
@@ -373,21 +384,23 @@ def _row(layout: Layout, leaf: Leaf) -> tuple[str, ...]:
     if not blocks:
         floats = math.prod(leaf.shape) if leaf.kind == "diagonal" else 0
         return leaf.path, shape, leaf.kind, "", "", "", _memory(floats) if floats else "", leaf.reason
-    first = blocks[0]
-    stack, rows, columns = first.shape
-    is_bias = leaf.path not in first.kernel.leaves
-    note = [f"bias of {first.name}"] if is_bias else [f"part of {b.name}" for b in blocks if b.name != leaf.path]
-    note += [first.sharing] if first.sharing != "expand" and not is_bias else []
-    note += [f"{leaf.reason}: {leaf.rest}"] if leaf.reason else []
+    rest = [f"{leaf.reason}: {leaf.rest}"] if leaf.reason else []
+    own = [block for block in blocks if block.leaves[0] == leaf.path]  # a block is shown once, with its first leaf
+    others = [block for block in blocks if block not in own]
+    role = lambda block: "part of" if leaf.path in block.kernel.leaves else "bias of"
+    notes = [block.name for block in own if block.name != leaf.path]
+    notes += [block.sharing for block in own if block.sharing != "expand"]
+    notes += [f"{role(block)} {block.leaves[0]}" for block in others]
+    listed = lambda texts: ", ".join(dict.fromkeys(texts))
     return (
         leaf.path,
         shape,
         "kron",
-        "" if is_bias else f"{first.inputs} {rows} x {first.outputs} {columns}",
-        "" if is_bias or stack == 1 else str(stack),
-        "" if is_bias else str(sum(len(block.members) for block in blocks)),
-        "" if is_bias else _memory(sum(map(_floats, blocks))),
-        "; ".join(note),
+        listed(f"{b.inputs} {b.shape[1]} x {b.outputs} {b.shape[2]}" for b in own),
+        listed(str(block.shape[0]) for block in own if block.shape[0] > 1),
+        str(sum(len(block.members) for block in own)) if own else "",
+        _memory(sum(map(_floats, own))) if own else "",
+        "; ".join(dict.fromkeys(notes + rest)),
     )
 
 

@@ -262,7 +262,7 @@ def test_printed_layout_has_a_line_for_each_leaf():
         "['b']      3x2    kron                                             bias of ['w']",
         "['scale']  3x2    diagonal                                24 B     enters `mul`",
         "['w']      3x2x2  kron      full 3 x full 2  3      1     156 B",
-        "1 blocks, factors of 180 B in float32",
+        "1 block, factors of 180 B in float32",
     ]
     for name in ("tied", "fused_qkv", "lstm_optimized", "overlapping"):
         _, _, layout = prepare(zoo.CASES[name]())
