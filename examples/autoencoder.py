@@ -25,24 +25,24 @@ import curvax
 
 
 def kfac(task: Task, rate: float, damping: float) -> optax.GradientTransformation:
-    """K-FAC with factors from every second batch, inverted every ten steps; damping comes down to `damping`."""
+    """K-FAC with a fixed rate. Damping comes down to its value in fifty steps: sooner, the first steps go too far."""
     schedule = lambda step: damping * (1 + 99 * 0.9**step)
     return curvax.kfac(rate, task.objective, task.layout, schedule, curvature_every=2, inverse_every=10)
 
 
 def kfac_lm(task: Task, damping: float) -> optax.GradientTransformation:
-    """K-FAC without a learning rate: that and momentum minimize the quadratic model, damping adapts to how good it is."""
+    """K-FAC as in the paper: rate and momentum minimize the quadratic model, damping adapts to how well that predicts."""
     objective, layout = task.objective, task.layout
     estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key)
-    rule = curvax.estimating(curvax.scale_by_kfac(layout, inverse_every=10), estimator)
-    return curvax.levenberg_marquardt(curvax.quadratic_model(rule, objective), objective, damping)
+    rule = curvax.estimating(curvax.scale_by_kfac(layout, inverse_every=10), estimator, curvature_every=2)
+    return curvax.levenberg_marquardt(curvax.quadratic_model(rule, objective), objective, damping, bounds=(1e-2, 1e8))
 
 
 METHODS = {
     "adam": Method(lambda task, rate: optax.adam(rate), grid(rate=(3e-4, 1e-3, 3e-3, 1e-2))),
-    "sgd": Method(lambda task, rate: optax.sgd(rate, momentum=0.9), grid(rate=(1e-4, 3e-4, 1e-3, 3e-3))),
-    "kfac": Method(kfac, grid(rate=(0.03, 0.1), damping=(0.1, 1.0, 10.0))),
-    "kfac_lm": Method(kfac_lm, grid(damping=(1.0, 10.0, 100.0))),
+    "sgd": Method(lambda task, rate: optax.sgd(rate, momentum=0.9), grid(rate=(1e-3, 3e-3, 1e-2, 3e-2))),
+    "kfac": Method(kfac, grid(rate=(0.03, 0.1), damping=(0.3, 1.0, 3.0))),
+    "kfac_lm": Method(kfac_lm, grid(damping=(1.0, 10.0))),
 }
 
 

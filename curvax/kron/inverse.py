@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial, keystr
 from jaxtyping import Array, Float
 
@@ -138,7 +139,7 @@ def kron_inverse(
 
 def check_damping(damping: Any, allow_zero: bool = False) -> None:
     """Raise if a concrete damping is not positive."""
-    if isinstance(damping, int | float) and not (damping > 0 or (allow_zero and damping == 0)):
+    if isinstance(damping, int | float | np.number) and not (damping > 0 or (allow_zero and damping == 0)):
         raise ValueError(f"damping must be positive, got {damping}: a factor without full rank has no inverse.")
 
 
@@ -229,10 +230,10 @@ def damped_sides(block: Block, left: Side, right: Side, damping: Any) -> tuple[S
         return jnp.ones_like(left), _damp(left.reshape(-1, *[1] * (right.ndim - 1)) * right, damping)
     if right.shape[1] == 1:
         return _damp(right.reshape(-1, *[1] * (left.ndim - 1)) * left, damping), jnp.ones_like(right)
-    if block.inputs == "identity":
-        return left, _damp(right, damping)
+    if block.inputs == "identity":  # perhaps times a number, where a tied block was balanced
+        return jnp.ones_like(left), _damp(left[:, 0].reshape(-1, *[1] * (right.ndim - 1)) * right, damping)
     if block.outputs == "identity":
-        return _damp(left, damping), right
+        return _damp(right[:, 0].reshape(-1, *[1] * (left.ndim - 1)) * left, damping), jnp.ones_like(right)
     mean_left, mean_right = trace(left) / left.shape[1], trace(right) / right.shape[1]
     both = (mean_left > 0) & (mean_right > 0)  # without curvature in one of them, both get the same
     pi = jnp.sqrt(jnp.where(both, mean_left, 1) / jnp.where(both, mean_right, 1))

@@ -222,14 +222,17 @@ def block_moments(
 def _rotated(block: Block, k: int, basis: Basis, a: Rows, g: Rows) -> tuple[Array, Array]:
     """Return what the kernel's gradient is the outer product of, `[e, s, n, i]` and `[e, s, n, o]`, in the eigenbasis.
 
-    Of a lookup whose side is diagonal the first is the row numbers, `[e, s, n, 1]`.
+    Of a lookup without bias whose side is diagonal the first is the row numbers, `[e, s, n, 1]`.
     """
     member, g = block.members[k], at_least_float32(g)
     if member.transposed:
         edge = [(0, 0)] * 3 + [(0, int(block.bias is not None))]
-        return _into(basis.inputs, jnp.pad(g, edge)), _into(basis.outputs, a.astype(g.dtype))
+        given = jax.nn.one_hot(a[..., 0], block.shape[2], dtype=g.dtype) if member.kind == "lookup" else a.astype(g.dtype)
+        return _into(basis.inputs, jnp.pad(g, edge)), _into(basis.outputs, given)
     right = _into(basis.outputs, g)
-    if member.kind == "lookup":
+    if member.kind == "lookup" and block.bias is not None:
+        a = jax.nn.one_hot(a[..., 0], block.kernel.shape[1], dtype=g.dtype)
+    elif member.kind == "lookup":
         return (a if basis.inputs is None else jax.vmap(lambda q, ids: q[ids[..., 0]], (0, 1), 1)(basis.inputs, a)), right
     one = jnp.full((*a.shape[:-1], 1), member.biased, g.dtype)
     joined = a.astype(g.dtype) if block.bias is None else jnp.concatenate([a.astype(g.dtype), one], axis=-1)

@@ -89,7 +89,12 @@ def _expanded_inputs(block: Block, member: Member, a: Rows, m: Counted, structur
     weight = jnp.sum(m, axis=(0, 2))
     if member.kind == "lookup":
         counts = _with_one(block, member, _count_rows(_flat(a)[..., 0], _flat(m), _table_rows(block, member)), weight)
-        return jax.vmap(jnp.diag)(counts) if structure == "full" else counts, weight
+        if structure != "full":
+            return counts, weight
+        total = jax.vmap(jnp.diag)(counts)
+        if block.bias is not None and not member.transposed and member.biased:  # a row of the table goes with the 1
+            total = total.at[:, -1, :-1].set(counts[:, :-1]).at[:, :-1, -1].set(counts[:, :-1])
+        return total, weight
     m = _flat(m)
     a = _with_one(block, member, jnp.where(m[..., None] > 0, _flat(a).astype(m.dtype), 0), m)
     return second_moment(a, None, structure), weight

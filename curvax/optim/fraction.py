@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from curvax._batch import batch_size, map_rows
@@ -12,8 +13,8 @@ from curvax.optim.estimating import Estimator
 def on_fraction(estimator: Estimator, fraction: float) -> Estimator:
     """Return an estimator that sees a fraction of the rows of every batch.
 
-    Rows are taken at equal distances, so that a batch sharded over devices stays so; shuffled data makes them a random
-    sample. Curvature is of a mean, so its scale stays.
+    Rows are taken at equal distances, so that a batch sharded over devices stays so where the distance is whole; shuffled
+    data makes them a random sample. Curvature is of a mean, so its scale stays.
 
     Args:
       estimator: `(key, params, batch) -> curvature`.
@@ -36,7 +37,9 @@ def on_fraction(estimator: Estimator, fraction: float) -> Estimator:
     def on_some_rows(key: PRNGKey, params: Params, batch: Batch) -> PyTree[Array]:
         size = batch_size(batch)
         number = max(1, round(fraction * size))
-        some: Batch = map_rows(lambda x: x[:: size // number][:number], batch)
+        rows = np.arange(number) * size // number
+        even = size % number == 0
+        some: Batch = map_rows(lambda x: x[:: size // number] if even else x[rows], batch)
         return estimator(key, params, some)
 
     return on_some_rows

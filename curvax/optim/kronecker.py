@@ -120,7 +120,9 @@ def scale_by_kron(
         own = present(layout, params)
         count, number = lambda: jnp.zeros([], jnp.int32), lambda: jnp.zeros([], jnp.float32)
         blocks = {block.name: BlockInfo(number(), number(), number(), number(), count()) for block in own.blocks}
-        info = KronInfo(blocks, number(), count(), {block.name: count() for block in own.blocks})
+        info = KronInfo(
+            blocks, jnp.zeros([], jnp.result_type(float)), count(), {block.name: count() for block in own.blocks}
+        )
         return ScaleByKronState(count(), count(), count(), zero_factors(own, params), method.start(own, params), info)
 
     def update(
@@ -135,7 +137,7 @@ def scale_by_kron(
         del params, extra
         check_layout(layout, updates, "updates")
         own = present(layout, updates)
-        strength = jnp.asarray(damping(state.count) if callable(damping) else damping, jnp.float32)
+        strength = jnp.asarray(damping(state.count) if callable(damping) else damping, jnp.result_type(float))
         good = finite = all_finite(updates)
         factors, pieces, info = state.curvature, state.pieces, state.info
         if curvature is not None:

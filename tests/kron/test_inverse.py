@@ -395,6 +395,18 @@ def lookup():
     return with_labels(model, {"table": (5, 3), "v": (3, 2)}, jnp.arange(15).reshape(5, 3) % 4)
 
 
+def lookup_with_bias():
+    """A bias on what is looked up."""
+    model = lambda p, ids: jnp.tanh(p["table"][ids] + p["b"]).sum(1) @ p["v"]
+    return with_labels(model, {"table": (5, 3), "b": (3,), "v": (3, 2)}, jnp.arange(15).reshape(5, 3) % 4)
+
+
+def lookup_with_bias_and_product():
+    """The same for a table that multiplies too, without the bias: its inputs' side is full."""
+    model = lambda p, ids: jnp.tanh(jnp.tanh(p["table"][ids] + p["b"]).sum(1) @ p["v"]) @ p["table"]
+    return with_labels(model, {"table": (4, 3), "b": (3,), "v": (3, 4)}, jnp.arange(15).reshape(5, 3) % 4)
+
+
 def stacks():
     """Two experts, with positions and biases."""
     layer = lambda p, x: jnp.einsum("beti,eio->beto", x, p["w"]) + p["b"][:, None]
@@ -410,7 +422,7 @@ def one_position_stacks():
 
 PROBLEMS = {f.__name__: f for f in (positions, two_uses, transposed, tied_lookup, lookup, stacks, one_position_stacks)}
 PROBLEMS |= {name: functools.partial(of_case, name) for name in ("mlp", "masked_sequence")}
-PROBLEMS |= {"tied_lookup_with_bias": tied_lookup_with_bias}
+PROBLEMS |= {f.__name__: f for f in (tied_lookup_with_bias, lookup_with_bias, lookup_with_bias_and_product)}
 EMPIRICAL = ["mlp", "positions", "two_uses", "tied_lookup"]
 EXACT_AND_EMPIRICAL = [*[(name, "exact") for name in PROBLEMS], *[(name, "empirical") for name in EMPIRICAL]]
 
