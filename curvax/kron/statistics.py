@@ -142,6 +142,9 @@ def second_moment(x: Float[Array, "s m i"], y: Float[Array, "s m i"] | None, str
 def _gram(x: Float[Array, "s m i"]) -> Float[Array, "s i i"]:
     """Sum `x x'` over m by the upper triangle alone: by BLAS on GPUs, elsewhere in strips of rows."""
     size = x.shape[-1]
+    if jax.default_backend() == "gpu":
+        nothing = jnp.zeros((x.shape[0], size, size), x.dtype)
+        return jnp.asarray(lax.linalg.symmetric_product(x.swapaxes(1, 2), nothing, symmetrize_output=True))
     strips = 4 if size >= 256 else 1
     width = -(-size // strips)
     transposed = x.swapaxes(1, 2)

@@ -188,10 +188,11 @@ def measure(problem: Problem, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     flags = parser(__doc__).parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for problem in problems(flags.smoke):
-        rows += measure(problem, 1 if flags.smoke else flags.rounds)
-    report("K-FAC and EK-FAC: time of a step (curvature every / inverse every)", rows)
+        found = measure(problem, 1 if flags.smoke else flags.rounds)
+        report(f"{problem.name}: time of a step (curvature every / inverse every)", found)
+        rows += found
     write_json(flags.json, {"kfac": rows})
 
 
