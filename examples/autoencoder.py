@@ -27,14 +27,14 @@ import curvax
 def kfac(task: Task, rate: float, damping: float) -> optax.GradientTransformation:
     """K-FAC with a fixed rate. Damping comes down to its value in fifty steps: sooner, the first steps go too far."""
     schedule = lambda step: damping * (1 + 99 * 0.9**step)
-    return curvax.kfac(rate, task.objective, task.layout, schedule, curvature_every=2, inverse_every=10)
+    return curvax.kfac(rate, task.objective, task.layout, schedule, curvature_every=5, inverse_every=10)
 
 
 def kfac_lm(task: Task, damping: float) -> optax.GradientTransformation:
     """K-FAC as in the paper: rate and momentum minimize the quadratic model, damping adapts to how well that predicts."""
     objective, layout = task.objective, task.layout
     estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key)
-    rule = curvax.estimating(curvax.scale_by_kfac(layout, inverse_every=10), estimator, curvature_every=2)
+    rule = curvax.estimating(curvax.scale_by_kfac(layout, inverse_every=10), estimator, curvature_every=5)
     return curvax.levenberg_marquardt(curvax.quadratic_model(rule, objective), objective, damping, bounds=(1e-2, 1e8))
 
 

@@ -177,10 +177,10 @@ def test_jit_equals_eager_traces_once_and_learns(row):
 @every_optimizer
 def test_donated_buffers(row):
     """`init` gives fresh buffers: params and state can be donated together."""
-    tx = row.build(0.02, OBJECTIVE)
+    tx, plain = compiled(row)
     step = jax.jit(step_with(tx), donate_argnums=(0, 1))
     params, state = train(step, tx, 3, params=jax.tree.map(jnp.copy, PARAMS))
-    same((params, state), train(compiled(row)[1], tx, 3))
+    same((params, state), train(plain, tx, 3))
 
 
 @every_optimizer
@@ -436,8 +436,8 @@ def test_checkpoint_round_trip_continues_bitwise(row, tmp_path):
 
 @every_optimizer
 def test_unknown_extra_arguments_are_ignored(row):
-    tx = row.build(0.02, OBJECTIVE)
-    same(train(jax.jit(step_with(tx, value=1.0, other="x")), tx, 2), train(compiled(row)[1], tx, 2))
+    tx, plain = compiled(row)
+    same(train(jax.jit(step_with(tx, value=1.0, other="x")), tx, 2), train(plain, tx, 2))
     rule = row.scale_by()
     jax.eval_shape(lambda g, s, p: rule.update(g, s, p, value=1.0), gradient(), rule.init(PARAMS), PARAMS)
 
