@@ -98,8 +98,8 @@ OPTIMIZERS = {
 }
 DIAGONAL = {name: row for name, row in OPTIMIZERS.items() if row.decay == "b2"}
 every_optimizer = pytest.mark.parametrize("row", OPTIMIZERS.values(), ids=OPTIMIZERS)
-# Of two optimizers that share all but their estimator, one stands for both where only the rule is concerned.
-RULES = {name: row for name, row in OPTIMIZERS.items() if name != "sophia_h"}
+# Where only what optimizers share is concerned (`scale_by_diagonal`, `scale_by_kron`), one stands for all that share it.
+RULES = {name: OPTIMIZERS[name] for name in ("sophia_g", "kfac")}
 every_rule = pytest.mark.parametrize("row", RULES.values(), ids=RULES)
 every_diagonal = pytest.mark.parametrize("row", DIAGONAL.values(), ids=DIAGONAL)
 
@@ -286,7 +286,7 @@ def test_multisteps_with_averaged_curvature(row):
     assert optax.tree.norm(updates) == 0
 
 
-@every_optimizer
+@every_rule
 def test_inject_hyperparams(row):
     build = lambda learning_rate, other: row.build(learning_rate, OBJECTIVE, **{row.hyperparameter: other})
     injected = optax.inject_hyperparams(build)(learning_rate=0.02, other=0.5)
@@ -367,7 +367,7 @@ def test_vmap_over_members_with_their_own_seeds(row):
     assert any(not np.allclose(x[0], x[1]) for x in seen)
 
 
-@every_optimizer
+@every_rule
 def test_vmapped_members_out_of_step_refresh_each_in_its_own_time(row):
     tx, step = compiled(row, 3)
     states = [optax.tree.set(train(step, tx, 1)[1], count=jnp.int32(n)) for n in range(3)]
@@ -379,7 +379,7 @@ def test_vmapped_members_out_of_step_refresh_each_in_its_own_time(row):
     assert refreshes.tolist() == [2, 1, 1]
 
 
-@every_optimizer
+@every_rule
 def test_scan_over_steps(row):
     tx, step = compiled(row, 3)
     body = lambda carry, _: (step_with(tx)(*carry, BATCH), None)
@@ -422,7 +422,7 @@ def test_bfloat16_params_with_float32_state(row):
     optax.inject_hyperparams(build, hyperparam_dtype=jnp.float32)(decay=0.999).init(params)
 
 
-@every_optimizer
+@every_rule
 def test_checkpoint_round_trip_continues_bitwise(row, tmp_path):
     tx, step = compiled(row, 3)
     carry = train(step, tx, 4)
