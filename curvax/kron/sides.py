@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 from curvax.kron.factors import BlockFactors
 from curvax.kron.layout import Block
+
+T = TypeVar("T")
 
 # Sides: [stack, n, n], or [stack, n] where only the diagonal is kept.
 Side = Float[Array, "s n ..."]
@@ -83,7 +85,7 @@ def inverse(side: Side) -> Side:
     root, size = _inverse_root(side), side.shape[-1]
     if size <= _SMALL:
         return matmul(_t(root), root)
-    width = -(-size // 8)  # R is lower triangular: rows above a strip's first do not count, nor do columns after its last
+    width = _SMALL  # R is lower triangular: rows above a strip's first do not count, nor do columns after its last
     strip = lambda i: matmul(_t(root[:, i:, i : i + width]), root[:, i:, : i + width])
     strips = [jnp.pad(strip(i), ((0, 0), (0, 0), (0, max(size - i - width, 0)))) for i in range(0, size, width)]
     lower = jnp.concatenate(strips, axis=-2)
@@ -121,31 +123,42 @@ class Inverse(NamedTuple):
 
 
 def inverses(matrices: Sequence[Side]) -> list[Inverse]:
-    """Invert positive definite sides, those of about equal size together.
+    """Invert positive definite sides.
 
-    Sides longer than 64 are padded to a multiple of 64 with their mean eigenvalue, which changes neither the inverse nor
-    the extreme eigenvalues, and lets one compiled program serve all of that size: as a batch, or on CPUs, where one matrix
-    at a time keeps all cores busy, in turn.
+    Off CPUs those of about equal size are a batch: padded to a multiple of 64 with their mean eigenvalue, which changes
+    neither the inverse nor the extreme eigenvalues.
     """
-    done: dict[int, Inverse] = {}
-    padded_size = lambda n: n if n <= _SMALL else -(-n // _SMALL) * _SMALL
-    sizes = {i: padded_size(side.shape[1]) for i, side in enumerate(matrices) if side.ndim == 3}
-    for size in sorted(set(sizes.values())):
-        which = [i for i in sizes if sizes[i] == size]
-        padded = jnp.concatenate([_padded(matrices[i], size) for i in which])
-        if jax.default_backend() == "cpu" and len(padded) > 1:
-            made = jax.tree.map(lambda x: x[:, 0], lax.map(lambda side: _measured_inverse(side[None]), padded))
-        else:
-            made = _measured_inverse(padded)
-        ends = itertools.accumulate(matrices[i].shape[0] for i in which)
-        for i, end in zip(which, ends, strict=True):
-            stack, own, _ = matrices[i].shape
-            inverse, *extremes = (x[end - stack : end] for x in made)
-            done[i] = Inverse(inverse[:, :own, :own], *extremes)
-    for i, side in enumerate(matrices):
-        if side.ndim == 2:
-            done[i] = Inverse(1 / side, jnp.max(side, axis=1), jnp.min(side, axis=1))
-    return [done[i] for i in range(len(matrices))]
+    round_up = lambda n: n if n <= 64 else -(-n // 64) * 64
+    made = _together(_measured_inverse, matrices, round_up)
+    cut = lambda done, n: Inverse(done.side[:, :n, :n], done.largest, done.smallest)
+    return [
+        Inverse(1 / side, jnp.max(side, axis=1), jnp.min(side, axis=1)) if done is None else cut(done, side.shape[1])
+        for side, done in zip(matrices, made, strict=True)
+    ]
+
+
+def eigens(matrices: Sequence[Side]) -> list[Eigen]:
+    """Decompose sides, off CPUs those of equal size as one batch."""
+    made = _together(eigen, matrices, lambda n: n)
+    return [eigen(side) if done is None else done for side, done in zip(matrices, made, strict=True)]
+
+
+def _together(fn: Callable[[Side], T], matrices: Sequence[Side], padded: Callable[[int], int]) -> list[T | None]:
+    """Apply `fn` to full sides (others: None) in batches of equal padded size; on CPUs one by one, which is faster."""
+    full = {i: side for i, side in enumerate(matrices) if side.ndim == 3}
+    done: list[T | None] = [None] * len(matrices)
+    if jax.default_backend() == "cpu":
+        for i, side in full.items():
+            alone = len(side) == 1
+            done[i] = fn(side) if alone else jax.tree.map(lambda x: x[:, 0], lax.map(lambda x: fn(x[None]), side))
+        return done
+    for size in sorted({padded(side.shape[1]) for side in full.values()}):
+        which = [i for i, side in full.items() if padded(side.shape[1]) == size]
+        made = fn(jnp.concatenate([_padded(full[i], size) for i in which]))
+        ends = list(itertools.accumulate(len(full[i]) for i in which))
+        for i, start, end in zip(which, [0, *ends], ends, strict=False):
+            done[i] = jax.tree.map(lambda x, start=start, end=end: x[start:end], made)
+    return done
 
 
 def _padded(side: Float[Array, "s n n"], size: int) -> Float[Array, "s size size"]:
@@ -159,33 +172,14 @@ def _measured_inverse(side: Float[Array, "s n n"]) -> Inverse:
     return Inverse(done, _largest(side), 1 / _largest(done))
 
 
-def _largest(side: Float[Array, "s n n"], steps: int = 3) -> Float[Array, " s"]:
-    """Estimate the largest eigenvalue, from below, starting from the column of the largest diagonal entry."""
-    column = jnp.argmax(jnp.diagonal(side, axis1=1, axis2=2), axis=1)
-    x = jnp.take_along_axis(side, column[:, None, None], axis=2)
-
-    def step(_: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        x = found[0] / jnp.linalg.norm(found[0], axis=1, keepdims=True)
-        y = matmul(side, x)
-        return y, jnp.sum(x * y, axis=(1, 2))
-
-    _, value = lax.fori_loop(0, steps, step, (x, x[:, 0, 0]))
-    return jnp.asarray(value)
-
-
-def eigens(matrices: Sequence[Side]) -> list[Eigen]:
-    """Decompose sides, those of equal size as one batch except on CPUs, where one at a time is faster."""
-    if jax.default_backend() == "cpu":
-        return [eigen(side) for side in matrices]
-    done: dict[int, Eigen] = {}
-    for shape in {side.shape[1:] for side in matrices}:
-        which = [i for i, side in enumerate(matrices) if side.shape[1:] == shape]
-        made = eigen(jnp.concatenate([matrices[i] for i in which]))
-        ends = itertools.accumulate(matrices[i].shape[0] for i in which)
-        for i, end in zip(which, ends, strict=True):
-            start = end - matrices[i].shape[0]
-            done[i] = jax.tree.map(lambda x, start=start, end=end: x[start:end], made)
-    return [done[i] for i in range(len(matrices))]
+def _largest(side: Float[Array, "s n n"]) -> Float[Array, " s"]:
+    """Estimate the largest eigenvalue, from below, by two steps of power iteration from the largest diagonal entry."""
+    diagonal = jnp.diagonal(side, axis1=1, axis2=2)
+    largest = jnp.max(diagonal, axis=1, keepdims=True)
+    times = lambda x: jnp.einsum("sij,sj->si", side, x, precision=lax.Precision.HIGHEST)
+    x = times(jnp.where(diagonal == largest, 1 / largest, 0))
+    y = times(x)
+    return jnp.sum(y * y, axis=1) / jnp.sum(x * y, axis=1)  # x'SSx / x'Sx
 
 
 def multiply_left(side: Side | None, x: Float[Array, "s i o"], transpose: bool = False) -> Float[Array, "s i o"]:
@@ -211,8 +205,8 @@ def matmul(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
 
-_SMALL = 64
-"""Matrices up to this size are inverted by Cholesky."""
+_SMALL = 256
+"""Matrices up to this size are inverted by Cholesky and a triangular solve."""
 
 
 def _t(x: Array) -> Array:

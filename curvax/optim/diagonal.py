@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from curvax._checks import check_like, check_params, is_masked
@@ -121,7 +122,9 @@ def with_decay_and_rate(
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every entry is a finite number."""
-    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], jnp.array(True))
+    each = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    # Without the barrier XLA repeats the whole conjunction in every kernel that selects by it.
+    return jnp.asarray(lax.optimization_barrier(functools.reduce(jnp.logical_and, each, jnp.array(True))))
 
 
 def keep_unless(good: Bool[Array, ""], new: T, old: T) -> T:

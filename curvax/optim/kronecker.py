@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from curvax._checks import check_count, check_decay, check_integer, check_precision
 from curvax._types import Count, Params, Scalar
@@ -139,26 +139,26 @@ def scale_by_kron(
         own = present(layout, updates)
         strength = jnp.asarray(damping(state.count) if callable(damping) else damping, jnp.result_type(float))
         good = finite = all_finite(updates)
-        factors, pieces, info = state.curvature, state.pieces, state.info
+        factors, pieces, info = state.curvature, state.pieces, state.info  # each changes only where `good` holds
         if curvature is not None:
             new = _own_factors(method.factors(curvature), factors)
-            finite = good & all_finite(new)
+            finite = good & _finite(new)
             factors = keep_unless(finite, moving_average(factors, new, decay), factors)
         num_refreshes = state.num_refreshes + (finite if curvature is not None else 0)
         known = num_refreshes > 0
 
-        info = info._replace(blocks={name: block._replace(age=block.age + 1) for name, block in info.blocks.items()})
-        age = state.inverse_age + 1
+        info = info._replace(blocks={name: block._replace(age=block.age + good) for name, block in info.blocks.items()})
+        age = state.inverse_age + good
         first = (state.num_refreshes == 0) & known
         if stagger:
             for share, some in enumerate(_shares(own, cast(int, inverse_every))):
-                due = known & (first | (state.count % inverse_every == share))
-                pieces, info = _refresh(method, some, due, factors, pieces, info, strength)
+                due = good & known & (first | (state.count % inverse_every == share))
+                pieces, info = _refresh(method, some, due, good, factors, pieces, info, strength)
         elif curvature is not None:  # without a new one an inversion would repeat the last
             always = isinstance(inverse_every, int) and inverse_every == 1
-            due = None if always else first | (known & (age >= inverse_every))
-            pieces, info = _refresh(method, own, due, factors, pieces, info, strength)
-            age = jnp.zeros_like(age) if due is None else jnp.where(due, 0, age)
+            due = None if always else good & known & (first | (age >= inverse_every))
+            pieces, info = _refresh(method, own, due, good, factors, pieces, info, strength)
+            age = jnp.where(good if due is None else due, 0, age)
         if curvature is not None and method.finish is not None:
             finished = method.finish(own, pieces, curvature)
             finite &= all_finite(finished)
@@ -167,36 +167,44 @@ def scale_by_kron(
         steps = apply_power(own, method.power(own, factors, pieces, strength), updates)
         amplitude = jnp.where(good, jnp.where(known, 1, 0), jnp.nan)
         steps = jax.tree.map(lambda s: jnp.where(amplitude == 0, 0, amplitude.astype(s.dtype) * s), steps)
-        info = info._replace(damping=strength, num_nonfinite=state.info.num_nonfinite + ~finite)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        new_state = ScaleByKronState(count, num_refreshes, age, factors, pieces, info)
-        old_state = state._replace(info=state.info._replace(num_nonfinite=info.num_nonfinite))
-        return steps, keep_unless(good, new_state, old_state)
+        info = info._replace(
+            damping=jnp.where(good, strength, info.damping), num_nonfinite=state.info.num_nonfinite + ~finite
+        )
+        count = jnp.where(good, optax.safe_increment(state.count), state.count)
+        return steps, ScaleByKronState(count, num_refreshes, age, factors, pieces, info)
 
     return optax.GradientTransformationExtraArgs(init, cast(optax.TransformUpdateExtraArgsFn, update))
 
 
 def _refresh(
-    method: Method, some: Layout, due: Array | None, factors: Factors, pieces: Pieces, info: KronInfo, strength: Scalar
+    method: Method,
+    some: Layout,
+    due: Array | None,
+    usable: Array,
+    factors: Factors,
+    pieces: Pieces,
+    info: KronInfo,
+    strength: Scalar,
 ) -> tuple[Pieces, KronInfo]:
-    """Refresh some blocks' pieces if it is due (None: always); where that fails, the last good piece stays."""
+    """Refresh some blocks' pieces if it is due (None: always) and usable; where that fails, the last good piece stays."""
     names = [block.name for block in some.blocks]
     held = {name: pieces[name] for name in names}, {name: info.blocks[name] for name in names}
     failures = {name: info.num_failures[name] for name in names}
 
-    def fresh(factors: Factors, held: Any, failures: Any, strength: Scalar) -> Any:
+    def fresh(usable: Array, factors: Factors, held: Any, failures: Any, strength: Scalar) -> Any:
         made, spectra = method.refresh(some, factors, held[0], strength)
         good = {name: all_finite(made[name]) for name in names}
         age = jnp.zeros([], jnp.int32)
         infos = {name: BlockInfo(*s, s.largest / s.smallest, age) for name, s in spectra.items()}
         infos = jax.tree.map(lambda new, old: new.astype(old.dtype), infos, held[1])
         kept = tuple(
-            {n: keep_unless(good[n], new[n], old[n]) for n in names} for new, old in zip((made, infos), held, strict=True)
+            {n: keep_unless(usable & good[n], new[n], old[n]) for n in names}
+            for new, old in zip((made, infos), held, strict=True)
         )
-        return kept, {name: failures[name] + ~good[name] for name in names}
+        return kept, {name: failures[name] + (usable & ~good[name]) for name in names}
 
-    keep = lambda factors, held, failures, strength: (held, failures)
-    operands = (factors, held, failures, strength)
+    keep = lambda usable, factors, held, failures, strength: (held, failures)
+    operands = (usable, factors, held, failures, strength)
     (made, infos), failures = fresh(*operands) if due is None else refresh_if(due, fresh, keep, *operands)
     blocks, num_failures = info.blocks | infos, info.num_failures | failures
     return pieces | made, info._replace(blocks=blocks, num_failures=num_failures)
@@ -209,6 +217,13 @@ def _shares(layout: Layout, number: int) -> list[Layout]:
     for block in sorted(layout.blocks, key=work, reverse=True):
         min(shares, key=lambda share: sum(map(work, share))).append(block)
     return [Layout(tuple(share), layout.leaves) for share in shares if share]
+
+
+def _finite(factors: Factors) -> Bool[Array, ""]:
+    """Whether all is finite. A sum of `x x'` shows on its diagonal what is not, and that is n entries, not n^2."""
+    of_full = lambda x: jnp.diagonal(x, axis1=1, axis2=2) if x.ndim == 3 else x
+    blocks = jax.tree.map(of_full, factors.blocks)
+    return all_finite((blocks, factors.diagonal))
 
 
 def _own_factors(new: Factors, held: Factors) -> Factors:

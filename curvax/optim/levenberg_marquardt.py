@@ -126,9 +126,8 @@ def levenberg_marquardt(
             before = objective.value(params, batch)
             after = objective.value(cast(Params, optax.apply_updates(params, step)), batch)
             model = inner_product(grads, step) + quadratic_form(objective, params, batch, [step])[0, 0] / 2
-            return ((after - before) / model).astype(jnp.float32), (after < before) & jnp.isfinite(
-                after
-            )  # NaN is not below
+            lower = (after < before) & jnp.isfinite(after)  # NaN is not lower
+            return ((after - before) / model).astype(jnp.float32), lower
 
         keep = lambda *_: (state.info.ratio, jnp.array(True))
         due = state.count % every == 0
