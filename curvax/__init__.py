@@ -5,6 +5,7 @@ from curvax import kron as kron
 from curvax import losses as losses
 from curvax import optim as optim
 from curvax import products as products
+from curvax import solve as solve
 from curvax._batch import Shared as Shared
 from curvax.estimate import Estimate as Estimate
 from curvax.estimate import empirical_fisher_diagonal as empirical_fisher_diagonal
@@ -29,11 +30,13 @@ from curvax.optim import estimating as estimating
 from curvax.optim import kfac as kfac
 from curvax.optim import kl_clip as kl_clip
 from curvax.optim import levenberg_marquardt as levenberg_marquardt
+from curvax.optim import mfac as mfac
 from curvax.optim import on_fraction as on_fraction
 from curvax.optim import quadratic_model as quadratic_model
 from curvax.optim import scale_by_adahessian as scale_by_adahessian
 from curvax.optim import scale_by_ekfac as scale_by_ekfac
 from curvax.optim import scale_by_kfac as scale_by_kfac
+from curvax.optim import scale_by_mfac as scale_by_mfac
 from curvax.optim import scale_by_sophia as scale_by_sophia
 from curvax.optim import sophia_g as sophia_g
 from curvax.optim import sophia_h as sophia_h
@@ -43,5 +46,8 @@ from curvax.products import fishervp as fishervp
 from curvax.products import ggnvp as ggnvp
 from curvax.products import hvp as hvp
 from curvax.products import to_dense as to_dense
+from curvax.solve import Window as Window
+from curvax.solve import window_inverse as window_inverse
+from curvax.solve import window_of as window_of
 
 __version__ = "0.1.0"

@@ -154,3 +154,9 @@ def check_precision(**values: Any) -> None:
                 f"{name} arrives as {dtype}, too coarse for a decay rate or damping. "
                 "Under optax.inject_hyperparams pass hyperparam_dtype=jnp.float32."
             )
+
+
+def check_damping(damping: Any, allow_zero: bool = False) -> None:
+    """Raise if a concrete damping is not positive."""
+    if isinstance(damping, int | float | np.number) and not (damping > 0 or (allow_zero and damping == 0)):
+        raise ValueError(f"damping must be positive, got {damping}: a matrix without full rank has no inverse.")

@@ -79,8 +79,8 @@ def falling(damping: Any) -> optax.Schedule:
 METHODS = {
     "adamw": Method(lambda task, rate: optax.adamw(rate), grid(rate=(1e-3, 3e-3, 1e-2))),
     "sophia_g": Method(lambda task, rate: curvax.sophia_g(rate, task.objective), grid(rate=(3e-4, 1e-3, 3e-3))),
-    "kfac": Method(kfac, grid(rate=(0.03, 0.1), damping=(1e-3, 1e-2))),
-    "ekfac": Method(ekfac, grid(rate=(0.03,), damping=(1e-3, 1e-2))),
+    "kfac": Method(kfac, grid(rate=(0.01, 0.03), damping=(1e-3, 3e-3, 1e-2))),
+    "ekfac": Method(ekfac, grid(rate=(0.01, 0.03), damping=(1e-2,))),
 }
 
 

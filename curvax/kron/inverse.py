@@ -8,11 +8,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial, keystr
 from jaxtyping import Array, Float
 
-from curvax._checks import check_choice, describe, is_masked
+from curvax._checks import check_choice, check_damping, describe, is_masked
 from curvax._types import Matvec, Params, at_least_float32
 from curvax.kron.factors import Factor, Factors
 from curvax.kron.layout import Block, Layout, Leaf, check_layout
@@ -135,12 +134,6 @@ def kron_inverse(
         blocks = kron_power(layout, factors, damping, scheme, power)
     made = KronPower(blocks, diagonal_power(factors.diagonal, damping, power))
     return Partial(partial(apply_power, layout), made)
-
-
-def check_damping(damping: Any, allow_zero: bool = False) -> None:
-    """Raise if a concrete damping is not positive."""
-    if isinstance(damping, int | float | np.number) and not (damping > 0 or (allow_zero and damping == 0)):
-        raise ValueError(f"damping must be positive, got {damping}: a factor without full rank has no inverse.")
 
 
 def kron_power(layout: Layout, factors: Factors, damping: Any, scheme: str, power: float) -> dict[str, BlockPower]:

@@ -18,6 +18,10 @@ from curvax.optim.kronecker import BlockInfo as BlockInfo
 from curvax.optim.kronecker import KronInfo as KronInfo
 from curvax.optim.kronecker import ScaleByKronState as ScaleByKronState
 from curvax.optim.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
+from curvax.optim.mfac import MfacInfo as MfacInfo
+from curvax.optim.mfac import ScaleByMfacState as ScaleByMfacState
+from curvax.optim.mfac import mfac as mfac
+from curvax.optim.mfac import scale_by_mfac as scale_by_mfac
 from curvax.optim.quadratic_model import quadratic_model as quadratic_model
 from curvax.optim.refresh import refresh_if as refresh_if
 from curvax.optim.sophia import SophiaInfo as SophiaInfo

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from curvax._checks import check_like, check_params, is_masked
+from curvax._finite import all_finite, keep_unless
 from curvax._types import Count, Params, at_least_float32, tree_at_least_float32
 from curvax.estimate import Estimate
 
@@ -118,16 +117,3 @@ def with_decay_and_rate(
 ) -> optax.GradientTransformationExtraArgs:
     """Finish a rule as optimizer: decoupled weight decay, then the (negative) learning rate on both."""
     return optax.chain(rule, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
-
-
-def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every entry is a finite number."""
-    each = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    # Without the barrier XLA repeats the whole conjunction in every kernel that selects by it.
-    return jnp.asarray(lax.optimization_barrier(functools.reduce(jnp.logical_and, each, jnp.array(True))))
-
-
-def keep_unless(good: Bool[Array, ""], new: T, old: T) -> T:
-    """Return `new` if it is good, else `old`."""
-    kept: T = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    return kept

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import check_count, check_decay, check_integer, check_precision
+from curvax._checks import check_count, check_damping, check_decay, check_integer, check_precision
+from curvax._finite import all_finite, keep_unless
 from curvax._types import Count, Params, Scalar
 from curvax.kron.factors import Factors, moving_average, zero_factors
-from curvax.kron.inverse import KronPower, apply_power, check_damping
+from curvax.kron.inverse import KronPower, apply_power
 from curvax.kron.layout import Layout, check_layout, present
 from curvax.kron.spectrum import BlockSpectrum
-from curvax.optim.diagonal import all_finite, keep_unless
 from curvax.optim.refresh import refresh_if
 
 Pieces: TypeAlias = dict[str, Any]

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import check_count
+from curvax._checks import check_count, check_damping
+from curvax._finite import keep_unless
 from curvax._types import Batch, Count, Params, Scalar
-from curvax.kron.inverse import check_damping
 from curvax.objective import Objective
-from curvax.optim.diagonal import keep_unless
 from curvax.optim.quadratic_model import inner_product, quadratic_form
 from curvax.optim.refresh import refresh_if
 

@@ -11,9 +11,9 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from curvax._batch import unwrap
+from curvax._finite import all_finite, keep_unless
 from curvax._types import Batch, Params, Scalar, at_least_float32
 from curvax.objective import Objective
-from curvax.optim.diagonal import all_finite, keep_unless
 from curvax.products.linear import linearize
 
 
