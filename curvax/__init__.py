@@ -47,6 +47,8 @@ from curvax.products import ggnvp as ggnvp
 from curvax.products import hvp as hvp
 from curvax.products import to_dense as to_dense
 from curvax.solve import Window as Window
+from curvax.solve import fisher_window as fisher_window
+from curvax.solve import inverse_diagonal as inverse_diagonal
 from curvax.solve import window_inverse as window_inverse
 from curvax.solve import window_of as window_of
 

@@ -128,7 +128,7 @@ def insert_and_multiply(
 
 
 def _stored(window: Window, gradient: Params) -> Params:
-    check_like(gradient, _row(window), "gradient", "a row of the window")
+    check_like(gradient, row_like(window), "gradient", "a row of the window")
     return jax.tree.map(lambda rows, g: g.astype(rows.dtype), window.rows, gradient)
 
 
@@ -198,6 +198,13 @@ def window_inverse(window: Window, damping: Any, *, divisor: str = "window") -> 
     return Partial(_multiply, window, solve)
 
 
+def num_rows(window: Window, divisor: str) -> Float[Array, ""]:
+    """Return N, at least 1."""
+    check_choice("divisor", divisor, DIVISORS)
+    size = window.gram.shape[-1]
+    return jnp.asarray(size if divisor == "window" else jnp.clip(window.count, 1, size), window.gram.dtype)
+
+
 class WindowSolve(NamedTuple):
     """What of a damped inverse does not depend on the vector.
 
@@ -215,9 +222,8 @@ class WindowSolve(NamedTuple):
 def window_solve(window: Window, damping: Any, divisor: str) -> WindowSolve:
     """Factorize the m x m system of `window_inverse`."""
     check_damping(damping)
-    check_choice("divisor", divisor, DIVISORS)
     size, dtype = window.gram.shape[-1], window.gram.dtype
-    number = jnp.asarray(size if divisor == "window" else jnp.clip(window.count, 1, size), dtype)
+    number = num_rows(window, divisor)
     least = jnp.finfo(dtype).eps * jnp.trace(window.gram, axis1=1, axis2=2) / number
     damping = jnp.maximum(jnp.asarray(damping, dtype), least)
     ridge = (number * damping)[:, None, None] * jnp.eye(size, dtype=dtype)
@@ -270,7 +276,7 @@ def _solve(solve: WindowSolve, right: Coefficients) -> Coefficients:
 
 
 def _multiply(window: Window, solve: WindowSolve, v: Params) -> Params:
-    check_like(v, _row(window), "v", "a row of the window")
+    check_like(v, row_like(window), "v", "a row of the window")
     explained = combine(window, _solve(solve, inner_products(window, v)))
     return _map_blocks(lambda s, x, y: ((x - y) / s).astype(x.dtype), solve.damping, v, explained)
 
@@ -287,7 +293,8 @@ def _bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
-def _row(window: Window) -> PyTree:
+def row_like(window: Window) -> PyTree:
+    """Return shapes and dtypes of a row."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), window.rows)
 
 

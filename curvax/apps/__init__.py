@@ -1,0 +1,3 @@
+"""What people do with curvature."""
+
+from curvax.apps import pruning as pruning
