@@ -44,6 +44,10 @@ METHODS = {
         lambda task, rate: curvax.ekfac(rate, task.objective, task.layout, DAMPING, inverse_every=10),
         grid(rate=(0.003, 0.01, 0.03, 0.1)),
     ),
+    "mfac": Method(
+        lambda task, rate, damping: curvax.mfac(rate, 64, damping, momentum=0.9, divisor="count"),
+        grid(rate=(0.003, 0.01), damping=(1e-3, 1e-2)),
+    ),
 }
 
 

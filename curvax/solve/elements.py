@@ -92,7 +92,8 @@ def inverse_diagonal(window: Window, damping: Any, *, divisor: str = "window", b
       block_size: k, for the Fisher that has blocks of k consecutive entries of each flattened leaf, and nothing outside;
         None: with all entries (or, as the window says, those of each leaf).
 
-    Cost: `m^2 d` multiplications, or `(m k + k^2) d` with blocks; memory as for 1,024 entries, or 16 blocks, at a time.
+    Cost: `m^2 d` multiplications, or `(m k + k^2) d` with blocks; memory as for a strip of 1,024 entries, or a block (off
+      CPUs: for 64 of them).
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -126,7 +127,7 @@ def map_inverse_blocks(
     """Apply `fn(inverse [k, k], *values [k]) -> [k]` to every block of the block-diagonal Fisher's damped inverse.
 
     Blocks are k consecutive entries of each flattened leaf (the last of a leaf may be shorter); one Cholesky
-    decomposition each, 16 blocks at a time.
+    decomposition each, off CPUs 64 at a time.
 
     Args:
       fn: what to compute of a block, with the values of `trees` there.
@@ -161,7 +162,11 @@ def map_inverse_blocks(
 
 
 def _strips(fn: Callable[..., Array], width: int, rows: Float[Array, "m n"], *values: Float[Array, " n"]) -> Array:
-    """Apply `fn` to strips of columns (and of vectors), 16 at a time, and join what it returns."""
+    """Apply `fn` to strips of columns (and of vectors), and join what it returns: on CPUs one by one, else 64 at a time.
+
+    (Batched products of small matrices, in loops that run at the same time, make XLA wait for itself forever on CPUs.)
+    """
+    together = None if jax.default_backend() == "cpu" else 64
     size = rows.shape[1]
     number = size // width
 
@@ -169,7 +174,7 @@ def _strips(fn: Callable[..., Array], width: int, rows: Float[Array, "m n"], *va
         cut = lambda x: lax.dynamic_slice_in_dim(x, i * width, width, x.ndim - 1)
         return fn(cut(rows), *map(cut, values))
 
-    parts = [lax.map(of_strip, jnp.arange(number), batch_size=16).ravel()] if number else []
+    parts = [lax.map(of_strip, jnp.arange(number), batch_size=together).ravel()] if number else []
     if size > number * width:
         parts.append(fn(rows[:, number * width :], *(v[number * width :] for v in values)))
     return jnp.concatenate(parts)
