@@ -118,7 +118,9 @@ def insert_and_multiply(
     after = _crossed(window, stored, products, pred)  # its rows are still without the gradient
     number, damping, factor = solve = window_solve(after, damping, divisor)
     is_slot = jnp.arange(window.gram.shape[-1]) == slot
-    weights = _solve(solve, jnp.where(pred, number * is_slot.astype(factor.dtype), -products / damping[:, None]))
+    weights = _solve(
+        after.gram, solve, jnp.where(pred, number * is_slot.astype(factor.dtype), -products / damping[:, None])
+    )
     others = combine(window, jnp.where(pred & is_slot, 0, weights))
     own = jnp.where(pred, weights[:, slot], 1 / damping)
     product = _map_blocks(lambda c, v, rest: c * v + rest, own, stored, others)
@@ -271,13 +273,20 @@ def _weighted_sum(c: Float[Array, " m"], rows: Float[Array, "m ..."]) -> Float[A
     return lax.scan(add, jnp.zeros(rows.shape[1:], wide), (c, _bits(rows)))[0]
 
 
-def _solve(solve: WindowSolve, right: Coefficients) -> Coefficients:
-    return jax.vmap(lambda lower, b: jax.scipy.linalg.cho_solve((lower, True), b))(solve.factor, right)
+def _solve(gram: Gram, solve: WindowSolve, right: Coefficients) -> Coefficients:
+    """Solve `(N damping I + S) c = right`; one step of refinement takes most of what rounding did to the factor."""
+
+    def own(gram: Array, ridge: Array, lower: Array, right: Array) -> Array:
+        c = jax.scipy.linalg.cho_solve((lower, True), right)
+        rest = (right - ridge * c) - jnp.matmul(gram, c, precision=lax.Precision.HIGHEST)
+        return c + jax.scipy.linalg.cho_solve((lower, True), rest)
+
+    return jax.vmap(own)(gram, solve.number * solve.damping, solve.factor, right)
 
 
 def _multiply(window: Window, solve: WindowSolve, v: Params) -> Params:
     check_like(v, row_like(window), "v", "a row of the window")
-    explained = combine(window, _solve(solve, inner_products(window, v)))
+    explained = combine(window, _solve(window.gram, solve, inner_products(window, v)))
     return _map_blocks(lambda s, x, y: ((x - y) / s).astype(x.dtype), solve.damping, v, explained)
 
 

@@ -80,17 +80,17 @@ def speed(d: int, m: int, rounds: int) -> dict[str, Any]:
 
 
 def recurrence(G: np.ndarray, damping: np.float32, x: np.ndarray) -> np.ndarray:
-    """Multiply by the inverse through the published vectors `v_i = F_{i-1}^-1 g_i`, in the dtype of G."""
-    m, rows = np.float32(len(G)), []
-    result = x / damping
-    for g in G:
-        v = g / damping
-        for u, q in rows:
-            v = v - u * ((u @ g) / q)
-        q = m + g @ v
-        rows.append((v, q))
-        result = result - v * ((v @ x) / q)
-    return result
+    """Multiply by the inverse through the published matrices D and B, in the dtype of G."""
+    m = len(G)
+    U = m * np.eye(m, dtype=G.dtype) + G @ G.T / damping
+    for k in range(m):
+        U[k + 1 :, k:] -= np.outer(U[k + 1 :, k] / U[k, k], U[k, k:])
+    D = np.triu(U - m * np.eye(m, dtype=G.dtype))
+    q, B, p = m + np.diag(D), np.eye(m, dtype=G.dtype) / damping, G @ x / damping
+    for i in range(m):
+        B[i] -= (D[:i, i] / q[:i]) @ B[:i]
+        p[i + 1 :] -= D[i, i + 1 :] * p[i] / q[i]
+    return x / damping - G.T @ (B.T @ (p / q))
 
 
 def accuracy(m: int, steps: int) -> list[dict[str, Any]]:
