@@ -1,5 +1,6 @@
 """curvax: second-order optimization and curvature for JAX. This page is the whole public surface."""
 
+from curvax import apps as apps
 from curvax import estimate as estimate
 from curvax import kron as kron
 from curvax import losses as losses
