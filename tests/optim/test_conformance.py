@@ -124,8 +124,10 @@ OPTIMIZERS["mfac"] = (
 DIAGONAL = {name: row for name, row in OPTIMIZERS.items() if row.decay == "b2"}
 every_optimizer = pytest.mark.parametrize("row", OPTIMIZERS.values(), ids=OPTIMIZERS)
 # Where only what optimizers share is concerned (`scale_by_diagonal`, `scale_by_kron`), one stands for all that share it.
-RULES = {name: OPTIMIZERS[name] for name in ("sophia_g", "kfac", "mfac")}
+RULES = {name: OPTIMIZERS[name] for name in ("sophia_g", "kfac")}  # tests/optim/test_mfac.py has these for M-FAC
 every_rule = pytest.mark.parametrize("row", RULES.values(), ids=RULES)
+SHARED = {name: OPTIMIZERS[name] for name in ("sophia_g", "kfac", "mfac")}
+every_state = pytest.mark.parametrize("row", SHARED.values(), ids=SHARED)
 every_diagonal = pytest.mark.parametrize("row", DIAGONAL.values(), ids=DIAGONAL)
 
 
@@ -211,7 +213,7 @@ def test_donated_buffers(row):
     same((params, state), train(plain, tx, 3))
 
 
-@every_optimizer
+@every_state
 def test_refreshes_only_when_due_and_before_the_first_use(row):
     tx, step = compiled(row, 3)
     carry, held = (PARAMS, tx.init(PARAMS)), []
@@ -413,8 +415,11 @@ def test_scan_over_steps(row):
     same(carry, train(step, tx, 7))
 
 
-@every_optimizer
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("row", "axis_type"),
+    [(row, AxisType.Auto) for row in OPTIMIZERS.values()] + [(row, AxisType.Explicit) for row in SHARED.values()],
+    ids=[f"{name}-auto" for name in OPTIMIZERS] + [f"{name}-explicit" for name in SHARED],
+)
 def test_eight_devices_equal_one(row, axis_type):
     """Sharded batch and, where the compiler places the work, sharded params too."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
@@ -474,7 +479,7 @@ def test_unknown_extra_arguments_are_ignored(row):
     jax.eval_shape(lambda g, s, p: rule.update(g, s, p, value=1.0), gradient(), rule.init(PARAMS), PARAMS)
 
 
-@every_optimizer
+@every_state
 def test_state_holds_plain_arrays_and_the_seed_decides_the_draws(row):
     tx = row.build(0.02, OBJECTIVE, seed=1)
     state = tx.init(PARAMS)
@@ -489,7 +494,7 @@ def test_state_holds_plain_arrays_and_the_seed_decides_the_draws(row):
     assert any(not np.allclose(a, b) for a, b in pairs)
 
 
-@every_optimizer
+@every_state
 def test_errors_say_what_and_where(row):
     tx = row.build(0.02, OBJECTIVE)
     state, grads = tx.init(PARAMS), gradient()
