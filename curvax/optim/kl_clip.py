@@ -10,8 +10,8 @@ import optax
 from jaxtyping import PyTree
 
 from curvax._checks import check_at_least
+from curvax._trees import inner_product
 from curvax._types import Count, Params, Scalar
-from curvax.optim.quadratic_model import inner_product
 
 
 class KlClipState(NamedTuple):

@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from curvax._checks import check_count, check_damping
 from curvax._finite import keep_unless
+from curvax._trees import inner_product
 from curvax._types import Batch, Count, Params, Scalar
 from curvax.objective import Objective
-from curvax.optim.quadratic_model import inner_product, quadratic_form
+from curvax.optim.quadratic_model import quadratic_form
 from curvax.optim.refresh import refresh_if
 
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from curvax._checks import check_choice, check_damping, check_decay, check_like, check_precision, is_masked
 from curvax._finite import all_finite, keep_unless
-from curvax._types import Count, Params, Scalar, at_least_float32
+from curvax._trees import inner_product
+from curvax._types import Count, Params, Scalar
 from curvax.optim.diagonal import with_decay_and_rate
 from curvax.solve.window import DIVISORS, Window, empty_window, insert_and_multiply, window_inverse, window_of
 
@@ -134,8 +135,8 @@ def scale_by_mfac(
 
         amplitude = jnp.where(good, jnp.where(window.count > 0, 1, 0), jnp.nan)
         steps = jax.tree.map(lambda s, u: jnp.where(amplitude == 0, 0, amplitude * s).astype(u.dtype), steps, updates)
-        squared = _inner_product(updates, updates)
-        shrinkage = strength * _inner_product(updates, steps) / jnp.where(squared > 0, squared, 1)
+        squared = inner_product(updates, updates)
+        shrinkage = strength * inner_product(updates, steps) / jnp.where(squared > 0, squared, 1)
         latest = lambda new, old: jnp.where(good, jnp.asarray(new, old.dtype), old)
         info = MfacInfo(
             jnp.minimum(window.count, window_size),
@@ -203,11 +204,6 @@ def mfac(
     rule = scale_by_mfac(window_size, damping, divisor)
     averaged = rule if still else optax.chain(rule, optax.ema(momentum, debias=False))
     return with_decay_and_rate(averaged, weight_decay, learning_rate)
-
-
-def _inner_product(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
-    # Products of flattened leaves would gather those that are sharded.
-    return cast(Scalar, sum(jnp.sum(at_least_float32(x) * y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)))
 
 
 def _rows(curvature: PyTree, updates: PyTree) -> PyTree[Array]:

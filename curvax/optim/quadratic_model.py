@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from curvax._batch import unwrap
 from curvax._finite import all_finite, keep_unless
+from curvax._trees import inner_product
 from curvax._types import Batch, Params, Scalar, at_least_float32
 from curvax.objective import Objective
 from curvax.products.linear import linearize
@@ -128,12 +129,6 @@ def quadratic_form(objective: Objective, params: Params, batch: Batch, vectors: 
     pushed = [jacobian(own(v)) for v in vectors]
     curved = [objective.loss.hvp(outputs, unwrap(targets), u) for u in pushed]
     return jnp.array([[inner_product(u, c) for c in curved] for u in pushed])
-
-
-def inner_product(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
-    """Sum the products of all entries, in at least float32."""
-    dot = lambda x, y: jnp.vdot(at_least_float32(x), at_least_float32(y), precision="highest")
-    return cast(Scalar, sum(jax.tree.leaves(jax.tree.map(dot, a, b))))
 
 
 def _minimizer(matrix: Float[Array, "2 2"], slope: Float[Array, " 2"]) -> Float[Array, " 2"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from curvax._checks import check_count, check_damping, check_like
 from curvax._types import Params
-from curvax.solve.window import Window, num_rows, row_like, window_solve
+from curvax.solve.window import Window, map_blocks, num_rows, row_like, window_solve
 
 # m: rows of the window, k: entries of a block
 
@@ -43,9 +43,7 @@ def whiten(window: Window, damping: Any, *, divisor: str = "window") -> Whitened
     References: Frantar, Kurtic and Alistarh (2021), M-FAC, section 3.1, where V comes of a recurrence.
     """
     solve = window_solve(window, damping, divisor)
-    leaves, structure = jax.tree.flatten(window.rows)
-    own = [_whitened(solve.factor[_block(solve.factor, i)], rows) for i, rows in enumerate(leaves)]
-    return Whitened(jax.tree.unflatten(structure, own), solve.damping)
+    return Whitened(map_blocks(_whitened, solve.factor, window.rows), solve.damping)
 
 
 def inverse_element(whitened: Whitened, one: Sequence[Any], other: Sequence[Any]) -> Float[Array, ""]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from curvax._checks import check_choice, check_count, check_damping, check_like, check_params
 from curvax._control import in_auto_mode
 from curvax._finite import all_finite, keep_unless
+from curvax._trees import bits, leaf_combination, leaf_products, wide
 from curvax._types import Count, Matvec, Params, at_least_float32
 
 # m: rows of the window, b: blocks of the matrix (1, or one for each leaf), d: parameters
@@ -53,7 +54,7 @@ def empty_window(params: Params, size: int, *, blocks: str = "full", dtype: Any 
     check_count(1, window_size=size)
     check_choice("blocks", blocks, BLOCKS)
     leaves = jax.tree.leaves(params)
-    own = lambda p: _wide(p) if dtype is None else dtype
+    own = lambda p: wide(p) if dtype is None else dtype
     rows = jax.tree.map(lambda p: jnp.broadcast_to(jnp.zeros_like(p, own(p))[None], (size, *p.shape)), params)
     number = 1 if blocks == "full" else len(leaves)
     gram = jnp.zeros((number, size, size), jnp.result_type(jnp.float32, *leaves))
@@ -83,7 +84,7 @@ def window_of(rows: PyTree[Array], *, size: int | None = None, blocks: str = "fu
 
     def build(rows: PyTree[Array]) -> Window:
         fill = lambda x: [(0, (size or len(x)) - len(x)), *[(0, 0)] * (x.ndim - 1)]
-        stored = jax.tree.map(lambda x: jnp.pad(x, fill(x)).astype(_wide(x) if dtype is None else dtype), rows)
+        stored = jax.tree.map(lambda x: jnp.pad(x, fill(x)).astype(wide(x) if dtype is None else dtype), rows)
         leaves = jax.tree.leaves(stored)
         each = jnp.stack([_gram(x).astype(jnp.result_type(jnp.float32, *jax.tree.leaves(rows))) for x in leaves])
         return Window(stored, each if blocks == "leaf" else jnp.sum(each, axis=0, keepdims=True), jnp.int32(max(given)))
@@ -123,7 +124,7 @@ def insert_and_multiply(
     )
     others = combine(window, jnp.where(pred & is_slot, 0, weights))
     own = jnp.where(pred, weights[:, slot], 1 / damping)
-    product = _map_blocks(lambda c, v, rest: c * v + rest, own, stored, others)
+    product = map_blocks(lambda c, v, rest: c * v + rest, own, stored, others)
     # The condition makes the row's write wait for all reads; without that XLA copies the window.
     good = pred & all_finite(product)
     return product, _write(window, stored, after, good)
@@ -158,9 +159,9 @@ def _write(window: Window, stored: Params, after: Window, pred: Bool[Array, ""])
     slot = window.count % window.gram.shape[-1]
 
     def write(rows: Array, g: Array) -> Array:
-        bits = _bits(rows)
-        row = jnp.where(pred, _bits(g), lax.dynamic_index_in_dim(bits, slot, keepdims=False))
-        return lax.bitcast_convert_type(lax.dynamic_update_index_in_dim(bits, row, slot, 0), rows.dtype)
+        stored = bits(rows)
+        row = jnp.where(pred, bits(g), lax.dynamic_index_in_dim(stored, slot, keepdims=False))
+        return lax.bitcast_convert_type(lax.dynamic_update_index_in_dim(stored, row, slot, 0), rows.dtype)
 
     gram, count = keep_unless(pred, (after.gram, after.count), (window.gram, window.count))
     return Window(jax.tree.map(write, window.rows, stored), gram, count)
@@ -236,7 +237,7 @@ def inner_products(window: Window, v: Params) -> Coefficients:
     """Return `G v`, leaf by leaf summed into blocks; one pass over the rows."""
 
     def products(rows: list[Array], v: list[Array]) -> Coefficients:
-        each = [_dot(x, y) for x, y in zip(rows, v, strict=True)]
+        each = [leaf_products(x, y) for x, y in zip(rows, v, strict=True)]
         parts = jnp.stack([x.astype(window.gram.dtype) for x in each])
         return parts if len(window.gram) > 1 else jnp.sum(parts, axis=0, keepdims=True)
 
@@ -245,32 +246,12 @@ def inner_products(window: Window, v: Params) -> Coefficients:
 
 def combine(window: Window, coefficients: Coefficients) -> Params:
     """Return `G' c`, a tree like params, in at least float32; one pass over the rows."""
-    leaves, structure = jax.tree.flatten(window.rows)
-    own = [coefficients[i if len(coefficients) > 1 else 0] for i in range(len(leaves))]
-    return jax.tree.unflatten(structure, [_weighted_sum(c, x) for c, x in zip(own, leaves, strict=True)])
+    return map_blocks(leaf_combination, coefficients, window.rows)
 
 
 def _gram(rows: Float[Array, "m ..."]) -> Float[Array, "m m"]:
     space = tuple(range(1, rows.ndim))
-    return jnp.tensordot(rows, rows, (space, space), precision=lax.Precision.HIGHEST, preferred_element_type=_wide(rows))
-
-
-def _dot(rows: Float[Array, "m ..."], v: Float[Array, "..."]) -> Float[Array, " m"]:
-    if rows.dtype == _wide(rows):
-        return jnp.tensordot(rows, v.astype(rows.dtype), v.ndim, precision=lax.Precision.HIGHEST)
-    # A matrix product would first widen the whole window in memory; a sum of products widens as it reads.
-    return jnp.sum(at_least_float32(rows) * at_least_float32(v), axis=tuple(range(1, rows.ndim)))
-
-
-def _weighted_sum(c: Float[Array, " m"], rows: Float[Array, "m ..."]) -> Float[Array, "..."]:
-    wide = _wide(rows)
-    if rows.dtype == wide:
-        return jnp.tensordot(c.astype(wide), rows, 1, precision=lax.Precision.HIGHEST)
-
-    def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, None]:  # row by row, likewise
-        return total + term[0].astype(wide) * lax.bitcast_convert_type(term[1], rows.dtype).astype(wide), None
-
-    return lax.scan(add, jnp.zeros(rows.shape[1:], wide), (c, _bits(rows)))[0]
+    return jnp.tensordot(rows, rows, (space, space), precision=lax.Precision.HIGHEST, preferred_element_type=wide(rows))
 
 
 def _solve(gram: Gram, solve: WindowSolve, right: Coefficients) -> Coefficients:
@@ -287,25 +268,16 @@ def _solve(gram: Gram, solve: WindowSolve, right: Coefficients) -> Coefficients:
 def _multiply(window: Window, solve: WindowSolve, v: Params) -> Params:
     check_like(v, row_like(window), "v", "a row of the window")
     explained = combine(window, _solve(window.gram, solve, inner_products(window, v)))
-    return _map_blocks(lambda s, x, y: ((x - y) / s).astype(x.dtype), solve.damping, v, explained)
+    return map_blocks(lambda s, x, y: ((x - y) / s).astype(x.dtype), solve.damping, v, explained)
 
 
-def _map_blocks(fn: Callable[..., Array], values: Float[Array, " b"], *trees: Params) -> Params:
+def map_blocks(fn: Callable[..., Array], values: Float[Array, "b ..."], *trees: Params) -> Params:
     """Map over leaves, with the value of each one's block first."""
     leaves, structure = zip(*map(jax.tree.flatten, trees), strict=True)
     own = [values[i if len(values) > 1 else 0] for i in range(len(leaves[0]))]
     return jax.tree.unflatten(structure[0], list(map(fn, own, *leaves)))
 
 
-def _bits(x: Array) -> Array:
-    """Return 16-bit floats as integers: to slice or update those, XLA on CPUs widens the whole array to float32."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
 def row_like(window: Window) -> PyTree:
     """Return shapes and dtypes of a row."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), window.rows)
-
-
-def _wide(x: Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
