@@ -23,21 +23,31 @@ from curvax.kron import kron_inverse as kron_inverse
 from curvax.kron import kron_layout as kron_layout
 from curvax.kron import kron_moments as kron_moments
 from curvax.kron import merge as merge
+from curvax.kron import sample_space as sample_space
 from curvax.objective import Objective as Objective
 from curvax.optim import adahessian as adahessian
 from curvax.optim import block_average as block_average
+from curvax.optim import egn as egn
 from curvax.optim import ekfac as ekfac
 from curvax.optim import estimating as estimating
+from curvax.optim import gauss_newton as gauss_newton
+from curvax.optim import gradient_regularized_newton as gradient_regularized_newton
 from curvax.optim import kfac as kfac
 from curvax.optim import kl_clip as kl_clip
+from curvax.optim import lazy_newton as lazy_newton
 from curvax.optim import levenberg_marquardt as levenberg_marquardt
 from curvax.optim import mfac as mfac
+from curvax.optim import newton_cg as newton_cg
 from curvax.optim import on_fraction as on_fraction
 from curvax.optim import quadratic_model as quadratic_model
+from curvax.optim import saddle_free_newton as saddle_free_newton
 from curvax.optim import scale_by_adahessian as scale_by_adahessian
 from curvax.optim import scale_by_ekfac as scale_by_ekfac
+from curvax.optim import scale_by_gradient_regularized_newton as scale_by_gradient_regularized_newton
 from curvax.optim import scale_by_kfac as scale_by_kfac
+from curvax.optim import scale_by_lazy_newton as scale_by_lazy_newton
 from curvax.optim import scale_by_mfac as scale_by_mfac
+from curvax.optim import scale_by_newton as scale_by_newton
 from curvax.optim import scale_by_sophia as scale_by_sophia
 from curvax.optim import sophia_g as sophia_g
 from curvax.optim import sophia_h as sophia_h
@@ -47,10 +57,15 @@ from curvax.products import fishervp as fishervp
 from curvax.products import ggnvp as ggnvp
 from curvax.products import hvp as hvp
 from curvax.products import to_dense as to_dense
+from curvax.solve import SolveInfo as SolveInfo
 from curvax.solve import Window as Window
+from curvax.solve import cg as cg
 from curvax.solve import fisher_window as fisher_window
 from curvax.solve import inverse_diagonal as inverse_diagonal
+from curvax.solve import minres as minres
+from curvax.solve import neumann as neumann
 from curvax.solve import window_inverse as window_inverse
 from curvax.solve import window_of as window_of
+from curvax.solve import woodbury as woodbury
 
 __version__ = "0.1.0"

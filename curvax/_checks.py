@@ -33,13 +33,18 @@ def check_params(params: PyTree) -> None:
         raise ValueError("params are missing: got None; pass the pytree of float arrays, e.g. update(..., params).")
     if not leaves and not any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
         raise ValueError(f"params is an empty pytree ({type(params).__name__}); pass at least one float array.")
-    for path, leaf in leaves:
+    check_floats(
+        params, "params", "Keep what is not trained out of params: close over it, or pass it in inputs as curvax.Shared(tree)."
+    )
+
+
+def check_floats(tree: PyTree, name: str, advice: str) -> None:
+    """Raise unless every leaf of `tree` is a floating-point array; tell the first that is not, by path, and the advice."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"params must hold float arrays: got {describe(leaf)} at params{jax.tree_util.keystr(path)}. "
-                "Keep what is not trained out of params: close over it, or pass it in inputs as curvax.Shared(tree)."
-            )
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{name} must hold float arrays: got {describe(leaf)} at {where}. {advice}")
 
 
 def check_no_masked(params: PyTree) -> None:

@@ -17,3 +17,4 @@ from curvax.kron.moments import EigenFactors as EigenFactors
 from curvax.kron.moments import eigen_curvature as eigen_curvature
 from curvax.kron.moments import kron_basis as kron_basis
 from curvax.kron.moments import kron_moments as kron_moments
+from curvax.kron.sample_space import sample_space as sample_space

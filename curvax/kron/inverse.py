@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial, keystr
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from curvax._checks import check_choice, check_damping, describe, is_masked
 from curvax._types import Matvec, Params, at_least_float32
@@ -201,13 +201,16 @@ def _scatter(block: Block, matrix: Float[Array, "s i o"], leaves: Mapping[str, A
 def _outside(layout: Layout, leaf: Leaf, x: Array, made: KronPower) -> Array:
     """Treat the entries of a leaf that are in no block; entries in blocks give 0."""
     done = made.diagonal[leaf.path] * x if leaf.outside == "diagonal" else x
-    if leaf.kind != "kron":
-        return done
+    return done if leaf.kind != "kron" else jnp.where(in_no_block(layout, leaf), done, 0)
+
+
+def in_no_block(layout: Layout, leaf: Leaf) -> Bool[Array, "..."]:
+    """Tell which entries of a leaf are in no block."""
     blocks = [block for block in layout.blocks if leaf.path in block.leaves]
     shapes = {other.path: jnp.zeros(other.shape) for other in layout.leaves}
     own = lambda block: {path: shapes[path] for path in block.leaves}
     covered = sum(_scatter(block, jnp.ones(block.shape), own(block))[leaf.path] for block in blocks)
-    return jnp.where(covered > 0, 0, done)
+    return jnp.broadcast_to(covered == 0, leaf.shape)
 
 
 def _apply(made: BlockPower, matrix: Float[Array, "s i o"]) -> Float[Array, "s i o"]:

@@ -195,7 +195,7 @@ def block_moments(
     block: Block, basis: Basis, inputs: list[Rows], g: list[Rows], h: list[Rows] | None = None
 ) -> Float[Array, "s i o"]:
     """Sum over examples `(Q_A' D Q_G) * (Q_A' E Q_G)`, D from the cotangents g and E from h (by default g)."""
-    pairs = lambda x: [_rotated(block, k, basis, inputs[k], x[k]) for k in range(len(inputs))]
+    pairs = lambda x: [rotated_pair(block, k, basis, inputs[k], x[k]) for k in range(len(inputs))]
     first = pairs(g)
     second = first if h is None else pairs(h)
     is_lookup = any(jnp.issubdtype(left.dtype, jnp.integer) for left, _ in first)
@@ -219,7 +219,7 @@ def block_moments(
     return total + of_examples(jax.tree.map(lambda x: x[whole:], rows)) if whole < size else total
 
 
-def _rotated(block: Block, k: int, basis: Basis, a: Rows, g: Rows) -> tuple[Array, Array]:
+def rotated_pair(block: Block, k: int, basis: Basis, a: Rows, g: Rows) -> tuple[Array, Array]:
     """Return what the kernel's gradient is the outer product of, `[e, s, n, i]` and `[e, s, n, o]`, in the eigenbasis.
 
     Of a lookup without bias whose side is diagonal the first is the row numbers, `[e, s, n, 1]`.

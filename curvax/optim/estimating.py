@@ -98,7 +98,7 @@ def estimating(
         **extra: Any,
     ) -> tuple[PyTree, EstimatingState]:
         def go_on(grads: PyTree, inner_state: Any, curvature: PyTree | None) -> tuple[PyTree, Any]:
-            return inner.update(grads, inner_state, params, curvature=curvature, **extra)
+            return inner.update(grads, inner_state, params, batch=batch, curvature=curvature, **extra)
 
         def keep(grads: PyTree, inner_state: Any) -> tuple[PyTree, Any]:
             return go_on(grads, inner_state, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from curvax._checks import check_count, check_damping
 from curvax._finite import keep_unless
 from curvax._trees import inner_product
-from curvax._types import Batch, Count, Params, Scalar
+from curvax._types import Batch, Count, Matvec, Params, Scalar
 from curvax.objective import Objective
 from curvax.optim.quadratic_model import quadratic_form
 from curvax.optim.refresh import refresh_if
@@ -55,6 +56,7 @@ def levenberg_marquardt(
     every: int = 5,
     factor: float = 0.95,
     bounds: tuple[float, float] = (1e-8, 1e8),
+    product: Callable[..., Matvec] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adapt the damping of `inner`, and reject steps that do not lower the loss.
 
@@ -74,6 +76,8 @@ def levenberg_marquardt(
       every: steps between trials. Steps in between are taken as they come.
       factor: per step, in (0, 1).
       bounds: of the damping.
+      product: `(objective, params, batch) -> matvec`, the F of the model in place of the Gauss-Newton matrix: `curvax.hvp`
+        for methods on the Hessian.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)` with gradients of the same
@@ -83,6 +87,7 @@ def levenberg_marquardt(
       ValueError: damping that is not positive; a factor outside (0, 1); no params or no batch.
 
     Cost: every `every` steps two evaluations of the loss and a product of the Jacobian with a vector: about a gradient.
+      With `product` one of those.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
@@ -122,10 +127,15 @@ def levenberg_marquardt(
             raise ValueError("a trial of the step needs both: tx.update(grads, state, params, batch=batch).")
         step, inner_state = inner.update(updates, state.inner_state, params, batch=batch, damping=state.damping, **extra)
 
+        def curvature_along(step: PyTree, params: Params, batch: Batch) -> Scalar:
+            if product is None:  # by half a product
+                return quadratic_form(objective, params, batch, [step])[0, 0]
+            return inner_product(step, product(objective, params, batch)(step))
+
         def trial(grads: PyTree, step: PyTree, params: Params, batch: Batch) -> tuple[Scalar, Array]:
             before = objective.value(params, batch)
             after = objective.value(cast(Params, optax.apply_updates(params, step)), batch)
-            model = inner_product(grads, step) + quadratic_form(objective, params, batch, [step])[0, 0] / 2
+            model = inner_product(grads, step) + curvature_along(step, params, batch) / 2
             lower = (after < before) & jnp.isfinite(after)  # NaN is not lower
             return ((after - before) / model).astype(jnp.float32), lower
 

@@ -5,3 +5,4 @@ from curvax.products.gauss_newton import empirical_fishervp as empirical_fisherv
 from curvax.products.gauss_newton import fishervp as fishervp
 from curvax.products.gauss_newton import ggnvp as ggnvp
 from curvax.products.hessian import hvp as hvp
+from curvax.products.streamed import streamed as streamed

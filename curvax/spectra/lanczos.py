@@ -1,0 +1,178 @@
+"""Lanczos with full re-orthogonalization: a large symmetric matrix as a small tridiagonal one on an orthonormal basis."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from curvax._checks import check_count, check_params
+from curvax._control import body, compiled, in_round, loops_for
+from curvax._trees import add_scaled, combine_rows, inner_product, norm, row_products, wide
+from curvax._types import Matvec, Params, PRNGKey, Scalar, tree_at_least_float32
+from curvax.estimate.hutchinson import Sampler, normal
+from curvax.solve.damped import checked
+
+# m: vectors of the basis; V: the basis, its rows orthonormal; d: parameters
+
+
+class Lanczos(NamedTuple):
+    """What m steps of Lanczos leave: `A V' = V' T + residual e_m'`, T tridiagonal.
+
+    Attributes:
+      diagonal: of T.
+      off_diagonal: beside it; entry j couples rows j and j + 1 of the basis, the last one is the norm of the residual. Zero
+        where the rows so far span an invariant subspace.
+      basis: V, a tree with a leading axis m, in at least float32.
+      residual: a tree like one row, orthogonal to all of them.
+    """
+
+    diagonal: Float[Array, " m"]
+    off_diagonal: Float[Array, " m"]
+    basis: PyTree[Array]
+    residual: Params
+
+
+def lanczos(matvec: Matvec, start: Params, num_steps: int, key: PRNGKey | None = None) -> Lanczos:
+    """Build an orthonormal basis of the Krylov space of A and a vector, in which A is tridiagonal.
+
+    `b_{j+1} v_{j+1} = A v_j - a_j v_j - b_j v_{j-1}`, with `v_0 = start / |start|`; every vector is made orthogonal to all
+    before it, twice. Where nothing is left (an invariant subspace) the basis goes on with a random vector orthogonal to it
+    and `b = 0`: T is then block diagonal, repeated eigenvalues appear, and weights of quadrature from `start` stay exact.
+
+    Args:
+      matvec: `v -> A v` on trees like start, A symmetric. It gets vectors of at least float32.
+      start: tree of d float numbers, not all zero.
+      num_steps: m, at most d.
+      key: JAX key of the random vectors.
+
+    Returns:
+      `Lanczos`.
+
+    Raises:
+      ValueError: `num_steps` outside [1, d]; a matvec that returns another tree than it is given.
+      TypeError: start not float; a matvec that changes dtypes.
+
+    Cost: m products and `4 m^2 d` multiplications, four passes over the basis a step. Memory: m + 3 trees.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from curvax.spectra import lanczos
+      >>> found = lanczos(lambda v: jnp.array([1.0, 2.0, 2.0]) * v, jnp.ones(3), 3, jax.random.key(0))
+      >>> [round(x, 4) for x in found.diagonal.tolist()], [round(abs(x), 4) for x in found.off_diagonal.tolist()]
+      ([1.6667, 1.3333, 2.0], [0.4714, 0.0, 0.0])
+
+    References: Golub and Van Loan (2013), Matrix computations, section 10.3; Giraud, Langou, Rozloznik and van den Eshof
+      (2005), for orthogonalizing twice.
+    """
+    check_params(start)
+    check_steps(start, num_steps=num_steps)
+
+    def step(krylov: Krylov, j: Array) -> tuple[Krylov, tuple[Array, Array]]:
+        krylov, coefficients, rest = extend(matvec, krylov, j, key)
+        return krylov, (coefficients[j], rest)
+
+    with loops_for(matvec):
+        krylov, (diagonal, rests) = lax.scan(body(step), first(start, num_steps), jnp.arange(num_steps))
+    return Lanczos(diagonal, rests, krylov.basis, jax.tree.map(lambda x: (rests[-1] * x).astype(x.dtype), krylov.newest))
+
+
+class Krylov(NamedTuple):
+    """An orthonormal basis that grows by one row at a time.
+
+    Attributes:
+      basis: V; rows not yet filled are zero.
+      newest: its last row; when all are filled, the unit vector that would be next.
+      scale: largest entry of `V A V'` so far.
+    """
+
+    basis: PyTree[Array]
+    newest: Params
+    scale: Scalar
+
+
+@partial(compiled, static=(1,))
+def first(start: Params, size: int) -> Krylov:
+    """Return a basis with room for `size` rows whose first is `start / |start|`."""
+    length = norm(start)
+    unit = _times(1 / length, tree_at_least_float32(start))
+    empty = lambda p: jnp.broadcast_to(jnp.zeros_like(p)[None], (size, *p.shape))  # sharded as p is
+    return Krylov(put_row(jax.tree.map(empty, unit), unit, 0), unit, jnp.zeros_like(length))
+
+
+def extend(matvec: Matvec, krylov: Krylov, j: Array, key: PRNGKey | None) -> tuple[Krylov, Float[Array, " m"], Scalar]:
+    """Multiply row j, the newest, by A, and make of the product row j + 1.
+
+    Returns:
+      the grown basis; the coefficients `V A v_j`, zero after j; the norm of the rest of `A v_j`, of which the new row is
+      the direction, or zero if nothing was left and it is random.
+    """
+    return _orthogonalized(krylov, checked(in_round(matvec, j), krylov.newest), j, key)
+
+
+@partial(compiled, donate=(0,))
+def _orthogonalized(
+    krylov: Krylov, product: Params, j: Array, key: PRNGKey | None
+) -> tuple[Krylov, Float[Array, " m"], Scalar]:
+    basis = krylov.basis
+    rest, coefficients = reject(basis, product)
+    length = norm(rest)
+    scale = jnp.maximum(krylov.scale, jnp.max(jnp.abs(coefficients)))
+    ended = length <= 10 * jnp.finfo(length.dtype).eps * scale
+    row = _times(jnp.where(ended, 0, 1 / jnp.where(ended, 1, length)), rest)
+    length = jnp.where(ended, 0, length)
+    if key is not None:
+        row = lax.cond(ended, lambda: random_row(basis, row, jax.random.fold_in(key, j)), lambda: row)
+    # Every write waits for all reads of this step, so that XLA needs no copy; after the last row, it is written again.
+    full = j + 1 == coefficients.size
+    written = jax.tree.map(lambda new, old: jnp.where(full, old, new), row, krylov.newest)
+    basis = put_row(basis, written, jnp.where(full, j, j + 1))
+    return Krylov(basis, row, jnp.maximum(scale, length)), coefficients, length
+
+
+def put_row(rows: PyTree[Array], row: Params, index: Any) -> PyTree[Array]:
+    """Write one row."""
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, index, 0), rows, row)
+
+
+def reject(basis: PyTree[Array], v: Params) -> tuple[Params, Float[Array, " m"]]:
+    """Take from v its part along the basis, by Gram-Schmidt twice; return the rest and the coordinates of that part."""
+    first = row_products(basis, v)
+    v = add_scaled(v, -1, combine_rows(first, basis))
+    # A matrix product on CPUs adds up a million terms one after the other, and loses half the digits of float32. Here that
+    # would stay as an angle between rows; a sum keeps them, at half the speed.
+    second = jax.vmap(inner_product, (0, None))(basis, v)
+    return add_scaled(v, -1, combine_rows(second, basis)), first + second
+
+
+def draw(sampler: Sampler, key: PRNGKey, like: Params) -> Params:
+    """Draw a probe like a tree, in at least float32 and with its shardings."""
+    spread = lambda z, x: z + jnp.zeros_like(x, wide(x))
+    return jax.tree.map(spread, sampler(key, tree_at_least_float32(like)), like)
+
+
+def dimension(params: Params) -> int:
+    """Return how many numbers a tree holds."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def check_steps(params: Params, **values: int) -> None:
+    """Raise unless a named number of steps, or of vectors, lies between 1 and the entries of params."""
+    check_count(1, **values)
+    for name, value in values.items():
+        if value > dimension(params):
+            raise ValueError(f"{name} must be at most the {dimension(params)} entries of params, got {value}.")
+
+
+def random_row(basis: PyTree[Array], like: Params, key: PRNGKey) -> Params:
+    row, _ = reject(basis, draw(normal, key, like))
+    length = norm(row)
+    return _times(1 / jnp.where(length == 0, 1, length), row)  # zero where the basis is complete
+
+
+def _times(factor: Scalar, v: Params) -> Params:
+    return jax.tree.map(lambda x: factor.astype(x.dtype) * x, v)

@@ -1,0 +1,298 @@
+"""Methods that solve in every step: against dense steps in float64, at saddles, and in optax's wrappers."""
+
+import functools
+
+import cases
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import curvax
+from curvax.solve import Dense, Result
+
+DAMPING = 2.0**-6
+
+
+@functools.cache
+def problem(name):
+    """A case, its gradient, and the dense matrices."""
+    case = cases.CASES[name]()
+    gradient = jax.jit(jax.grad(case.objective.value))(case.params, case.batch)
+    return case, gradient, {"hvp": np.asarray(oracle.hessian(case)), "ggnvp": np.asarray(oracle.ggn(case))}
+
+
+def stepping(tx, case):
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(case.objective.value)(params, batch), state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step)
+
+
+def first_step(tx, case):
+    params, state = stepping(tx, case)(case.params, tx.init(case.params), case.batch)
+    return oracle.flat(optax.tree.sub(params, case.params)), state
+
+
+def damped_step(matrix, gradient, damping=DAMPING, absolute=False):
+    values, vectors = np.linalg.eigh(matrix)
+    values = np.abs(values) if absolute else values
+    return -vectors @ (vectors.T @ oracle.flat(gradient) / (values + damping))
+
+
+METHODS = {
+    "gauss_newton": (lambda o: curvax.gauss_newton(1.0, o, DAMPING, 1e-12, 400), "ggnvp", False),
+    "egn": (lambda o: curvax.egn(1.0, o, DAMPING), "ggnvp", False),
+    "saddle_free_newton": (lambda o: curvax.saddle_free_newton(1.0, o, DAMPING, 10**6), "hvp", True),
+    "lazy_newton": (lambda o: curvax.lazy_newton(1.0, o, DAMPING), "hvp", True),
+    "lazy_gauss_newton": (lambda o: curvax.lazy_newton(1.0, o, DAMPING, product=curvax.ggnvp), "ggnvp", False),
+}
+
+
+COVERED = [(name, "mlp") for name in METHODS] + [("gauss_newton", "multi_head"), ("egn", "multi_head")]
+COVERED += [("egn", "shared_statistics"), ("egn", "sigmoid"), ("saddle_free_newton", "shared_statistics")]
+
+
+@pytest.mark.parametrize(("name", "of"), COVERED)
+def test_step_equals_the_dense_one(name, of, x64):
+    """Softmax, several heads, squared error with aux, sigmoid; singular Gauss-Newton matrices and indefinite Hessians."""
+    case, gradient, matrices = problem(of)
+    build, product, absolute = METHODS[name]
+    got, state = first_step(build(case.objective), case)
+    want = damped_step(matrices[product], gradient, absolute=absolute)
+    np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-8 * np.abs(want).max())
+    if name in ("gauss_newton", "egn"):
+        info = optax.tree.get(state, "info")
+        assert info.code == Result.CONVERGED and info.residual < 1e-10 and info.damping == DAMPING
+
+
+def test_newton_cg_solves_where_it_can_and_goes_down_where_it_cannot(x64):
+    case, gradient, matrices = problem("mlp")
+    lowest = np.linalg.eigvalsh(matrices["hvp"])[0]
+    got, _ = first_step(curvax.newton_cg(1.0, case.objective, float(1e-2 - lowest), 1e-12, 400), case)
+    np.testing.assert_allclose(got, damped_step(matrices["hvp"], gradient, 1e-2 - lowest), rtol=1e-8, atol=1e-8)
+    got, state = first_step(curvax.newton_cg(1.0, case.objective), case)  # at default settings
+    assert optax.tree.get(state, "info").code == Result.NEGATIVE_CURVATURE
+    assert np.isfinite(got).all() and got @ oracle.flat(gradient) < 0
+
+
+def saddle():
+    loss = curvax.losses.from_function(lambda f, y: jnp.mean(f[:, 0] ** 2 - f[:, 1] ** 2) / 2)
+    objective = curvax.Objective(lambda w, x: x * w, loss)
+    return cases.Case(objective, jnp.array([1.0, 1e-3]), (jnp.ones((1, 2)), jnp.zeros(1)))
+
+
+@pytest.mark.parametrize("build", [curvax.saddle_free_newton, curvax.lazy_newton], ids=lambda f: f.__name__)
+def test_saddle_free_methods_escape(build, x64):
+    """`(x^2 - y^2) / 2` from (1, 1e-3), damping 1e-3: x goes to 0, y about doubles, to 4.1 after 12 steps."""
+    case = saddle()
+    tx = build(1.0, case.objective, damping=1e-3)
+    params, state, step = case.params, tx.init(case.params), stepping(tx, case)
+    for _ in range(12):
+        params, state = step(params, state, case.batch)
+    assert abs(params[0]) < 1e-12 and round(params[1].item(), 1) == 4.1
+
+
+def test_lazy_newton_keeps_the_matrix_and_takes_fresh_gradients(x64):
+    case, _, _ = problem("mlp")
+    tx = curvax.lazy_newton(0.5, case.objective, DAMPING, curvature_every=3)
+    step, params, state = stepping(tx, case), case.params, tx.init(case.params)
+    held = np.asarray(oracle.hessian(case))
+    for count in range(4):
+        gradient = jax.grad(case.objective.value)(params, case.batch)
+        if count == 3:
+            held = np.asarray(oracle.hessian(case._replace(params=params)))
+        before = params
+        params, state = step(params, state, case.batch)
+        got = oracle.flat(optax.tree.sub(params, before))
+        np.testing.assert_allclose(got, 0.5 * damped_step(held, gradient, absolute=True), rtol=1e-7, atol=1e-9)
+    assert optax.tree.get(state, "num_refreshes") == 2
+
+
+def test_levenberg_marquardt_rejects_and_leaves_all_as_it_was():
+    """A loss on which the full step overshoots: params and inner state stay bitwise, damping grows until a step is taken."""
+    loss = curvax.losses.from_function(lambda f, y: jnp.mean(jnp.sqrt(1 + f**2)))
+    objective = curvax.Objective(lambda w, x: x @ w, loss)
+    case = cases.Case(objective, jnp.array([[3.0]]), (jnp.ones((2, 1)), jnp.zeros(2)))
+    for inner in (curvax.newton_cg(1.0, objective), curvax.lazy_newton(1.0, objective, curvature_every=2)):
+        tx = curvax.levenberg_marquardt(inner, objective, damping=1e-4, every=1, factor=0.1, product=curvax.hvp)
+        step, params, state = stepping(tx, case), case.params, tx.init(case.params)
+        losses, rejected = [objective(params, case.batch)], 0
+        for _ in range(12):
+            new, after = step(params, state, case.batch)
+            if not after.info.accepted:
+                rejected += 1
+                chex.assert_trees_all_equal((new, after.inner_state), (params, state.inner_state))
+                assert after.damping > state.damping
+            params, state = new, after
+            losses.append(objective(params, case.batch))
+        assert rejected >= 1 and all(a >= b for a, b in zip(losses, losses[1:], strict=False))
+        assert losses[-1] < 1 + 1e-5
+
+
+def penalized():
+    """Regularized logistic regression: the penalty is a second head whose outputs are the parameters."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 20)), rng.integers(0, 2, (200, 1))
+    penalty = curvax.losses.from_function(lambda f, _: jnp.mean(jnp.sum(f**2, axis=-1)) / 2)
+    heads = curvax.losses.weighted_sum({"fit": (1.0, curvax.losses.sigmoid_cross_entropy()), "penalty": (1e-3, penalty)})
+    model = lambda w, x: {"fit": (x @ w)[:, None], "penalty": jnp.broadcast_to(w, (len(x), w.size))}
+    batch = (x, {"fit": y, "penalty": jnp.zeros(len(x))})
+    return cases.Case(curvax.Objective(model, heads), 5 * jnp.ones(20), batch)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_gradient_regularized_newton_goes_down_to_1e_10_within_its_radius(every, x64):
+    case = penalized()
+    tx = curvax.gradient_regularized_newton(case.objective, curvature_every=every)
+    step, params, state = stepping(tx, case), case.params, tx.init(case.params)
+    values, norms = [], []
+    for _ in range(40):
+        value, gradient = jax.value_and_grad(case.objective)(params, case.batch)
+        values.append(value.item())
+        norms.append(jnp.linalg.norm(gradient).item())
+        if norms[-1] < 1e-10:
+            break
+        new, after = step(params, state, case.batch)
+        radius = optax.tree.get(after, "gamma") / 2
+        assert jnp.linalg.norm(new - params) <= radius * (1 + 1e-12)
+        params, state = new, after
+    assert norms[-1] < 1e-10 and len(norms) < (20, 40)[every > 1], norms
+    assert all(b <= a + 1e-14 for a, b in zip(values, values[1:], strict=False))
+
+
+def test_gradient_regularized_newton_rejects_what_it_cannot_lower(x64):
+    """A loss that rises along its own gradient's Newton step: no trial succeeds, nothing moves but gamma."""
+    flat = curvax.losses.from_function(lambda f, y: jnp.mean(jax.lax.stop_gradient(f) ** 2 * 10 - f))
+    objective = curvax.Objective(lambda w, x: x @ w, flat)
+    params, batch = jnp.array([[-1.0]]), (jnp.ones((1, 1)), jnp.zeros(1))
+    tx = curvax.gradient_regularized_newton(objective, max_trials=3)
+    state = tx.init(params)
+    updates, after = tx.update(jax.grad(objective)(params, batch), state, params, batch=batch)
+    assert not updates.any() or objective(params + updates, batch) < objective(params, batch)
+
+
+TREE = {"a": jnp.arange(6.0).reshape(2, 3) / 6, "b": jnp.ones(3)}
+OBJECTIVE = curvax.Objective(lambda p, x: jnp.tanh(x @ p["a"] + p["b"]), curvax.losses.softmax_cross_entropy())
+BATCH = (jax.random.normal(jax.random.key(0), (16, 2)), jnp.arange(16) % 3)
+WRAPPED = {
+    "gauss_newton": functools.partial(curvax.gauss_newton, 0.5, OBJECTIVE, 0.1),
+    "egn": functools.partial(curvax.egn, 0.5, OBJECTIVE, 0.1),
+    "saddle_free_newton": functools.partial(curvax.saddle_free_newton, 0.5, OBJECTIVE, 0.1, num_steps=4),
+    "lazy_newton": functools.partial(curvax.lazy_newton, 0.5, OBJECTIVE, 0.1, curvature_every=2),
+    "gradient_regularized_newton": functools.partial(curvax.gradient_regularized_newton, OBJECTIVE, curvature_every=2),
+}
+every_wrapped = pytest.mark.parametrize("name", WRAPPED)
+CASE = cases.Case(OBJECTIVE, TREE, BATCH)
+
+
+@functools.cache
+def compiled(name):
+    tx = WRAPPED[name]()
+    return tx, stepping(tx, CASE)
+
+
+def train(tx, step, params=TREE, batch=BATCH, num_steps=4):
+    state = tx.init(params)
+    for _ in range(num_steps):
+        params, state = step(params, state, batch)
+    return params, state
+
+
+@every_wrapped
+def test_scan_checkpoint_bad_gradients_and_no_retracing(name, tmp_path):
+    tx, step = compiled(name)
+    carry = train(tx, step)
+    assert OBJECTIVE(carry[0], BATCH) < OBJECTIVE(TREE, BATCH) - 0.01
+    assert step._cache_size() == 1
+    scanned, _ = jax.jit(lambda c: jax.lax.scan(lambda c, _: (step(*c, BATCH), None), c, length=4))((TREE, tx.init(TREE)))
+    chex.assert_trees_all_close(scanned[0], carry[0], rtol=1e-4, atol=1e-5)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", carry)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "step", jax.tree.map(ocp.utils.to_shape_dtype_struct, carry))
+    chex.assert_trees_all_equal(step(*restored, BATCH), step(*carry, BATCH))
+    bad = (BATCH[0].at[0].set(jnp.nan), BATCH[1])
+    params, state = step(*carry, bad)
+    assert all(jnp.isnan(x).any() for x in jax.tree.leaves(params))  # apply_if_finite sees it
+    chex.assert_trees_all_equal(optax.tree.get(state, "curvature"), optax.tree.get(carry[1], "curvature"))
+    chex.assert_tree_all_finite(state)
+
+
+@every_wrapped
+def test_eight_devices_and_bfloat16(name):
+    tx, step = compiled(name)
+    mesh = jax.make_mesh((8,), ("data",))
+    sharded = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))), BATCH)
+    whole = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), TREE)
+    one = train(tx, step)[0]
+    chex.assert_trees_all_close(train(tx, step, whole, sharded)[0], one, rtol=1e-3, atol=1e-4)
+    coarse = jax.tree.map(lambda p: p.astype(jnp.bfloat16), TREE)
+    params, state = train(tx, step, coarse, (BATCH[0].astype(jnp.bfloat16), BATCH[1]))
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert OBJECTIVE(params, BATCH) < OBJECTIVE(TREE, BATCH)
+    assert not any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(state))
+
+
+def test_vmap_schedules_and_injected_damping():
+    build = lambda damping: curvax.gauss_newton(0.5, OBJECTIVE, damping)
+    run = lambda damping: train(build(damping), stepping(build(damping), CASE), num_steps=2)[0]
+    many = jax.jit(jax.vmap(lambda s: stepping(build(s), CASE)(TREE, build(s).init(TREE), BATCH)[0]))(jnp.array([0.01, 1.0]))
+    for i, damping in enumerate((0.01, 1.0)):
+        single = stepping(build(damping), CASE)(TREE, build(damping).init(TREE), BATCH)[0]
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], many), single, rtol=1e-4, atol=1e-6)
+    scheduled = run(optax.piecewise_constant_schedule(1.0, {1: 0.01}))
+    first = train(build(1.0), stepping(build(1.0), CASE), num_steps=1)[0]
+    second = stepping(build(0.01), CASE)(first, build(0.01).init(TREE), BATCH)[0]
+    chex.assert_trees_all_close(scheduled, second, rtol=1e-4, atol=1e-6)
+    injected = optax.inject_hyperparams(build)(damping=0.01)
+    params, _ = stepping(injected, CASE)(TREE, injected.init(TREE), BATCH)
+    chex.assert_trees_all_close(params, jax.tree.map(lambda x: x[0], many), rtol=1e-4, atol=1e-6)
+
+
+def test_any_solver_and_curvature_as_data(x64):
+    case, gradient, matrices = problem("mlp")
+    want = -damped_step(matrices["hvp"], gradient)
+    rule = curvax.scale_by_newton(functools.partial(curvax.minres, tol=1e-12, max_steps=500), DAMPING)
+    apply = jax.jit(lambda g, s, c: rule.update(g, s, curvature=c))
+    matvec = curvax.hvp(case.objective, case.params, case.batch)
+    got, state = apply(gradient, rule.init(case.params), matvec)  # a matvec crosses jit
+    np.testing.assert_allclose(oracle.flat(got), want, rtol=1e-7, atol=1e-8)
+    lazy = curvax.scale_by_lazy_newton(DAMPING)
+    dense = Dense(jnp.asarray(matrices["ggnvp"]))
+    got, state = lazy.update(gradient, lazy.init(case.params), curvature=dense)
+    again, later = lazy.update(gradient, state)
+    chex.assert_trees_all_equal(got, again)
+    np.testing.assert_allclose(oracle.flat(got), -damped_step(matrices["ggnvp"], gradient), rtol=1e-8)
+    nothing, _ = lazy.update(gradient, lazy.init(case.params))
+    assert not oracle.flat(nothing).any()
+    bad, kept = lazy.update(gradient, state, curvature=Dense(dense.matrix * jnp.nan))
+    chex.assert_trees_all_equal((bad, kept.curvature), (got, state.curvature))
+    assert kept.info.num_nonfinite == 1
+
+
+def test_masks_missing_curvature_and_bad_numbers_have_errors():
+    tx = curvax.gauss_newton(1.0, OBJECTIVE)
+    masked = optax.masked(tx, {"a": True, "b": False})
+    gradient = jax.grad(OBJECTIVE)(TREE, BATCH)
+    with pytest.raises(ValueError, match=r"updates\['b'\] is masked out. Keep what is not trained out of params"):
+        masked.update(gradient, masked.init(TREE), TREE, batch=BATCH, model_params=TREE)
+    rule = curvax.scale_by_newton()
+    with pytest.raises(ValueError, match=r"a solve needs curvature in every step.*lazy_newton"):
+        rule.update(gradient, rule.init(TREE))
+    with pytest.raises(TypeError, match=r"solver must be a function \(curvature, b, \*, damping\)"):
+        curvax.scale_by_newton("cg")
+    with pytest.raises(ValueError, match="damping must be positive"):
+        curvax.newton_cg(1.0, OBJECTIVE, damping=0.0)
+    with pytest.raises(ValueError, match="gamma must be positive"):
+        curvax.gradient_regularized_newton(OBJECTIVE, gamma=0.0)
+    search = curvax.scale_by_gradient_regularized_newton(OBJECTIVE)
+    with pytest.raises(ValueError, match="a trial of the step needs both"):
+        search.update(gradient, search.init(TREE), TREE)
