@@ -75,7 +75,7 @@ def sample_space(objective: Objective, params: Params, batch: Batch, *, space: s
     shapes = jax.tree.leaves(jax.eval_shape(lambda: objective.outputs(params, batch[0])))
     num_rows = sum(math.prod(s.shape) for s in shapes)
     if space == "params" or (space == "auto" and num_rows > sum(x.size for x in jax.tree.leaves(params))):
-        return Dense(at_least_float32(to_dense(ggnvp(objective, params, batch), params)))
+        return Dense(at_least_float32(to_dense(ggnvp(objective, params, batch), params, chunk_size=8)))
     return _of_rows(objective, params, batch)
 
 

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from curvax._control import body
+from curvax._control import body, loops_for
 from curvax._finite import all_finite, keep_unless
 from curvax._trees import add_scaled, inner_product, norm
 from curvax._types import Matvec, Params, Scalar, tree_at_least_float32
@@ -115,7 +115,8 @@ def cg(
         p = keep_unless(finite & ~flat, add_scaled(z, rz / c.rz, c.p), c.p)
         return _Carry(keep_unless(finite, x, c.x), r, p, rz, jnp.maximum(c.largest, curvature / size), count, code, history)
 
-    last = lax.while_loop(lambda c: c.code == GOING, body(step), first)
+    with loops_for(matvec):
+        last = lax.while_loop(lambda c: c.code == GOING, body(step), first)
     down = last.code == Result.NEGATIVE_CURVATURE
     length = norm(last.p)
     direction = jax.tree.map(lambda p: jnp.where(down, p / jnp.where(length > 0, length, 1), 0), last.p)

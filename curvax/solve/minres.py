@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int
 
-from curvax._control import body
+from curvax._control import body, loops_for
 from curvax._finite import all_finite, keep_unless
 from curvax._trees import add_scaled, inner_product
 from curvax._types import Matvec, Params, Scalar, tree_at_least_float32
@@ -108,7 +108,8 @@ def minres(
         x = keep_unless(finite & ~gone, add_scaled(c.x, cos * c.rest, w), c.x)
         return _Carry(x, c.r, r, z, w, c.w, c.beta, beta, c.sin * beta, -c.cos * beta, cos, sin, rest, count, code)
 
-    last = lax.while_loop(lambda c: c.code == GOING, body(step), first)
+    with loops_for(matvec):
+        last = lax.while_loop(lambda c: c.code == GOING, body(step), first)
     return finished(apply, last.x, b, last.steps, last.code, tol if preconditioner is None else jnp.inf)
 
 

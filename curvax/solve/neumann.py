@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from curvax._checks import check_count
-from curvax._control import body
+from curvax._control import body, loops_for
 from curvax._finite import keep_unless
 from curvax._trees import add_scaled, norm
 from curvax._types import Matvec, Params, Scalar, tree_at_least_float32
@@ -67,7 +67,8 @@ def neumann(
     apply = damped(matvec, damping, b)
     wide = tree_at_least_float32(b)
     size = norm(wide)
-    s = _largest_eigenvalue(apply, wide, power_steps) if scale is None else jnp.asarray(scale, size.dtype)
+    with loops_for(matvec):
+        s = _largest_eigenvalue(apply, wide, power_steps) if scale is None else jnp.asarray(scale, size.dtype)
     enough = jnp.asarray(tol) * size
     first = _Carry(
         optax.tree.zeros_like(wide),
@@ -91,7 +92,8 @@ def neumann(
         x = keep_unless(~grown & jnp.isfinite(left), add_scaled(c.x, 1 / s, c.term), c.x)
         return _Carry(x, term, left, count, code)
 
-    last = lax.while_loop(lambda c: c.code == GOING, body(step), first)
+    with loops_for(matvec):
+        last = lax.while_loop(lambda c: c.code == GOING, body(step), first)
     return finished(apply, last.x, b, last.steps, last.code, tol)
 
 

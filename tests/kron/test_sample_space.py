@@ -95,7 +95,7 @@ def test_float32_solves_are_accurate_down_to_small_damping():
     batch = (x, jax.random.normal(jax.random.key(2), (6, 3)))
     gradient = jax.grad(objective)(w, batch)
     solve = jax.jit(lambda w, batch, b: direct(curvax.sample_space(objective, w, batch), b, damping=1e-6))
-    step, info = solve(w, batch, gradient)
+    step, _info = solve(w, batch, gradient)
     with jax.enable_x64(True):
         wide = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
         matrix = curvax.to_dense(curvax.ggnvp(objective, wide(w), wide(batch)), wide(w))

@@ -1,6 +1,7 @@
 """Methods that solve in every step: against dense steps in float64, at saddles, and in optax's wrappers."""
 
 import functools
+import itertools
 
 import cases
 import chex
@@ -117,7 +118,7 @@ def test_lazy_newton_keeps_the_matrix_and_takes_fresh_gradients(x64):
 
 
 def test_levenberg_marquardt_rejects_and_leaves_all_as_it_was():
-    """A loss on which the full step overshoots: params and inner state stay bitwise, damping grows until a step is taken."""
+    """A loss on which the full step overshoots: all stays bitwise, damping grows until a step is taken."""
     loss = curvax.losses.from_function(lambda f, y: jnp.mean(jnp.sqrt(1 + f**2)))
     objective = curvax.Objective(lambda w, x: x @ w, loss)
     case = cases.Case(objective, jnp.array([[3.0]]), (jnp.ones((2, 1)), jnp.zeros(2)))
@@ -133,7 +134,7 @@ def test_levenberg_marquardt_rejects_and_leaves_all_as_it_was():
                 assert after.damping > state.damping
             params, state = new, after
             losses.append(objective(params, case.batch))
-        assert rejected >= 1 and all(a >= b for a, b in zip(losses, losses[1:], strict=False))
+        assert rejected >= 1 and all(a >= b for a, b in itertools.pairwise(losses))
         assert losses[-1] < 1 + 1e-5
 
 
@@ -165,7 +166,7 @@ def test_gradient_regularized_newton_goes_down_to_1e_10_within_its_radius(every,
         assert jnp.linalg.norm(new - params) <= radius * (1 + 1e-12)
         params, state = new, after
     assert norms[-1] < 1e-10 and len(norms) < (20, 40)[every > 1], norms
-    assert all(b <= a + 1e-14 for a, b in zip(values, values[1:], strict=False))
+    assert all(b <= a + 1e-14 for a, b in itertools.pairwise(values))
 
 
 def test_gradient_regularized_newton_rejects_what_it_cannot_lower(x64):
@@ -175,7 +176,7 @@ def test_gradient_regularized_newton_rejects_what_it_cannot_lower(x64):
     params, batch = jnp.array([[-1.0]]), (jnp.ones((1, 1)), jnp.zeros(1))
     tx = curvax.gradient_regularized_newton(objective, max_trials=3)
     state = tx.init(params)
-    updates, after = tx.update(jax.grad(objective)(params, batch), state, params, batch=batch)
+    updates, _after = tx.update(jax.grad(objective)(params, batch), state, params, batch=batch)
     assert not updates.any() or objective(params + updates, batch) < objective(params, batch)
 
 
@@ -226,7 +227,8 @@ def test_scan_checkpoint_bad_gradients_and_no_retracing(name, tmp_path):
     chex.assert_tree_all_finite(state)
 
 
-@every_wrapped
+# The others are in tests/optim/test_conformance.py.
+@pytest.mark.parametrize("name", ["saddle_free_newton", "gradient_regularized_newton"])
 def test_eight_devices_and_bfloat16(name):
     tx, step = compiled(name)
     mesh = jax.make_mesh((8,), ("data",))
@@ -244,10 +246,10 @@ def test_eight_devices_and_bfloat16(name):
 def test_vmap_schedules_and_injected_damping():
     build = lambda damping: curvax.gauss_newton(0.5, OBJECTIVE, damping)
     run = lambda damping: train(build(damping), stepping(build(damping), CASE), num_steps=2)[0]
-    many = jax.jit(jax.vmap(lambda s: stepping(build(s), CASE)(TREE, build(s).init(TREE), BATCH)[0]))(jnp.array([0.01, 1.0]))
+    member = lambda damping: stepping(build(damping), CASE)(TREE, build(damping).init(TREE), BATCH)[0]
+    many = jax.jit(jax.vmap(member))(jnp.array([0.01, 1.0]))
     for i, damping in enumerate((0.01, 1.0)):
-        single = stepping(build(damping), CASE)(TREE, build(damping).init(TREE), BATCH)[0]
-        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], many), single, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], many), member(damping), rtol=1e-4, atol=1e-6)
     scheduled = run(optax.piecewise_constant_schedule(1.0, {1: 0.01}))
     first = train(build(1.0), stepping(build(1.0), CASE), num_steps=1)[0]
     second = stepping(build(0.01), CASE)(first, build(0.01).init(TREE), BATCH)[0]
@@ -268,7 +270,7 @@ def test_any_solver_and_curvature_as_data(x64):
     lazy = curvax.scale_by_lazy_newton(DAMPING)
     dense = Dense(jnp.asarray(matrices["ggnvp"]))
     got, state = lazy.update(gradient, lazy.init(case.params), curvature=dense)
-    again, later = lazy.update(gradient, state)
+    again, _later = lazy.update(gradient, state)
     chex.assert_trees_all_equal(got, again)
     np.testing.assert_allclose(oracle.flat(got), -damped_step(matrices["ggnvp"], gradient), rtol=1e-8)
     nothing, _ = lazy.update(gradient, lazy.init(case.params))
