@@ -58,14 +58,14 @@ class GradientRegularizedState(NamedTuple):
 
 
 def scale_by_gradient_regularized_newton(
-    objective: Objective, gamma: float = 1.0, max_trials: int = 40
+    objective: Objective, gamma: float | Array = 1.0, max_trials: int = 40
 ) -> optax.GradientTransformationExtraArgs:
     """Search for a step `s = -(|C| + |g| / gamma I)^-1 g` that lowers the loss enough; C is given as a matrix.
 
     Tried are gamma, gamma / 2, gamma / 4 ... until `f(x) - f(x + s) >= gamma |g(x + s)|^2 / (8 |g|)`; then gamma doubles
     for the next update. Every step satisfies `|s| <= gamma`. Where the loss is flat to rounding (the model predicts less
-    than its precision), a step is taken if it lowers the gradient's norm. If no trial succeeds the update is zero, and the state
-    stays bitwise what it was but for gamma, which goes on from where the search ended.
+    than its precision), a step is taken if it lowers the gradient's norm. If no trial succeeds the update is zero, and the
+    state stays bitwise what it was but for gamma, which goes on from where the search ended.
 
     Args:
       objective: a `curvax.Objective`, evaluated at the trial points on the batch of the update.
@@ -85,7 +85,7 @@ def scale_by_gradient_regularized_newton(
 
     References: Semenov, Jaggi and Doikov (2025), Gradient-normalized smoothness for optimization with approximate Hessians.
     """
-    if not gamma > 0:
+    if isinstance(gamma, int | float) and not gamma > 0:
         raise ValueError(f"gamma must be positive, got {gamma}.")
     check_count(1, max_trials=max_trials)
 
@@ -111,7 +111,7 @@ def scale_by_gradient_regularized_newton(
         good = all_finite(updates)
         held, _ = take_in(state.curvature, curvature, good)
         search = _Search(objective, params, batch, updates, held)
-        found = search_step(search, state.gamma, max_trials)
+        found = _search_step(search, state.gamma, max_trials)
         steps = jax.tree.map(lambda s, u: jnp.where(found.accepted, s, 0).astype(u.dtype), found.step, updates)
         steps = jax.tree.map(lambda s: jnp.where(good, s, jnp.nan).astype(s.dtype), steps)
         rejected = state.info.num_rejected + ~found.accepted
@@ -129,7 +129,7 @@ def gradient_regularized_newton(
     objective: Objective,
     curvature_every: int | Int[Array, ""] = 1,
     product: Callable[..., Matvec] = hvp,
-    gamma: float = 1.0,
+    gamma: float | Array = 1.0,
     max_trials: int = 40,
 ) -> optax.GradientTransformationExtraArgs:
     """Newton's method regularized by the norm of the gradient: `x -= (|H| + |g| / gamma I)^-1 g`, with gamma by search.
@@ -194,7 +194,7 @@ class _Trial(NamedTuple):
     accepted: Bool[Array, ""]
 
 
-def search_step(search: _Search, gamma: Scalar, max_trials: int) -> _Trial:
+def _search_step(search: _Search, gamma: Scalar, max_trials: int) -> _Trial:
     """Halve gamma until the step is accepted."""
     objective, params, batch, gradient, curvature = search
     value_and_grad = jax.value_and_grad(objective.value)

@@ -106,7 +106,8 @@ def _of_rows(curvature: SampleSpace, damping: Any, b: Params) -> tuple[Params, M
     rest = add_scaled(b, -share, gradient)
     negligible = norm(rest) <= 64 * jnp.finfo(square.dtype).eps * norm(b)
     rest = jax.tree.map(lambda x: jnp.where(negligible, 0, x / damping).astype(x.dtype), rest)
-    x = add_scaled(rest, 1, pull(share * solve(curvature.gradient) - solve(curvature.push(rest))))
+    both = solve(jnp.stack([curvature.gradient, curvature.push(rest)], axis=1))
+    x = add_scaled(rest, 1, pull(share * both[:, 0] - both[:, 1]))
     return x, lambda v: add_scaled(pull(curvature.push(v)), damping, v)
 
 
@@ -120,13 +121,15 @@ def _of_matrix(curvature: Dense, damping: Any, b: Params) -> tuple[Params, Matve
     return unravel(_solver(matrix, damping)(flat.astype(matrix.dtype)).astype(flat.dtype)), product
 
 
-def _solver(matrix: Float[Array, "n n"], damping: Any) -> Callable[[Float[Array, " n"]], Float[Array, " n"]]:
-    """Return `v -> (M + damping I)^-1 v`; one step of refinement takes most of what rounding did to the factor."""
+def _solver(matrix: Float[Array, "n n"], damping: Any) -> Callable[[Array], Array]:
+    """Return `v -> (M + damping I)^-1 v` for a vector or columns; one step of refinement takes most of what rounding did to
+    the factor.
+    """
     damping = jnp.asarray(damping, matrix.dtype)
     lower = lax.linalg.cholesky(matrix + damping * jnp.eye(len(matrix), dtype=matrix.dtype), symmetrize_input=False)
     solve = lambda v: jax.scipy.linalg.cho_solve((lower, True), v)
 
-    def refined(v: Float[Array, " n"]) -> Float[Array, " n"]:
+    def refined(v: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         x = solve(v)
         return x + solve(v - damping * x - jnp.matmul(matrix, x, precision=lax.Precision.HIGHEST))
 
