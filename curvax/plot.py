@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from curvax.apps.quantization import Allocation
 
 
 def spectral_density(
@@ -113,6 +115,42 @@ def sensitivities(values: Mapping[str, Any], *, label: str | None = None, ax: Ax
     ax.set_yticks(np.arange(len(means)), list(values))
     ax.invert_yaxis()
     ax.set_xlabel(label or "sensitivity")
+    return ax
+
+
+def pareto_front(
+    front: Sequence[Allocation],
+    *,
+    marked: Mapping[str, Allocation] | None = None,
+    label: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the least sum of sensitivities that each size allows, as steps.
+
+    Args:
+      front: of `curvax.apps.quantization.pareto`.
+      marked: allocations to draw as points, by their names.
+      label: of the steps.
+      ax: to draw into; None: a new figure.
+
+    Returns:
+      the axes; their vertical one is logarithmic if no sum is negative or zero.
+
+    Example:
+      >>> import curvax.plot
+      >>> from curvax.apps import quantization
+      >>> front = quantization.pareto({"l": {2: 4.0, 4: 1.0}}, {"l": 800})
+      >>> curvax.plot.pareto_front(front, marked={"4 bits": front[-1]}).lines[0].get_xdata().tolist()
+      [0.2, 0.4]
+    """
+    ax = _axes(ax)
+    kilobytes = lambda points: [point.size / 8000 for point in points]
+    ax.step(kilobytes(front), [point.omega for point in front], where="post", label=label)
+    for name, point in (marked or {}).items():
+        ax.plot(kilobytes([point]), [point.omega], "o", label=name)
+    if all(point.omega > 0 for point in (*front, *(marked or {}).values())):
+        ax.set_yscale("log")
+    ax.set(xlabel="size, kB", ylabel="sum of sensitivities")
     return ax
 
 

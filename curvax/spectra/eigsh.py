@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from curvax._checks import check_choice, check_count, check_params
 from curvax._control import body, compiled, in_round, loops_for
+from curvax._finite import keep_unless
 from curvax._trees import add_scaled, norm
 from curvax._types import Matvec, Params, PRNGKey, Scalar
-from curvax.estimate.hutchinson import normal
 from curvax.solve.damped import checked
 from curvax.solve.result import GOING, Result, code_of
-from curvax.spectra.lanczos import Krylov, check_steps, dimension, draw, extend, first, put_row, random_row
+from curvax.spectra.lanczos import Krylov, check_steps, dimension, empty_rows, extend
 
 # m: rows of the basis; p: rows that a restart keeps; k: pairs wanted; theta: Ritz values; S: eigenvectors of V A V'
 
@@ -31,8 +31,8 @@ WHICH = {
 _MESSAGES = {
     Result.MAX_STEPS: "max_restarts were not enough: raise max_restarts, basis_size or tol, or ask for fewer eigenvalues "
     "at an end where they lie close together.",
-    Result.STALLED: "the precision of the products is spent before the tolerance is met (info.residuals): raise tol, or "
-    "compute in a wider dtype.",
+    Result.STALLED: "the products are not exact enough, or not symmetric, to meet the tolerance (info.residuals): "
+    "raise tol, compute in a wider dtype, or see whether curvax.solve.check_symmetric passes.",
     Result.NOT_FINITE: "the matrix-vector product is not finite, and neither are the results. "
     "Look for inf or NaN in params, batch and loss.",
 }
@@ -102,8 +102,8 @@ def eigsh(
         tree than it is given.
       TypeError: params not float; a matvec that changes dtypes.
 
-    Cost: at least m products, k more for the residuals; `4 m d` multiplications a product. Memory: m trees like params, the
-      3/4 m that a restart may keep, and about 8 more.
+    Cost: at least m products, k more for the residuals; four passes over the basis a product. Memory: m trees like params,
+      `(k + m) / 2` more while it restarts; a random vector takes about 8.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -124,24 +124,26 @@ def eigsh(
     keep = min((k + size) // 2, size - 1)
     # One vector at each end is found from any start; and the whole space has nothing beside it.
     search = size < dimension(params) and k > (2 if which == "both" else 1)
-    start_key, key = jax.random.split(key)
 
     def cycle(c: _Carry) -> _Carry:
-        number = jax.random.fold_in(key, c.restarts)
-        krylov, H = _restart(c.krylov, c.theta, c.S, c.start, c.searching, number, keep)
+        krylov, H = _restart(c.krylov, c.theta, c.S, c.start, c.searching, keep)
 
         def step(j: Array, carry: tuple[Krylov, Array, Scalar]) -> tuple[Krylov, Array, Scalar]:
-            krylov, coefficients, rest = extend(matvec, carry[0], j, number)
+            krylov, coefficients, rest = extend(matvec, carry[0], j, jax.random.fold_in(key, c.restarts))
             return krylov, carry[1].at[:, j].set(coefficients), rest
 
         krylov, H, rest = lax.fori_loop(c.start, size, step, (krylov, H, jnp.zeros_like(krylov.scale)))
         theta, S = _ritz(H, which)
-        # Half of what is allowed, so that rounding does not decide what is reported.
-        met = jnp.all(rest * jnp.abs(S[-1, :k]) <= _allowed(tol, theta) / 2)
-        searching = met & ~c.searching & search
+        allowed = _allowed(tol, theta)
+        # Half of it, so that rounding does not decide what is reported; and nothing is better than products are.
+        met = jnp.all(rest * jnp.abs(S[-1, :k]) <= jnp.maximum(allowed / 2, _asymmetry(H, c.start)))
+        # A search that finds nothing better leaves those in the first k rows, where it began.
+        vain = c.searching & jnp.all(jnp.abs(theta - c.theta)[:k] <= allowed)
+        theta, S = keep_unless(vain, (c.theta, jnp.eye(size, dtype=S.dtype)), (theta, S))
+        searching = met & ~vain & search
         code = code_of(
             (~jnp.all(jnp.isfinite(theta)), Result.NOT_FINITE),
-            (met & ~searching, Result.CONVERGED),
+            (vain | (met & ~searching), Result.CONVERGED),
             (c.restarts >= max_restarts, Result.MAX_STEPS),
             otherwise=GOING,
         )
@@ -149,8 +151,7 @@ def eigsh(
         return _Carry(krylov, theta, S, start, searching, c.restarts + 1, c.steps + size - c.start, code)
 
     with loops_for(matvec):
-        begin = _begin(params, start_key, size)
-        last = lax.while_loop(lambda c: c.code == GOING, body(cycle), begin)
+        last = lax.while_loop(lambda c: c.code == GOING, body(cycle), _begin(params, size))
         values, vectors = _pairs(last.krylov.basis, last.theta, last.S, k, which)
         residuals = lax.map(body(partial(_residual, matvec, values, vectors)), jnp.arange(k))
     short = ~jnp.all(residuals <= _allowed(tol, last.theta))
@@ -159,6 +160,8 @@ def eigsh(
 
 
 class _Carry(NamedTuple):
+    """What a cycle leaves, and how the next begins: with `start` Ritz vectors, then a random one if it is `searching`."""
+
     krylov: Krylov
     theta: Float[Array, " m"]
     S: Float[Array, "m m"]
@@ -169,32 +172,28 @@ class _Carry(NamedTuple):
     code: Int[Array, ""]
 
 
-@partial(compiled, static=(2,))
-def _begin(params: Params, key: PRNGKey, size: int) -> _Carry:
-    krylov = first(draw(normal, key, params), size)
-    zeros = jnp.zeros((size, size), krylov.scale.dtype)
-    return _Carry(krylov, zeros[0], zeros, jnp.int32(0), jnp.array(False), jnp.int32(0), jnp.int32(0), jnp.int32(GOING))
+@partial(compiled, static=(1,))
+def _begin(params: Params, size: int) -> _Carry:
+    rows = empty_rows(params, size)
+    zero = jnp.zeros_like(norm(params))
+    krylov = Krylov(rows, jax.tree.map(lambda x: x[0], rows), jnp.array(True), zero)
+    theta, S = jnp.zeros(size, zero.dtype), jnp.zeros((size, size), zero.dtype)
+    return _Carry(krylov, theta, S, jnp.int32(0), jnp.array(False), jnp.int32(0), jnp.int32(0), jnp.int32(GOING))
 
 
-@partial(compiled, donate=(0,), static=(6,))
+@partial(compiled, donate=(0,), static=(5,))
 def _restart(
     krylov: Krylov,
     theta: Float[Array, " m"],
     S: Float[Array, "m m"],
     start: Int[Array, ""],
     searching: Bool[Array, ""],
-    key: PRNGKey,
     keep: int,
 ) -> tuple[Krylov, Float[Array, "m m"]]:
-    """Put the first `start` Ritz vectors (`keep` at most) in place of the basis, and after them the newest vector.
-
-    When `searching`, a random one follows them instead.
-    """
+    """Put the first `start` Ritz vectors, of which `keep` are made at most, in place of the basis."""
     kept = (jnp.arange(theta.size) < start).astype(theta.dtype)
     basis = jax.tree.map(partial(_rotated, (kept * S)[:, :keep]), krylov.basis)
-    fresh = partial(random_row, basis, krylov.newest, key)
-    newest = lax.cond(searching, fresh, lambda: krylov.newest)
-    return Krylov(put_row(basis, newest, start), newest, krylov.scale), jnp.diag(kept * theta)
+    return krylov._replace(basis=basis, lost=krylov.lost | searching), jnp.diag(kept * theta)
 
 
 def _rotated(rotation: Float[Array, "m p"], rows: Float[Array, "m ..."]) -> Float[Array, "m ..."]:
@@ -220,6 +219,13 @@ def _ritz(H: Float[Array, "m m"], which: str) -> tuple[Float[Array, " m"], Float
         "magnitude": jnp.argsort(-jnp.abs(theta)),
     }[which]
     return theta[order], S[:, order]
+
+
+@compiled
+def _asymmetry(H: Float[Array, "m m"], start: Int[Array, ""]) -> Scalar:
+    """Return the largest entry of the upper triangle that is zero if A is symmetric: the error of products in the basis."""
+    row, column = jnp.indices(H.shape)
+    return jnp.max(jnp.where((row < column - 1) & (column > start), jnp.abs(H), 0))
 
 
 @partial(compiled, static=(3, 4))

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from curvax._checks import check_count, check_params
 from curvax._control import body, compiled, in_round, loops_for
 from curvax._trees import add_scaled, combine_rows, inner_product, norm, row_products, wide
 from curvax._types import Matvec, Params, PRNGKey, Scalar, tree_at_least_float32
-from curvax.estimate.hutchinson import Sampler, normal
+from curvax.estimate.hutchinson import Sampler
 from curvax.solve.damped import checked
 
 # m: vectors of the basis; V: the basis, its rows orthonormal; d: parameters
@@ -77,8 +78,8 @@ def lanczos(matvec: Matvec, start: Params, num_steps: int, key: PRNGKey | None =
         return krylov, (coefficients[j], rest)
 
     with loops_for(matvec):
-        krylov, (diagonal, rests) = lax.scan(body(step), first(start, num_steps), jnp.arange(num_steps))
-    return Lanczos(diagonal, rests, krylov.basis, jax.tree.map(lambda x: (rests[-1] * x).astype(x.dtype), krylov.newest))
+        last, (diagonal, rests) = lax.scan(body(step), first(start, num_steps), jnp.arange(num_steps))
+    return Lanczos(diagonal, rests, last.basis, _times(rests[-1], last.following))
 
 
 class Krylov(NamedTuple):
@@ -86,52 +87,69 @@ class Krylov(NamedTuple):
 
     Attributes:
       basis: V; rows not yet filled are zero.
-      newest: its last row; when all are filled, the unit vector that would be next.
+      following: unit vector orthogonal to them, the next row; zero if it is lost.
+      lost: whether the rows span an invariant subspace, so that a random row comes next.
       scale: largest entry of `V A V'` so far.
     """
 
     basis: PyTree[Array]
-    newest: Params
+    following: Params
+    lost: Bool[Array, ""]
     scale: Scalar
 
 
 @partial(compiled, static=(1,))
 def first(start: Params, size: int) -> Krylov:
-    """Return a basis with room for `size` rows whose first is `start / |start|`."""
+    """Return a basis with room for `size` rows, the first to be `start / |start|`."""
     length = norm(start)
     unit = _times(1 / length, tree_at_least_float32(start))
-    empty = lambda p: jnp.broadcast_to(jnp.zeros_like(p)[None], (size, *p.shape))  # sharded as p is
-    return Krylov(put_row(jax.tree.map(empty, unit), unit, 0), unit, jnp.zeros_like(length))
+    return Krylov(empty_rows(unit, size), unit, jnp.array(False), jnp.zeros_like(length))
 
 
 def extend(matvec: Matvec, krylov: Krylov, j: Array, key: PRNGKey | None) -> tuple[Krylov, Float[Array, " m"], Scalar]:
-    """Multiply row j, the newest, by A, and make of the product row j + 1.
+    """Put the next row in place j, multiply it by A, and find the row to follow.
 
     Returns:
-      the grown basis; the coefficients `V A v_j`, zero after j; the norm of the rest of `A v_j`, of which the new row is
-      the direction, or zero if nothing was left and it is random.
+      the grown basis; the coefficients `V A v_j`, zero after j; the norm of the rest of `A v_j`, of which the following row
+      is the direction, or zero if nothing was left.
     """
-    return _orthogonalized(krylov, checked(in_round(matvec, j), krylov.newest), j, key)
+    row = krylov.following if key is None else _found(krylov, jax.random.fold_in(key, j))
+    return _orthogonalized(krylov, row, checked(in_round(matvec, j), row), j)
+
+
+@compiled
+def _found(krylov: Krylov, key: PRNGKey) -> Params:
+    """Return the next row, at random if it is lost."""
+
+    def random() -> Params:
+        row, _ = reject(krylov.basis, draw(_uniform, key, krylov.following))
+        length = norm(row)
+        return _times(1 / jnp.where(length == 0, 1, length), row)  # zero where the basis is complete
+
+    return lax.cond(krylov.lost, random, lambda: krylov.following)
 
 
 @partial(compiled, donate=(0,))
-def _orthogonalized(
-    krylov: Krylov, product: Params, j: Array, key: PRNGKey | None
-) -> tuple[Krylov, Float[Array, " m"], Scalar]:
-    basis = krylov.basis
-    rest, coefficients = reject(basis, product)
+def _orthogonalized(krylov: Krylov, row: Params, product: Params, j: Array) -> tuple[Krylov, Float[Array, " m"], Scalar]:
+    along = inner_product(row, product)
+    rest, coefficients = reject(krylov.basis, add_scaled(product, -along, row))
+    again = inner_product(row, rest)
+    rest = add_scaled(rest, -again, row)
+    coefficients = coefficients.at[j].set(along + again)
     length = norm(rest)
     scale = jnp.maximum(krylov.scale, jnp.max(jnp.abs(coefficients)))
-    ended = length <= 10 * jnp.finfo(length.dtype).eps * scale
-    row = _times(jnp.where(ended, 0, 1 / jnp.where(ended, 1, length)), rest)
-    length = jnp.where(ended, 0, length)
-    if key is not None:
-        row = lax.cond(ended, lambda: random_row(basis, row, jax.random.fold_in(key, j)), lambda: row)
-    # Every write waits for all reads of this step, so that XLA needs no copy; after the last row, it is written again.
-    full = j + 1 == coefficients.size
-    written = jax.tree.map(lambda new, old: jnp.where(full, old, new), row, krylov.newest)
-    basis = put_row(basis, written, jnp.where(full, j, j + 1))
-    return Krylov(basis, row, jnp.maximum(scale, length)), coefficients, length
+    lost = length <= 10 * jnp.finfo(length.dtype).eps * scale
+    following = _times(jnp.where(lost, 0, 1 / jnp.where(lost, 1, length)), rest)
+    # The write needs the length, so that it comes after all reads of the basis: else XLA copies it.
+    kept = jax.tree.map(lambda x: jnp.where(length >= 0, x, jnp.nan), row)
+    length = jnp.where(lost, 0, length)
+    basis = put_row(krylov.basis, kept, j)
+    return Krylov(basis, following, lost, jnp.maximum(scale, length)), coefficients, length
+
+
+def empty_rows(like: Params, size: int) -> PyTree[Array]:
+    """Return `size` rows of zeros, sharded as `like`, in at least float32."""
+    return jax.tree.map(lambda p: jnp.broadcast_to(jnp.zeros_like(p, wide(p))[None], (size, *p.shape)), like)
 
 
 def put_row(rows: PyTree[Array], row: Params, index: Any) -> PyTree[Array]:
@@ -168,10 +186,8 @@ def check_steps(params: Params, **values: int) -> None:
             raise ValueError(f"{name} must be at most the {dimension(params)} entries of params, got {value}.")
 
 
-def random_row(basis: PyTree[Array], like: Params, key: PRNGKey) -> Params:
-    row, _ = reject(basis, draw(normal, key, like))
-    length = norm(row)
-    return _times(1 / jnp.where(length == 0, 1, length), row)  # zero where the basis is complete
+def _uniform(key: PRNGKey, like: Params) -> Params:
+    return optax.tree.random_like(key, like, partial(jax.random.uniform, minval=-1))
 
 
 def _times(factor: Scalar, v: Params) -> Params:

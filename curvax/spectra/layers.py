@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
@@ -18,7 +19,7 @@ from curvax._trees import inner_product
 from curvax._types import Batch, Matvec, Params, PRNGKey, Scalar, tree_at_least_float32
 from curvax.estimate.hutchinson import Estimate, rademacher
 from curvax.objective import Objective, share, total_terms
-from curvax.products import hvp
+from curvax.products import empirical_fishervp, hvp
 from curvax.solve.damped import checked
 from curvax.spectra.eigsh import EigInfo, eigsh
 from curvax.spectra.lanczos import draw
@@ -109,26 +110,28 @@ def traces_over(
     by: By = None,
     product: Product = hvp,
 ) -> dict[str, Estimate]:
-    """Estimate as `traces_by` over a stream of batches, as if they were one.
+    """Estimate as `traces_by` over a stream of batches, as if they were one; it is read once, and may be a generator.
 
     Every batch sees the same probes and counts by its number of terms, so mean and standard error are those of the
-    concatenated batches: the randomness of the probes, not that of the data.
+    concatenated batches: the randomness of the probes, not that of the data. (`traces_by` of a `curvax.streamed` matvec is
+    the same, and reads the data for every probe.)
 
     Args:
       objective: a `curvax.Objective`.
       params: pytree of float arrays.
-      batches: iterable of `(inputs, targets)`, read once. Wrap it in `tqdm.tqdm` to see progress.
+      batches: iterable of `(inputs, targets)`, arrays of NumPy, JAX or PyTorch. Wrap it in `tqdm.tqdm` to see progress.
       key: JAX key.
       num_probes: n.
       by: what a layer is.
       product: `curvax.hvp`, `curvax.ggnvp`, or another `(objective, params, batch) -> matvec` that is linear in the loss,
-        such as `functools.partial(curvax.ggnvp, microbatch=32)`.
+        such as `functools.partial(curvax.ggnvp, microbatch=32)`; not `curvax.empirical_fishervp`, which is quadratic.
 
     Returns:
       as `traces_by`.
 
     Raises:
       ValueError: an empty stream; what `traces_by` raises.
+      TypeError: `curvax.empirical_fishervp` as product.
 
     Cost: n products for each batch (with a `weighted_sum`, n for each head). Memory: one batch. Compiled once for each
       shape of batch.
@@ -143,9 +146,15 @@ def traces_over(
 
     References: Dong et al. (2020), HAWQ-V2.
     """
+    if getattr(product, "func", product) is empirical_fishervp:
+        raise TypeError(
+            "traces_over adds up batches by their shares of the loss, in which the empirical Fisher is not linear; take "
+            "traces_by(curvax.streamed(curvax.empirical_fishervp, objective, params, batches), ...)."
+        )
     total = None
     for batch in batches:
-        of_batch = _of_batch(objective, params, batch, key, num_probes, by, product)
+        arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), batch)
+        of_batch = _of_batch(objective, params, arrays, key, num_probes, by, product)
         total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
     if total is None:
         raise ValueError("batches is empty: it gave no (inputs, targets).")
@@ -188,19 +197,21 @@ def top_eigenvalues_by(
     for number, layer in enumerate(layer_paths(params, by)):
         inside = [_name(path, by) == layer for path, _ in jax.tree.leaves_with_path(params)]
         block = [leaf for own, leaf in zip(inside, jax.tree.leaves(params), strict=True) if own]
-        restricted = _restrict(matvec, params, inside)
+        restricted = restrict(matvec, params, inside)
         (top, _), info[layer] = eigsh(restricted, block, 1, jax.random.fold_in(key, number), **options)
         values[layer] = top[0]
     return values, info
 
 
-def _restrict(matvec: Matvec, params: Params, inside: list[bool]) -> Matvec:
+def restrict(matvec: Matvec, params: Params, inside: list[bool]) -> Matvec:
     """Return the product with a diagonal block, on the list of its leaves: those of params that are inside."""
     leaves, structure = jax.tree.flatten(tree_at_least_float32(params))
 
     def apply(matvec: Matvec, block: list[Array]) -> list[Array]:
         given = iter(block)
-        whole = [next(given) if own else jnp.zeros_like(leaf) for own, leaf in zip(inside, leaves, strict=True)]
+        # Not zeros_like: where XLA on CPUs (jaxlib 0.10.2) fuses the broadcast of a scalar into a matrix product, it reads
+        # beyond it, and returns garbage.
+        whole = [next(given) if own else 0 * leaf for own, leaf in zip(inside, leaves, strict=True)]
         product = jax.tree.leaves(matvec(jax.tree.unflatten(structure, whole)))
         return [x for own, x in zip(inside, product, strict=True) if own]
 

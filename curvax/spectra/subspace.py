@@ -89,7 +89,7 @@ def fraction_in_subspace(vectors: PyTree[Array], gradient: Params) -> Scalar:
 
 def _products(a: PyTree[Array], b: PyTree[Array]) -> Float[Array, "k k"]:
     """Return `A B'`."""
-    return lax.map(lambda row: row_products(a, row), b).T
+    return jnp.asarray(lax.map(lambda row: row_products(a, row), b)).T
 
 
 def _pseudo_inverse(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:

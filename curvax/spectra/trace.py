@@ -41,7 +41,7 @@ def hutchpp(matvec: Matvec, params: Params, key: PRNGKey, num_products: int) -> 
       ValueError: fewer products than 4, or more than d, which give the exact trace; a matvec that returns another tree
         than it is given.
 
-    Cost: m products, one at a time, and `4 k m d` multiplications. Memory: k trees like params.
+    Cost: m products, one at a time, and `3 k m d` multiplications. Memory: k trees like params.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -91,7 +91,7 @@ def xtrace(matvec: Matvec, params: Params, key: PRNGKey, num_products: int) -> E
       ValueError: fewer products than 4, or more than d, which give the exact trace; a matvec that returns another tree
         than it is given.
 
-    Cost: m products, one at a time, and `7 k^2 d` multiplications. Memory: k trees like params.
+    Cost: m products, one at a time, and `6 k^2 d` multiplications. Memory: k trees like params.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax

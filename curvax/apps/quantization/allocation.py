@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+
+Picks: TypeAlias = list[tuple[np.ndarray, np.ndarray]]
+"""For each layer and each point of the front so far: the point that it came from, and the place of the layer's width."""
 
 
 class Allocation(NamedTuple):
@@ -83,11 +86,8 @@ def pareto(omegas: Mapping[str, Mapping[int, Any]], sizes: Mapping[str, int]) ->
     return [_allocation(omegas, size, omega, picks, i) for i in range(len(size))]
 
 
-Picks = list[tuple[np.ndarray, np.ndarray]]
-
-
 def _front(omegas: Mapping[str, Mapping[int, Any]], sizes: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, Picks]:
-    """Return sizes and Omegas of the front and, layer by layer, each point's predecessor and the place of its width."""
+    """Return sizes and Omegas of the front, and how its points came about."""
     if not omegas:
         raise ValueError("omegas has no layers: nothing to allocate.")
     size, omega, picks = np.zeros(1, np.int64), np.zeros(1), Picks()

@@ -73,6 +73,7 @@ def quantize(params: Params, bits: int | Array | Mapping[str, int | Array], sche
 
     References: Bengio, Leonard and Courville (2013), for the straight-through gradient.
     """
+    scheme = scheme or Scheme()
     layers = layers_by_path(params, scheme)
     widths = bits if isinstance(bits, Mapping) else dict.fromkeys(layers.values(), bits)
     unknown = widths.keys() - layers.values()
@@ -81,14 +82,12 @@ def quantize(params: Params, bits: int | Array | Mapping[str, int | Array], sche
         raise ValueError(f"bits names layers that params do not have: {', '.join(sorted(unknown))}; there are {known}.")
     check_integer(2, 8, **{f"bits of {layer}": width for layer, width in widths.items()})
 
-    def own(path: Any, w: Array) -> Array:
-        layer = layers.get(jax.tree_util.keystr(path))
-        if layer is None or layer not in widths:
+    def own(keys: Any, w: Array) -> Array:
+        path = jax.tree_util.keystr(keys)
+        if path not in layers or layers[path] not in widths:
             return w
-        rounded = lax.stop_gradient(_rounded(jax.tree_util.keystr(path), w, widths[layer], scheme or Scheme())).astype(
-            w.dtype
-        )
-        return rounded + (w - lax.stop_gradient(w))
+        rounded = _rounded(path, w, widths[layers[path]], scheme).astype(w.dtype)
+        return lax.stop_gradient(rounded) + (w - lax.stop_gradient(w))
 
     return jax.tree.map_with_path(own, params)
 
