@@ -34,5 +34,6 @@ def to_dense(matvec: Matvec, params: Params, *, chunk_size: int = 1) -> Float[Ar
     check_count(1, chunk_size=chunk_size)
     flat, unravel = ravel_pytree(params)
     column = lambda e: ravel_pytree(matvec(unravel(e)))[0]
-    columns: Array = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=chunk_size if chunk_size > 1 else None)
+    together = chunk_size if chunk_size > 1 else None
+    columns: Array = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=together)
     return columns.T

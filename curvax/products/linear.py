@@ -34,8 +34,9 @@ def on_params(matvec: Matvec, params: Params) -> Matvec:
 
 def _apply(matvec: Matvec, params: Params, v: Params) -> Params:
     check_like(v, params, "v", "params")
-    # The sum with zeros gives v the sharding of params.
-    product = matvec(jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype) + jnp.zeros_like(p), v, params))
+    # The sum with zeros gives v the sharding of params. That they are zeros must be hidden: jaxlib 0.10.2 multiplies
+    # wrongly by what it knows to be constant (on CPUs, in the fusion of some matrix products).
+    product = matvec(jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype) + 0 * p, v, params))
     floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
     return jax.tree.map(lambda y, x: y.astype(jnp.result_type(x)) if floating(x) else y, product, v)
 

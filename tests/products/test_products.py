@@ -23,49 +23,61 @@ from curvax.losses.shares import pseudo_gradient_by_example
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-CHUNKS = [None, 1, 3]  # whole, single examples, ragged
+RAGGED = {2: 1, 4: 3, 5: 2, 7: 3}  # by batch size: chunks after which one example is left
 
 
-def dense(product, case, **kwargs):
-    return jax.jit(lambda p, b: curvax.to_dense(product(case.objective, p, b, **kwargs), p))(case.params, case.batch)
+def chunks(name):
+    """Microbatches: whole, and chunks with a rest of one example; by one also where that has nothing that counts."""
+    ragged = RAGGED[batch_size(CASES[name]().batch)]
+    return [None, ragged, *([1] if name.startswith("masked") or name == "multi_head" else [])]
+
+
+def dense(product, objective, params, batch, **kwargs):
+    return jax.jit(lambda p, b: curvax.to_dense(product(objective, p, b, **kwargs), p))(params, batch)
+
+
+def all_dense(name, *variants):
+    """Of each of some `(product, keywords)` of a case the dense matrix, all from one program."""
+    objective, params, batch, _ = CASES[name]()
+    every = lambda p, b: [curvax.to_dense(product(objective, p, b, **kwargs), p) for product, kwargs in variants]
+    return jax.jit(every)(params, batch)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_hvp_and_ggnvp_equal_dense_matrices(name):
     case = CASES[name]()
-    H, G = oracle.hessian(case), oracle.ggn(case)
-    for microbatch in CHUNKS:
-        np.testing.assert_allclose(dense(curvax.hvp, case, microbatch=microbatch), H, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(dense(curvax.ggnvp, case, microbatch=microbatch), G, rtol=0, atol=1e-10)
+    H, G = oracle.hessian(case), oracle.of(name).ggn
+    variants = [(product, {"microbatch": m}) for m in chunks(name) for product in (curvax.hvp, curvax.ggnvp)]
     if name in ("mlp", "attention", "multi_head"):
-        reverse = dense(curvax.hvp, case, mode="rev_over_rev", microbatch=3)
-        np.testing.assert_allclose(reverse, H, rtol=0, atol=1e-10)
-        larger = dense(curvax.ggnvp, case, microbatch=100)  # than the batch
-        np.testing.assert_allclose(larger, G, rtol=0, atol=1e-10)
+        variants += [(curvax.hvp, {"mode": "rev_over_rev", "microbatch": 3})]
+        variants += [(curvax.ggnvp, {"microbatch": 100})]  # larger than the batch
+    for (product, _), got in zip(variants, all_dense(name, *variants), strict=True):
+        np.testing.assert_allclose(got, {curvax.hvp: H, curvax.ggnvp: G}[product], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_fishervp_equals_outer_products_of_its_draws_whatever_the_chunks(name):
-    case, key = CASES[name](), jax.random.key(3)
-    outputs, targets, index = oracle.outputs(case), case.batch[1], with_index(case.batch)[1]
-    draw = lambda k: pseudo_gradient_by_example(case.objective.loss, jax.random.fold_in(key, k), outputs, targets, index)
-    expected = sum(oracle.sum_over_examples(case, draw(k)) for k in range(2)) / 2
-    for microbatch in CHUNKS:
-        got = dense(curvax.fishervp, case, key=key, num_samples=2, microbatch=microbatch)
+    case, key, matrices = CASES[name](), jax.random.key(3), oracle.of(name)
+    targets, index = case.batch[1], with_index(case.batch)[1]
+    draw = jax.jit(lambda key, f: pseudo_gradient_by_example(case.objective.loss, key, f, targets, index))
+    draws = [draw(jax.random.fold_in(key, k), matrices.outputs) for k in range(2)]
+    expected = sum(oracle.sum_over_examples(matrices, r) for r in draws) / 2
+    variants = [(curvax.fishervp, {"key": key, "num_samples": 2, "microbatch": m}) for m in chunks(name)]
+    for got in all_dense(name, *variants):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_empirical_fisher_equals_outer_products_of_per_example_gradients(name):
-    case = CASES[name]()
+    case, matrices = CASES[name](), oracle.of(name)
     size = batch_size(case.batch)
-    residual = jax.jit(jax.grad(case.objective.loss))(oracle.outputs(case), oracle.targets(case))
-    expected = size * oracle.sum_over_examples(case, residual)
+    residual = jax.jit(jax.grad(case.objective.loss))(matrices.outputs, oracle.targets(case))
+    expected = size * oracle.sum_over_examples(matrices, residual)
     rows = jax.jit(lambda p, b: curvax.per_example_grads(case.objective, p, b))(case.params, case.batch)
-    G = jax.vmap(oracle.flat)(rows)
+    G = np.concatenate([np.reshape(x, (size, -1)) for x in jax.tree.leaves(rows)], axis=1)
     np.testing.assert_allclose(G.T @ G / size, expected, rtol=0, atol=1e-10)
-    for microbatch in CHUNKS:
-        got = dense(curvax.empirical_fishervp, case, microbatch=microbatch)
+    variants = [(curvax.empirical_fishervp, {"microbatch": m}) for m in chunks(name)]
+    for got in all_dense(name, *variants):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
 
 
@@ -76,7 +88,7 @@ def test_mc_fisher_is_unbiased_for_the_ggn(name):
     v = jax.tree.map(jnp.ones_like, case.params)
     form = lambda key: oracle.flat(curvax.fishervp(case.objective, case.params, case.batch, key)(v)) @ oracle.flat(v)
     draws = jax.lax.map(form, jax.random.split(jax.random.key(0), 4000), batch_size=500)
-    exact = oracle.flat(v) @ oracle.ggn(case) @ oracle.flat(v)
+    exact = oracle.of(name).ggn.sum()
     assert abs(draws.mean() - exact) < 4 * draws.std(ddof=1) / len(draws) ** 0.5
     assert draws.std(ddof=1) / len(draws) ** 0.5 < 0.05 * exact  # the test can tell a wrong factor
 
@@ -85,11 +97,8 @@ def test_ggn_equals_hessian_of_a_linear_model():
     objective = curvax.Objective(lambda w, x: x @ w, losses.softmax_cross_entropy())
     x, w = jax.random.normal(jax.random.key(0), (5, 3)), jax.random.normal(jax.random.key(1), (3, 4))
     batch = (x, jnp.arange(5) % 4)
-    np.testing.assert_allclose(
-        curvax.to_dense(curvax.ggnvp(objective, w, batch), w),
-        curvax.to_dense(curvax.hvp(objective, w, batch), w),
-        atol=1e-12,
-    )
+    ours = [dense(product, objective, w, batch) for product in (curvax.ggnvp, curvax.hvp)]
+    np.testing.assert_allclose(*ours, atol=1e-12)
 
 
 @pytest.mark.parametrize("microbatch", [None, 3])
@@ -97,18 +106,25 @@ def test_ggn_equals_hessian_of_a_linear_model():
 def test_products_are_linear_self_adjoint_vmappable_and_differentiable(product, microbatch):
     case = CASES["mlp"]()
     flat_params, unravel = ravel_pytree(case.params)
-    u, v = (jax.random.normal(jax.random.key(i), flat_params.shape) for i in range(2))
+    u, v = (np.asarray(jax.random.normal(jax.random.key(i), flat_params.shape)) for i in range(2))
     build = functools.partial(product, case.objective, microbatch=microbatch)
     mv = lambda p, v: oracle.flat(build(unravel(p), case.batch)(unravel(v)))
-    matvec = jax.jit(functools.partial(mv, flat_params))
-    np.testing.assert_allclose(matvec(2 * u - 3 * v), 2 * matvec(u) - 3 * matvec(v), atol=1e-12)
-    np.testing.assert_allclose(u @ matvec(v), v @ matvec(u), atol=1e-12)
-    np.testing.assert_allclose(jax.vmap(matvec)(jnp.stack([u, v])), jnp.stack([matvec(u), matvec(v)]), atol=1e-12)
-    np.testing.assert_allclose(jax.grad(lambda v: v @ matvec(v) / 2)(u), matvec(u), atol=1e-12)
-    form = jax.jit(lambda p: u @ mv(p, v))
-    slope = jax.jit(jax.grad(form))(flat_params) @ u
+
+    @jax.jit
+    def transformed(p, u, v):
+        rows = jax.vmap(functools.partial(mv, p))(jnp.stack([u, v]))
+        return rows, jax.grad(lambda u: u @ mv(p, u) / 2)(u), jax.grad(lambda p: u @ mv(p, v))(p)
+
+    apply = jax.jit(mv)
+    of = lambda v, p=flat_params: np.asarray(apply(p, v))
+    np.testing.assert_allclose(of(2 * u - 3 * v), 2 * of(u) - 3 * of(v), atol=1e-12)
+    np.testing.assert_allclose(u @ of(v), v @ of(u), atol=1e-12)
+    rows, gradient, slope = transformed(flat_params, u, v)
+    np.testing.assert_allclose(rows, [of(u), of(v)], atol=1e-12)
+    np.testing.assert_allclose(gradient, of(u), atol=1e-12)
     step = 1e-5
-    np.testing.assert_allclose(slope, (form(flat_params + step * u) - form(flat_params - step * u)) / (2 * step), rtol=1e-6)
+    change = u @ (of(v, flat_params + step * u) - of(v, flat_params - step * u)) / (2 * step)
+    np.testing.assert_allclose(slope @ u, change, rtol=1e-6)
 
 
 @pytest.mark.parametrize("microbatch", [None, 2])
@@ -137,34 +153,37 @@ def test_any_pytree(container):
     objective = curvax.Objective(model, losses.squared_error())
     batch = (jax.random.normal(jax.random.key(2), (5, 3)), jnp.ones((5, 2)))
     flat_params, unravel = ravel_pytree(params)
-    H = jax.hessian(lambda p: objective(unravel(p), batch))(flat_params)
-    matvec = curvax.hvp(objective, params, batch)
-    assert jax.tree.structure(matvec(params)) == jax.tree.structure(params)
-    np.testing.assert_allclose(curvax.to_dense(matvec, params), H, atol=1e-6 if container == "nnx_state" else 1e-12)
+    H = jax.jit(jax.hessian(lambda p: objective(unravel(p), batch)))(flat_params)
+    product = jax.eval_shape(lambda p: curvax.hvp(objective, p, batch)(p), params)
+    assert jax.tree.structure(product) == jax.tree.structure(params)
+    got = dense(curvax.hvp, objective, params, batch)
+    np.testing.assert_allclose(got, H, atol=1e-6 if container == "nnx_state" else 1e-12)
 
 
 def test_part_of_the_params_with_the_rest_frozen():
     case = CASES["mlp"]()
     frozen, part = case.params["Dense_0"], case.params["Dense_1"]
     model = lambda p, x: case.objective.model({"Dense_0": frozen, "Dense_1": p}, x)
-    block = curvax.to_dense(curvax.ggnvp(curvax.Objective(model, case.objective.loss), part, case.batch), part)
-    size = oracle.flat(part).size
-    np.testing.assert_allclose(block, oracle.ggn(case)[-size:, -size:], atol=1e-12)
+    block = dense(curvax.ggnvp, curvax.Objective(model, case.objective.loss), part, case.batch)
+    np.testing.assert_allclose(block, oracle.of("mlp").ggn[-len(block) :, -len(block) :], atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("product", [curvax.hvp, curvax.ggnvp, curvax.empirical_fishervp])
 def test_lower_precision_gives_its_own_dtype_and_its_own_accuracy(product, dtype):
     case = CASES["mlp"]()
-    v = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), case.params)
-    exact = oracle.flat(product(case.objective, case.params, case.batch)(v))
-    params, vector, inputs = jax.tree.map(lambda x: x.astype(dtype), (case.params, v, case.batch[0]))
-    got = product(case.objective, params, (inputs, case.batch[1]), microbatch=3)(vector)
+    inputs, labels = case.batch
+    apply = lambda p, x, v, m=None: product(case.objective, p, (x, labels), microbatch=m)(v)
+    compiled = jax.jit(apply, static_argnums=3)
+    v = jax.tree.map(lambda p: np.sin(np.arange(p.size)).reshape(p.shape), case.params)
+    exact = np.concatenate([np.ravel(x) for x in jax.tree.leaves(compiled(case.params, inputs, v))])
+    coarse = jax.tree.map(lambda x: x.astype(dtype), (case.params, inputs, v))
+    got = compiled(*coarse, 3)
     assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(dtype)}
-    error = jnp.linalg.norm(oracle.flat(got).astype(float) - exact) / jnp.linalg.norm(exact)
-    assert error < 20 * jnp.finfo(dtype).eps
-    # a float32 vector on bf16 params comes back in float32
-    wide = product(case.objective, params, (inputs, case.batch[1]))(v)
+    error = np.concatenate([np.ravel(x).astype(float) for x in jax.tree.leaves(got)]) - exact
+    assert np.linalg.norm(error) < 20 * jnp.finfo(dtype).eps * np.linalg.norm(exact)
+    # a wide vector on narrow params comes back wide
+    wide = jax.eval_shape(apply, *coarse[:2], v)
     assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype(jnp.float64)}
 
 
@@ -185,10 +204,9 @@ def test_kernel_with_a_backward_pass_only():
     w = jax.random.normal(jax.random.key(0), (3, 3))
     batch = (case.batch[0], case.batch[1])
     build = lambda tanh: curvax.Objective(lambda w, x: tanh(x @ w), losses.softmax_cross_entropy())
-    reverse = curvax.hvp(build(backward_only_tanh), w, batch, mode="rev_over_rev")
-    np.testing.assert_allclose(
-        curvax.to_dense(reverse, w), curvax.to_dense(curvax.hvp(build(jnp.tanh), w, batch), w), atol=1e-12
-    )
+    reverse = dense(curvax.hvp, build(backward_only_tanh), w, batch, mode="rev_over_rev")
+    plain = dense(curvax.hvp, build(jnp.tanh), w, batch)
+    np.testing.assert_allclose(reverse, plain, atol=1e-12)
     for product in (curvax.hvp, curvax.ggnvp, curvax.empirical_fishervp):
         for microbatch in (None, 3):
             apply = lambda w, product=product, m=microbatch: product(build(backward_only_tanh), w, batch, microbatch=m)(w)
@@ -230,12 +248,14 @@ def test_outputs_in_any_container():
         (losses.gaussian(), (lambda h: (h, 2 * h), lambda h: [h, 2 * h], lambda h: Pair(h, 2 * h)), jnp.ones((5, 2))),
         (heads, (lambda h: {"a": 2 * h, "b": h}, ordered), two),
     ):
-        results = []
-        for container in containers:
-            objective = curvax.Objective(lambda w, x, c=container: c(jnp.tanh(x @ w)), loss)
-            diagonal = curvax.gauss_newton_bartlett(objective, w, (x, targets), jax.random.key(0))
-            product = curvax.ggnvp(objective, w, (x, targets))(w)
-            results.append((product, diagonal, curvax.fishervp(objective, w, (x, targets), jax.random.key(0))(w)))
+
+        def of(container, w, batch, loss=loss):
+            objective, key = curvax.Objective(lambda w, x: container(jnp.tanh(x @ w)), loss), jax.random.key(0)
+            diagonal = curvax.gauss_newton_bartlett(objective, w, batch, key)
+            return diagonal, curvax.ggnvp(objective, w, batch)(w), curvax.fishervp(objective, w, batch, key)(w)
+
+        every = jax.jit(lambda w, batch, of=of, containers=containers: [of(c, w, batch) for c in containers])
+        results = every(w, (x, targets))
         for other in results[1:]:
             chex.assert_trees_all_close(other, results[0], atol=1e-12)
 
@@ -284,13 +304,13 @@ def test_remat_scan_and_bfloat16_compute_inside_the_model(product):
     params = jax.random.normal(jax.random.key(0), (3, 4, 4))
     batch = (jax.random.normal(jax.random.key(1), (6, 4)), jnp.arange(6) % 4)
     loss = losses.softmax_cross_entropy()
-    expected = curvax.to_dense(product(curvax.Objective(model, loss), params, batch), params)
+    expected = dense(product, curvax.Objective(model, loss), params, batch)
     remat = curvax.Objective(lambda p, x: model(p, x, jax.checkpoint), loss)
-    np.testing.assert_allclose(curvax.to_dense(product(remat, params, batch), params), expected, atol=1e-12)
+    np.testing.assert_allclose(dense(product, remat, params, batch), expected, atol=1e-12)
     half = curvax.Objective(lambda p, x: model(*jax.tree.map(lambda a: a.astype(jnp.bfloat16), (p, x))), loss)
-    got = product(half, params, batch)(params)
-    want = product(curvax.Objective(model, loss), params, batch)(params)
-    assert jnp.linalg.norm(got - want) < 0.05 * jnp.linalg.norm(want)
+    got = jax.jit(lambda p, b: product(half, p, b)(p))(params, batch)
+    want = expected @ np.ravel(params)
+    assert np.linalg.norm(np.ravel(got) - want) < 0.05 * np.linalg.norm(want)
 
 
 def test_chunks_of_a_sharded_batch_are_computed_without_gathering_it():
@@ -355,8 +375,20 @@ def test_errors_say_what_and_where():
 
 def test_a_plain_function_that_is_no_objective_has_a_hessian():
     module, x = Mlp(), jnp.ones((2, 3))
-    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     fun = lambda p, x: jnp.sum(jnp.sin(module.apply({"params": p}, x)))
     flat_params, unravel = ravel_pytree(params)
-    H = jax.hessian(lambda p: fun(unravel(p), x))(flat_params)
-    np.testing.assert_allclose(curvax.to_dense(curvax.hvp(fun, params, x), params), H, atol=1e-6)
+    H = jax.jit(jax.hessian(lambda p: fun(unravel(p), x)))(flat_params)
+    np.testing.assert_allclose(dense(curvax.hvp, fun, params, x), H, atol=1e-6)
+
+
+@pytest.mark.parametrize("product", [curvax.ggnvp, curvax.empirical_fishervp])
+def test_a_vector_that_is_constant_in_part(product):
+    """Under `jit`, where the compiler sees its zeros; jaxlib 0.10.2 multiplies by those wrongly if nothing hides them."""
+    a, b = jax.random.normal(jax.random.key(0), (64, 64)) / 8, jax.random.normal(jax.random.key(1), (64, 10)) / 8
+    objective = curvax.Objective(lambda p, x: x @ p[0] @ p[1], losses.softmax_cross_entropy())
+    batch = (jax.random.normal(jax.random.key(2), (512, 64)) / 8, jnp.arange(512) % 10)
+    apply = lambda p, w: product(objective, p, batch)([a, w])
+    constant = jax.jit(lambda p: apply(p, jnp.zeros_like(b)))([a, b])
+    given = jax.jit(apply)([a, b], jnp.zeros_like(b))
+    chex.assert_trees_all_close(constant, given, rtol=1e-4, atol=1e-7)
