@@ -7,7 +7,10 @@ from curvax import losses as losses
 from curvax import optim as optim
 from curvax import products as products
 from curvax import solve as solve
+from curvax import spectra as spectra
 from curvax._batch import Shared as Shared
+from curvax.apps import implicit_gradient as implicit_gradient
+from curvax.apps import sharpness_report as sharpness_report
 from curvax.estimate import Estimate as Estimate
 from curvax.estimate import empirical_fisher_diagonal as empirical_fisher_diagonal
 from curvax.estimate import gauss_newton_bartlett as gauss_newton_bartlett
@@ -56,6 +59,7 @@ from curvax.products import empirical_fishervp as empirical_fishervp
 from curvax.products import fishervp as fishervp
 from curvax.products import ggnvp as ggnvp
 from curvax.products import hvp as hvp
+from curvax.products import streamed as streamed
 from curvax.products import to_dense as to_dense
 from curvax.solve import SolveInfo as SolveInfo
 from curvax.solve import Window as Window
@@ -67,5 +71,10 @@ from curvax.solve import neumann as neumann
 from curvax.solve import window_inverse as window_inverse
 from curvax.solve import window_of as window_of
 from curvax.solve import woodbury as woodbury
+from curvax.spectra import eigsh as eigsh
+from curvax.spectra import hutchpp as hutchpp
+from curvax.spectra import logdet as logdet
+from curvax.spectra import spectral_density as spectral_density
+from curvax.spectra import xtrace as xtrace
 
 __version__ = "0.1.0"

@@ -33,9 +33,8 @@ def check_params(params: PyTree) -> None:
         raise ValueError("params are missing: got None; pass the pytree of float arrays, e.g. update(..., params).")
     if not leaves and not any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
         raise ValueError(f"params is an empty pytree ({type(params).__name__}); pass at least one float array.")
-    check_floats(
-        params, "params", "Keep what is not trained out of params: close over it, or pass it in inputs as curvax.Shared(tree)."
-    )
+    advice = "Keep what is not trained out of params: close over it, or pass it in inputs as curvax.Shared(tree)."
+    check_floats(params, "params", advice)
 
 
 def check_floats(tree: PyTree, name: str, advice: str) -> None:

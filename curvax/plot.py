@@ -1,4 +1,4 @@
-"""Pictures of curvature with matplotlib: densities, eigenvalues, sensitivities by layer."""
+"""Pictures of curvature with matplotlib: densities, eigenvalues, sensitivities by layer, stability over training."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from curvax.apps.quantization import Allocation
+    from curvax.apps.sharpness import SharpnessReport
 
 
 def spectral_density(
@@ -63,7 +64,7 @@ def spectral_density(
     if eigenvalues is not None:
         values = np.asarray(eigenvalues)
         ax.plot(values, np.full(values.shape, 2 * floor), "v", color=line.get_color(), markersize=5)
-    ax.set(xlabel="eigenvalue", ylabel="density", ylim=(floor, None))
+    ax.set(xlabel="eigenvalue", ylabel="density", ylim=(floor, 3 * np.max(mean)))
     return ax
 
 
@@ -151,6 +152,33 @@ def pareto_front(
     if all(point.omega > 0 for point in (*front, *(marked or {}).values())):
         ax.set_yscale("log")
     ax.set(xlabel="size, kB", ylabel="sum of sensitivities")
+    return ax
+
+
+def sharpness(reports: Mapping[int, SharpnessReport], *, ax: Axes | None = None) -> Axes:
+    """Draw how near training is to the edge of stability: both ratios of sharpness reports, by step.
+
+    Args:
+      reports: of `curvax.sharpness_report`, by step.
+      ax: to draw into; None: a new figure.
+
+    Returns:
+      the axes, with a line at 1, above which a method is not stable.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax, curvax.plot
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> report = curvax.sharpness_report(objective, jnp.ones(2), [(jnp.eye(2), jnp.zeros(2))], learning_rate=0.5)
+      >>> curvax.plot.sharpness({0: report}).lines[0].get_ydata().tolist()
+      [0.125]
+    """
+    ax = _axes(ax)
+    steps = list(reports)
+    ax.plot(steps, [float(report.gradient_descent) for report in reports.values()], "o-", label="gradient descent")
+    ax.plot(steps, [float(report.sgd) for report in reports.values()], "o-", label="SGD")
+    ax.axhline(1, color="gray", linewidth=1)
+    ax.set(xlabel="step", ylabel="learning rate / largest stable one")
+    ax.legend()
     return ax
 
 

@@ -46,8 +46,8 @@ def implicit_gradient(
       params: pytree of float arrays that minimize `inner(params, hyper)`.
       hyper: pytree of floats.
       solver: `(matvec, b, *, damping) -> (x, SolveInfo)`: `curvax.cg` where inner curves upwards, `curvax.minres` also
-        where it does not, `functools.partial(curvax.neumann, scale=1 / learning_rate, max_steps=20, tol=0)` for little time;
-        with an inverse of your own `lambda matvec, b, *, damping: (inverse(b), None)`.
+        where it does not, `functools.partial(curvax.neumann, scale=1 / learning_rate, max_steps=20, tol=0)` for little
+        time; with an inverse of your own `lambda matvec, b, *, damping: (inverse(b), None)`.
       damping: at least 0; in units of an eigenvalue of H. Positive where H is singular: where inner is flat in some
         directions, or has been trained down to next to nothing.
       matvec: in place of H; what the solver takes, e.g. a Gauss-Newton product with the penalty's curvature added, or

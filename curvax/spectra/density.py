@@ -16,7 +16,7 @@ from curvax._control import body, compiled, loops_for
 from curvax._types import Matvec, Params, PRNGKey, Scalar
 from curvax.estimate.hutchinson import Estimate, Sampler, rademacher
 from curvax.solve.result import Result, code_of
-from curvax.spectra.lanczos import check_steps, dimension, draw, lanczos
+from curvax.spectra.lanczos import NOT_FINITE, check_steps, dimension, draw, lanczos
 from curvax.spectra.trace import estimate_of
 
 # n: probes; m: steps of Lanczos for each; d: parameters; g: points of a grid
@@ -60,7 +60,7 @@ class DensityInfo(NamedTuple):
     @property
     def message(self) -> str:
         """Say how it ended and what to do; outside of `jit`."""
-        return Result(int(self.code)).message
+        return "all numbers are finite." if bool(self.converged) else NOT_FINITE
 
 
 def spectral_density(

@@ -18,7 +18,7 @@ from curvax._trees import add_scaled, norm
 from curvax._types import Matvec, Params, PRNGKey, Scalar
 from curvax.solve.damped import checked
 from curvax.solve.result import GOING, Result, code_of
-from curvax.spectra.lanczos import Krylov, check_steps, dimension, empty_rows, extend
+from curvax.spectra.lanczos import NOT_FINITE, Krylov, check_steps, dimension, empty_rows, extend
 
 # m: rows of the basis; p: rows that a restart keeps; k: pairs wanted; theta: Ritz values; S: eigenvectors of V A V'
 
@@ -33,8 +33,7 @@ _MESSAGES = {
     "at an end where they lie close together.",
     Result.STALLED: "the products are not exact enough, or not symmetric, to meet the tolerance (info.residuals): "
     "raise tol, compute in a wider dtype, or see whether curvax.solve.check_symmetric passes.",
-    Result.NOT_FINITE: "the matrix-vector product is not finite, and neither are the results. "
-    "Look for inf or NaN in params, batch and loss.",
+    Result.NOT_FINITE: NOT_FINITE,
 }
 
 
@@ -103,7 +102,7 @@ def eigsh(
       TypeError: params not float; a matvec that changes dtypes.
 
     Cost: at least m products, k more for the residuals; four passes over the basis a product. Memory: m trees like params,
-      `(k + m) / 2` more while it restarts; a random vector takes about 8.
+      and `(k + m) / 2` more while it restarts.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax

@@ -20,6 +20,10 @@ from curvax.solve.damped import checked
 
 # m: vectors of the basis; V: the basis, its rows orthonormal; d: parameters
 
+NOT_FINITE = (
+    "the matrix-vector product is not finite, and neither are the results. Look for inf or NaN in params, batch and loss."
+)
+
 
 class Lanczos(NamedTuple):
     """What m steps of Lanczos leave: `A V' = V' T + residual e_m'`, T tridiagonal.
@@ -43,13 +47,13 @@ def lanczos(matvec: Matvec, start: Params, num_steps: int, key: PRNGKey | None =
 
     `b_{j+1} v_{j+1} = A v_j - a_j v_j - b_j v_{j-1}`, with `v_0 = start / |start|`; every vector is made orthogonal to all
     before it, twice. Where nothing is left (an invariant subspace) the basis goes on with a random vector orthogonal to it
-    and `b = 0`: T is then block diagonal, repeated eigenvalues appear, and weights of quadrature from `start` stay exact.
+    and `b = 0`: T is then block diagonal, repeated eigenvalues appear, and `start` keeps no part in what follows.
 
     Args:
       matvec: `v -> A v` on trees like start, A symmetric. It gets vectors of at least float32.
       start: tree of d float numbers, not all zero.
       num_steps: m, at most d.
-      key: JAX key of the random vectors.
+      key: JAX key of the random vectors; None: what would follow an invariant subspace is zero, in basis and T.
 
     Returns:
       `Lanczos`.
@@ -58,7 +62,8 @@ def lanczos(matvec: Matvec, start: Params, num_steps: int, key: PRNGKey | None =
       ValueError: `num_steps` outside [1, d]; a matvec that returns another tree than it is given.
       TypeError: start not float; a matvec that changes dtypes.
 
-    Cost: m products and `4 m^2 d` multiplications, four passes over the basis a step. Memory: m + 3 trees.
+    Cost: m products and `4 m^2 d` multiplications, four passes over the basis a step. Memory: m + 3 trees; m + 5 with a
+      key.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -69,11 +69,12 @@ def test_apoptosis_sums_to_the_second_order_term(x64):
     objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["w"]) + p["b"][:1], curvax.losses.squared_error())
     batch = (jax.random.normal(jax.random.key(2), (8, 4), jnp.float64), jnp.ones((8, 5)))
     flat, unravel = ravel_pytree(wide(PARAMS))
-    H = np.asarray(jax.hessian(lambda f: objective(unravel(f), batch))(flat))
+    flat, H = np.asarray(flat), np.asarray(jax.jit(jax.hessian(lambda f: objective(unravel(f), batch)))(flat))
     scores = ravel_pytree(pruning.apoptosis(objective, wide(PARAMS), batch))[0]
     np.testing.assert_allclose(scores, np.abs(flat * (H @ flat)), rtol=1e-10, atol=1e-12)
     diagonal = pruning.diagonal_fisher(objective, wide(PARAMS), batch)
-    G = np.asarray(jax.vmap(lambda x, y: ravel_pytree(jax.grad(objective)(wide(PARAMS), (x[None], y[None])))[0])(*batch))
+    row = lambda x, y: ravel_pytree(jax.grad(objective)(wide(PARAMS), (x[None], y[None])))[0]
+    G = np.asarray(jax.jit(jax.vmap(row))(*batch))
     np.testing.assert_allclose(ravel_pytree(diagonal)[0], (G**2).mean(0) * flat**2 / 2, rtol=1e-10)
 
 
@@ -160,9 +161,14 @@ def test_fine_tuning_leaves_what_is_pruned_zero(trained):
     pruned = pruning.prune(objective, params, batches, 0.8, window_size=40, damping=1e-4)
     tx = optax.chain(optax.adamw(1e-2), pruning.keep_pruned(pruned.masks))
     params, state = pruned.params, tx.init(pruned.params)
-    for _ in range(5):
+
+    @jax.jit
+    def step(params, state):
         updates, state = tx.update(jax.grad(objective)(params, data), state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(5):
+        params, state = step(params, state)
     assert all((w[~m] == 0).all() for w, m in zip(*map(jax.tree.leaves, (params, pruned.masks)), strict=True))
     assert objective(params, data) < objective(pruned.params, data)
 
