@@ -8,6 +8,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported: 
 import jax
 import pytest
 
+# Compiling is nearly all of the work, of programs that run once or twice: the simplest code that XLA can generate will do.
+# `XLA_FLAGS= pytest` has what users get, as the examples have; it takes three times as long.
+flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):  # a flag that XLA does not know any more would end the process
+    flags += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", flags)  # read when the first array is made
 jax.config.update("jax_num_cpu_devices", 8)
 # Programs that two tests, or two processes of one run, compile alike are compiled once.
 run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))

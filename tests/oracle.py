@@ -1,10 +1,38 @@
 """Explicitly formed matrices: the reference of every product and estimate."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from cases import CASES
 from jax.flatten_util import ravel_pytree
 
 from curvax._batch import unwrap
+
+
+class Matrices(NamedTuple):
+    """Those of a case, in NumPy: `ggn = J' S J`, with J the jacobian and S the curvature of the loss in the outputs."""
+
+    outputs: object
+    jacobian: np.ndarray
+    output_curvature: np.ndarray
+    ggn: np.ndarray
+
+
+@functools.cache
+def of(name):
+    """The matrices of one of `CASES`, made once for all tests."""
+    case = CASES[name]()
+
+    @jax.jit
+    def compute(params, batch):
+        on = case._replace(params=params, batch=batch)
+        return outputs(on), jacobian(on), output_curvature(on)
+
+    f, J, S = jax.tree.map(np.asarray, compute(case.params, case.batch))
+    return Matrices(f, J, S, J.T @ S @ J)
 
 
 def flat(tree):
@@ -45,10 +73,11 @@ def ggn(case):
     return J.T @ output_curvature(case) @ J
 
 
-def sum_over_examples(case, r):
+def sum_over_examples(matrices, r):
     """`sum_b (J_b' r_b)(J_b' r_b)'` for a cotangent r of the outputs."""
-    number = lambda f: jnp.broadcast_to(jnp.arange(len(f)).reshape(-1, *(1,) * (f.ndim - 1)), f.shape)
-    example = flat(jax.tree.map(number, outputs(case)))  # of each flattened output
-    r = flat(r) * (example == jnp.arange(example.max() + 1)[:, None])  # [examples, outputs]
-    gradients = r @ jacobian(case)
+    number = lambda f: np.broadcast_to(np.arange(len(f)).reshape(-1, *(1,) * (f.ndim - 1)), f.shape).ravel()
+    example = np.concatenate([number(f) for f in jax.tree.leaves(matrices.outputs)])  # of each flattened output
+    r = np.concatenate([np.ravel(x) for x in jax.tree.leaves(r)])
+    r = r * (example == np.arange(example.max() + 1)[:, None])  # [examples, outputs]
+    gradients = r @ matrices.jacobian
     return gradients.T @ gradients

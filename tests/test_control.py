@@ -1,5 +1,7 @@
 """Convolutions inside loops and branches, and the evaluator that rewrites them."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -31,15 +33,21 @@ def convolutions(text):
     return {line.split("dim_labels=")[1].split(",")[0] for line in text.splitlines() if "dim_labels=" in line}
 
 
+@functools.cache
+def convolutional():
+    """A module, its params, a batch and the gradient there."""
+    module, x = Convolutions(), jax.random.normal(jax.random.key(0), (3, 6, 6, 2))
+    params, batch = jax.jit(module.init)(jax.random.key(1), x), (x, jnp.ones((3, 4)))
+    gradient = jax.jit(jax.grad(curvax.Objective(module.apply, curvax.losses.squared_error())))
+    return module, params, batch, gradient(params, batch)
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit])
 def test_a_body_is_the_same_function_with_convolutions_in_the_standard_layout(wrap):
-    module, x = Convolutions(), jax.random.normal(jax.random.key(0), (3, 6, 6, 2))
-    params = module.init(jax.random.key(1), x)
+    module, params, batch, plain = convolutional()
     objective = curvax.Objective(wrap(module.apply), curvax.losses.squared_error())
-    batch = (x, jnp.ones((3, 4)))
-    gradient = jax.grad(objective)
-    plain, fast = jax.jit(gradient), jax.jit(body(gradient))
-    chex.assert_trees_all_close(fast(params, batch), plain(params, batch), rtol=1e-5, atol=1e-6)
+    fast = jax.jit(body(jax.grad(objective)))
+    chex.assert_trees_all_close(fast(params, batch), plain, rtol=1e-5, atol=1e-6)
     lowered = fast.lower(params, batch).as_text()
     layouts = {
         line.split("dim_numbers = ")[1].split(",window")[0] for line in lowered.splitlines() if "dim_numbers =" in line
@@ -60,10 +68,10 @@ def test_refreshes_probes_and_chunks_of_a_convolutional_model_have_no_slow_layou
             x = nn.relu(nn.Conv(8, (3, 3))(x))
             return nn.Dense(10)(nn.relu(nn.Conv(8, (3, 3))(x)).mean((1, 2)))
 
-    module, x = Cnn(), jnp.ones((8, 8, 8, 1))
-    params = module.init(jax.random.key(0), x)
+    module, x = Cnn(), jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
     objective = curvax.Objective(module.apply, curvax.losses.softmax_cross_entropy())
-    batch, key = (x, jnp.arange(8)), jax.random.key(0)
+    batch, key = (x, jax.ShapeDtypeStruct((8,), jnp.int32)), jax.random.key(0)
     tx = curvax.sophia_h(0.1, objective)
     programs = {
         "refresh": lambda p, b: tx.update(p, tx.init(p), p, batch=b),

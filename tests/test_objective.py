@@ -22,7 +22,7 @@ class Normed(nn.Module):
 
 def test_batchnorm_and_dropout_through_shared_inputs_and_aux():
     module, x = Normed(), jax.random.normal(jax.random.key(0), (8, 5))
-    variables = module.init(jax.random.key(1), x, False)
+    variables = jax.jit(lambda x: module.init(jax.random.key(1), x, False))(x)
 
     def model(params, inputs):
         return module.apply(
@@ -36,26 +36,30 @@ def test_batchnorm_and_dropout_through_shared_inputs_and_aux():
     objective = curvax.Objective(model, losses.softmax_cross_entropy(), has_aux=True)
     inputs = {"x": x, "stats": curvax.Shared(variables["batch_stats"]), "key": curvax.Shared(jax.random.key(2))}
     batch = (inputs, jnp.arange(8) % 3)
-    (value, aux), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(variables["params"], batch)
-    logits, expected_aux = model(variables["params"], unwrap(inputs))
+    gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (value, aux), grads = gradient(variables["params"], batch)
+    logits, expected_aux = jax.jit(model)(variables["params"], unwrap(inputs))
     np.testing.assert_allclose(value, losses.softmax_cross_entropy()(logits, batch[1]), rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), aux, expected_aux)
     assert jax.tree.structure(grads) == jax.tree.structure(variables["params"])
     another = ({**inputs, "key": curvax.Shared(jax.random.key(3))}, batch[1])
-    assert objective(variables["params"], another)[0] != value  # the key reaches the dropout
-    product = curvax.ggnvp(objective, variables["params"], batch)(variables["params"])
-    assert all(jnp.isfinite(p).all() for p in jax.tree.leaves(product))
+    assert gradient(variables["params"], another)[0][0] != value  # the key reaches the dropout
+    product = jax.jit(lambda p, b: curvax.ggnvp(objective, p, b)(p))(variables["params"], batch)
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(product))
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", CASES)
 def test_shares_of_any_partition_sum_to_the_objective(name):
-    case = CASES[name]()
-    for microbatch in (1, 3):
-        totals = total_terms(case.objective, case.params, case.batch, microbatch)
-        value = lambda chunk, totals=totals: share(case.objective, case.params, chunk, totals).value(case.params, chunk)
-        total = sum_over_chunks(value, case.batch, microbatch)
-        np.testing.assert_allclose(total, case.objective.value(case.params, case.batch), rtol=1e-12)
+    objective, params, batch, _ = CASES[name]()
+
+    def in_chunks(params, batch, microbatch):
+        totals = total_terms(objective, params, batch, microbatch)
+        value = lambda chunk: share(objective, params, chunk, totals).value(params, chunk)
+        return sum_over_chunks(value, batch, microbatch)
+
+    whole, *chunked = jax.jit(lambda p, b: [objective.value(p, b)] + [in_chunks(p, b, m) for m in (1, 3)])(params, batch)
+    np.testing.assert_allclose(chunked, [whole] * 2, rtol=1e-12)
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 3, 7, 9])

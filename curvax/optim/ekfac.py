@@ -145,9 +145,12 @@ def ekfac(
       >>> params, batch = jnp.zeros((2, 1)), (x, x @ jnp.array([[2.0], [-1.0]]))
       >>> tx = curvax.ekfac(0.1, objective, curvax.kron_layout(objective, params, batch), damping=1e-3)
       >>> state = tx.init(params)
-      >>> for _ in range(100):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(objective)(params, batch), state, params, batch=batch)
-      ...     params = optax.apply_updates(params, updates)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(100):
+      ...     params, state = step(params, state)
       >>> bool(objective(params, batch) < 1e-3)
       True
 

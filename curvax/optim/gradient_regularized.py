@@ -64,8 +64,9 @@ def scale_by_gradient_regularized_newton(
 
     Tried are gamma, gamma / 2, gamma / 4 ... until `f(x) - f(x + s) >= gamma |g(x + s)|^2 / (8 |g|)`; then gamma doubles
     for the next update. Every step satisfies `|s| <= gamma`. Where the loss is flat to rounding (the model predicts less
-    than its precision), a step is taken if it lowers the gradient's norm. If no trial succeeds the update is zero, and the
-    state stays bitwise what it was but for gamma, which goes on from where the search ended.
+    than its precision), the search ends, with a step if that lowers the gradient's norm. If no trial succeeds the update is
+    zero, and the state stays bitwise what it was, but for gamma, which goes on from where the search ended, and a curvature
+    that was given.
 
     Args:
       objective: a `curvax.Objective`, evaluated at the trial points on the batch of the update.
@@ -118,9 +119,10 @@ def scale_by_gradient_regularized_newton(
         number = lambda x: jnp.asarray(x, jnp.float32)
         damping = jnp.where(good, number(norm(updates) / found.gamma), state.info.damping)
         info = GradientRegularizedInfo(damping, found.trials, found.accepted, rejected)
-        after = jnp.where(good, jnp.where(found.accepted, 2 * found.gamma, found.gamma / 2), state.gamma)
+        # what ended for rounding, or for want of a gradient, tells nothing of how far the model can be trusted
+        after = jnp.where(found.accepted, 2 * found.gamma, jnp.where(found.exhausted, state.gamma, found.gamma / 2))
         new = GradientRegularizedState(jnp.asarray(optax.safe_increment(state.count)), after, held, info)
-        return steps, keep_unless(found.accepted, new, state._replace(gamma=after, info=info))
+        return steps, keep_unless(found.accepted, new, state._replace(gamma=after, curvature=held, info=info))
 
     return optax.GradientTransformationExtraArgs(init, cast(optax.TransformUpdateExtraArgsFn, update))
 
@@ -192,6 +194,7 @@ class _Trial(NamedTuple):
     step: PyTree[Array]
     trials: Int[Array, ""]
     accepted: Bool[Array, ""]
+    exhausted: Bool[Array, ""]  # nothing is left to be gained that rounding does not hide
 
 
 def _search_step(search: _Search, gamma: Scalar, max_trials: int) -> _Trial:
@@ -207,10 +210,11 @@ def _search_step(search: _Search, gamma: Scalar, max_trials: int) -> _Trial:
         step = jax.tree.map(lambda s, p: (-s).astype(p.dtype), absolute(curvature, gradient, damping=damping), params)
         after, fresh = value_and_grad(cast(Params, optax.apply_updates(params, step)), batch)
         enough = before - after >= inner_product(fresh, fresh) / (8 * damping)
-        predicted = -inner_product(gradient, step) / 2
-        flat = (predicted <= precision) & (norm(fresh) < size)
-        return _Trial(gamma, step, last.trials + 1, enough | flat)
+        flat = -inner_product(gradient, step) / 2 <= precision  # what the model predicts
+        accepted = enough | (flat & (norm(fresh) < size))
+        return _Trial(gamma, step, last.trials + 1, accepted, flat & ~accepted)
 
-    first = _Trial(gamma, jax.tree.map(jnp.zeros_like, params), jnp.int32(0), jnp.array(False))
-    going = lambda t: ~t.accepted & (t.trials < max_trials) & jnp.isfinite(size) & (size > 0)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    first = _Trial(gamma, zeros, jnp.int32(0), jnp.array(False), ~(jnp.isfinite(size) & (size > 0)))
+    going = lambda t: ~t.accepted & ~t.exhausted & (t.trials < max_trials)
     return lax.while_loop(going, body(attempt), first)

@@ -75,6 +75,7 @@ def scale_by_lazy_newton(damping: optax.ScalarOrSchedule = 1e-3) -> optax.Gradie
     """
     check_damping(damping)
     check_precision(damping=damping)
+    own = damping
 
     def init(params: Params) -> ScaleByLazyNewtonState:
         check_params(params)
@@ -88,13 +89,13 @@ def scale_by_lazy_newton(damping: optax.ScalarOrSchedule = 1e-3) -> optax.Gradie
         params: Params | None = None,
         *,
         curvature: Dense | None = None,
-        damping: Any = damping,
+        damping: Any = None,
         **extra: Any,
     ) -> tuple[PyTree, ScaleByLazyNewtonState]:
         del params, extra
         good = all_finite(updates)
         held, taken = take_in(state.curvature, curvature, good)
-        strength = damping(state.count) if callable(damping) else damping
+        strength = own(state.count) if damping is None and callable(own) else own if damping is None else damping
         num_refreshes = state.num_refreshes + (taken if curvature is not None else 0)
         steps = absolute(held, updates, damping=strength)
         amplitude = jnp.where(good, jnp.where(num_refreshes > 0, 1, 0), jnp.nan)  # without curvature no step

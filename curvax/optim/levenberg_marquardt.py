@@ -136,8 +136,11 @@ def levenberg_marquardt(
             before = objective.value(params, batch)
             after = objective.value(cast(Params, optax.apply_updates(params, step)), batch)
             model = inner_product(grads, step) + curvature_along(step, params, batch) / 2
-            lower = (after < before) & jnp.isfinite(after)  # NaN is not lower
-            return ((after - before) / model).astype(jnp.float32), lower
+            # At a minimum rounding decides what is lower: then the step is taken, and damping stays as it is.
+            rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+            flat = (jnp.abs(model) <= rounding) & (after - before <= rounding)
+            lower = (flat | (after < before)) & jnp.isfinite(after)  # NaN is not lower
+            return jnp.where(flat, 0.5, (after - before) / model).astype(jnp.float32), lower
 
         keep = lambda *_: (state.info.ratio, jnp.array(True))
         due = state.count % every == 0

@@ -98,6 +98,7 @@ def scale_by_newton(solver: Solver = cg, damping: optax.ScalarOrSchedule = 1e-3)
     check_function("solver", solver, "(curvature, b, *, damping) -> (x, SolveInfo)", "curvax.cg or curvax.minres")
     check_damping(damping)
     check_precision(damping=damping)
+    own = damping
 
     def init(params: Params) -> ScaleByNewtonState:
         check_params(params)
@@ -110,12 +111,12 @@ def scale_by_newton(solver: Solver = cg, damping: optax.ScalarOrSchedule = 1e-3)
         params: Params | None = None,
         *,
         curvature: Any = None,
-        damping: Any = damping,
+        damping: Any = None,
         **extra: Any,
     ) -> tuple[PyTree, ScaleByNewtonState]:
         del params, extra
         _check_curvature(curvature, updates)
-        strength = damping(state.count) if callable(damping) else damping
+        strength = own(state.count) if damping is None and callable(own) else own if damping is None else damping
         good = all_finite(updates)
         steps, solved = solver(curvature, updates, damping=strength)
         steps = jax.tree.map(lambda s, u: jnp.where(good, s, jnp.nan).astype(u.dtype), steps, updates)

@@ -34,7 +34,10 @@ def cg(
     Step k minimizes `q(x) = x'(A + damping I)x / 2 - b'x` over the Krylov space of k products. If a search direction p
     comes up with `p'(A + damping I)p <= 0`, the solve ends there: x is what was found so far, which lowers q; if that
     happens in the first step, x is the guess plus p (with no guess b itself, or what the preconditioner makes of it). So
-    from `x0 = None` x always satisfies `b'x > 0`: `-x` is a descent direction when b is a gradient.
+    from `x0 = None`, `b'x > 0` unless x is 0: `-x` is a descent direction when b is a gradient.
+
+    Derivatives of x are not those of the iteration: take them with `jax.lax.custom_linear_solve(matvec, b, solve,
+    symmetric=True, has_aux=True)`, `solve = lambda matvec, b: curvax.cg(matvec, b)`.
 
     Args:
       matvec: `v -> A v` on trees like b, such as `curvax.ggnvp(...)`.
@@ -78,7 +81,7 @@ def cg(
     start = optax.tree.zeros_like(wide) if x0 is None else tree_at_least_float32(x0)
     r = wide if x0 is None else add_scaled(wide, -1, apply(start))
     z = precondition(r)
-    enough = jnp.asarray(tol) * norm(wide)
+    enough = 0.5 * jnp.asarray(tol) * norm(wide)  # half of what is allowed, so that rounding does not decide
     model = lambda x, r: -0.5 * inner_product(x, optax.tree.add(r, wide))  # q, of x and its residual
     first = _Carry(
         x=start,
@@ -88,7 +91,12 @@ def cg(
         largest=jnp.zeros_like(norm(wide)),
         steps=jnp.int32(0),
         # `enough` is NaN where b is, and then this too
-        code=code_of((norm(r) <= enough, Result.CONVERGED), (jnp.isfinite(norm(r)), GOING), otherwise=Result.NOT_FINITE),
+        code=code_of(
+            (norm(r) <= enough, Result.CONVERGED),
+            (~jnp.isfinite(norm(r)), Result.NOT_FINITE),
+            (inner_product(r, z) <= 0, Result.BAD_PRECONDITIONER),
+            otherwise=GOING,
+        ),
         history=jnp.zeros(max_steps + 1 if progress is not None else 1, norm(wide).dtype).at[0].set(model(start, r)),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Int
 from curvax._checks import check_count, check_damping, check_like, check_params, describe
 from curvax._finite import all_finite
 from curvax._trees import add_scaled, inner_product, norm
-from curvax._types import Matvec, Params, PRNGKey, tree_at_least_float32
+from curvax._types import Matvec, Params, PRNGKey, Scalar, tree_at_least_float32
 from curvax.estimate.hutchinson import normal
 from curvax.solve.result import Result, SolveInfo, code_of
 
@@ -52,15 +53,26 @@ def check_system(b: Params, damping: Any, tol: Any, max_steps: int, x0: Params |
 
 
 def finished(
-    apply: Matvec, x: Params, b: Params, steps: Int[Array, ""], code: Int[Array, ""], tol: Any, direction: Any = None
+    apply: Matvec,
+    x: Params,
+    b: Params,
+    steps: Int[Array, ""],
+    code: Int[Array, ""],
+    tol: Any,
+    direction: Any = None,
+    norm_of: Callable[[Params], Scalar] = norm,
 ) -> tuple[Params, SolveInfo]:
-    """Return x in the dtypes of b, and what can be said of it; one product for the residual."""
+    """Return x in the dtypes of b, and what can be said of it; one product for the residual.
+
+    CONVERGED becomes STALLED where the residual is above tol, in the norm that the iteration went by.
+    """
     wide = tree_at_least_float32(b)
-    size = norm(wide)
-    residual = norm(add_scaled(wide, -1, apply(x))) / jnp.where(size > 0, size, 1)  # b = 0: x is 0 or the guess
-    lost = (code == Result.CONVERGED) & ~(residual <= 10 * tol)
-    code = code_of((lost & jnp.isfinite(residual), Result.STALLED), (lost, Result.NOT_FINITE), otherwise=code)
     own = jax.tree.map(lambda x, p: x.astype(p.dtype), x, b)
+    left = add_scaled(wide, -1, apply(tree_at_least_float32(own)))
+    relative = lambda norm_of: norm_of(left) / jnp.where(norm_of(wide) > 0, norm_of(wide), 1)  # b = 0: x is 0 or the guess
+    residual = relative(norm)
+    lost = (code == Result.CONVERGED) & ~(relative(norm_of) <= tol)
+    code = code_of((lost & jnp.isfinite(residual), Result.STALLED), (lost, Result.NOT_FINITE), otherwise=code)
     return own, SolveInfo(residual, steps, code, direction)
 
 

@@ -12,12 +12,12 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from curvax._checks import check_damping
+from curvax._checks import check_damping, check_like, describe
 from curvax._finite import all_finite
 from curvax._trees import add_scaled, inner_product, norm
 from curvax._types import Matvec, Params, at_least_float32, tree_at_least_float32
 from curvax.solve.damped import check_system, finished
-from curvax.solve.result import Result, SolveInfo
+from curvax.solve.result import Result, SolveInfo, code_of
 
 # n: rows, d: parameters
 
@@ -64,8 +64,8 @@ def direct(curvature: Formed, b: Params, *, damping: Any, tol: float | Array = 1
       tol: residual above which the code is STALLED.
 
     Returns:
-      x, a tree like b in its dtypes, and a `SolveInfo`. Where `F + damping I` is not positive definite (or not finite), x
-      is 0 and the code NOT_FINITE.
+      x, a tree like b in its dtypes, and a `SolveInfo`. Where `F + damping I` is not positive definite, or not finite, x
+      is 0 and the code NOT_DEFINITE or NOT_FINITE.
 
     Raises:
       ValueError: damping that is not positive; b of another size.
@@ -84,13 +84,17 @@ def direct(curvature: Formed, b: Params, *, damping: Any, tol: float | Array = 1
     wide = tree_at_least_float32(b)
     if isinstance(curvature, Dense):
         x, product = _of_matrix(curvature, damping, wide)
-    else:
+    elif isinstance(curvature, SampleSpace):
         x, product = _of_rows(curvature, damping, wide)
+    else:
+        raise TypeError(
+            f"direct takes what curvax.sample_space returns, or curvax.solve.Dense(matrix), got {describe(curvature)}; "
+            "a matvec is for curvax.cg."
+        )
     good = all_finite(x)
-    x = jax.tree.map(lambda x: jnp.where(good, x, 0), x)
-    return finished(
-        product, x, b, jnp.int32(0), jnp.where(good, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32), tol
-    )
+    finite = all_finite((curvature[0], b))
+    code = code_of((good, Result.CONVERGED), (finite, Result.NOT_DEFINITE), otherwise=Result.NOT_FINITE)
+    return finished(product, jax.tree.map(lambda x: jnp.where(good, x, 0), x), b, jnp.int32(0), code, tol)
 
 
 def _of_rows(curvature: SampleSpace, damping: Any, b: Params) -> tuple[Params, Matvec]:
@@ -99,6 +103,7 @@ def _of_rows(curvature: SampleSpace, damping: Any, b: Params) -> tuple[Params, M
     The latter divides differences by damping. What of a gradient is outside of the range of U is rounding, and left out.
     """
     solve = _solver(curvature.gram, damping)
+    check_like(b, jax.eval_shape(curvature.pull, curvature.gradient), "b", "params")
     pull = lambda q: jax.tree.map(lambda x, y: x.astype(y.dtype), curvature.pull(q), b)
     gradient = pull(curvature.gradient)
     square = inner_product(gradient, gradient)
@@ -122,11 +127,14 @@ def _of_matrix(curvature: Dense, damping: Any, b: Params) -> tuple[Params, Matve
 
 
 def _solver(matrix: Float[Array, "n n"], damping: Any) -> Callable[[Array], Array]:
-    """Return `v -> (M + damping I)^-1 v` for a vector or columns; one step of refinement takes most of what rounding did to
-    the factor.
+    """Return `v -> (M + damping I)^-1 v` for a vector or columns; one step of refinement takes most of the rounding back.
+
+    The factor is that of at least the damping that can be told from rounding in a sum over the trace.
     """
     damping = jnp.asarray(damping, matrix.dtype)
-    lower = lax.linalg.cholesky(matrix + damping * jnp.eye(len(matrix), dtype=matrix.dtype), symmetrize_input=False)
+    least = jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
+    factored = matrix + jnp.maximum(damping, least) * jnp.eye(len(matrix), dtype=matrix.dtype)
+    lower = lax.linalg.cholesky(factored, symmetrize_input=False)
     solve = lambda v: jax.scipy.linalg.cho_solve((lower, True), v)
 
     def refined(v: Float[Array, "n ..."]) -> Float[Array, "n ..."]:

@@ -9,7 +9,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from curvax._types import Params, tree_at_least_float32
+from curvax._types import Params, at_least_float32, tree_at_least_float32
 from curvax.solve.direct import Dense
 
 # d: parameters
@@ -32,7 +32,7 @@ def decompose(dense: Dense) -> Eigen:
 
     Cost: about `9 d^3` multiplications.
     """
-    return Eigen(*jnp.linalg.eigh(dense.matrix))
+    return Eigen(*jnp.linalg.eigh(at_least_float32(dense.matrix)))
 
 
 def absolute(eigen: Eigen, b: Params, *, damping: Any) -> Params:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from curvax._control import body, loops_for
 from curvax._finite import all_finite, keep_unless
-from curvax._trees import add_scaled, inner_product
+from curvax._trees import add_scaled, inner_product, norm
 from curvax._types import Matvec, Params, Scalar, tree_at_least_float32
 from curvax.solve.damped import check_system, damped, finished
 from curvax.solve.result import GOING, Result, SolveInfo, code_of
@@ -31,6 +31,9 @@ def minres(
 
     Step k minimizes `|b - (A + damping I) x|` over the Krylov space of k products (in the norm of the preconditioner, if
     one is given). For a Newton step at a saddle this x solves the system, but need not be a descent direction.
+
+    Derivatives of x are not those of the iteration: take them with `jax.lax.custom_linear_solve(matvec, b, solve,
+    symmetric=True, has_aux=True)`, `solve = lambda matvec, b: curvax.minres(matvec, b)`.
 
     Args:
       matvec: `v -> A v` on trees like b, such as `curvax.hvp(...)`.
@@ -69,11 +72,19 @@ def minres(
     z = precondition(r)
     beta = jnp.sqrt(inner_product(r, z))
     # The norm that is minimized is that of the preconditioner; b in it is what tol is relative to.
-    enough = jnp.asarray(tol) * (beta if x0 is None else jnp.sqrt(inner_product(wide, precondition(wide))))
+    length = lambda v: norm(v) if preconditioner is None else jnp.sqrt(inner_product(v, precondition(v)))
+    enough = 0.5 * jnp.asarray(tol) * length(wide)  # half of what is allowed, so that rounding does not decide
     none = jnp.zeros_like(beta)
     first = _Carry(
         start, zero, r, z, zero, zero, none, beta, none, none, -jnp.ones_like(beta), none, beta, jnp.int32(0),
-        code_of((beta <= enough, Result.CONVERGED), (jnp.isfinite(beta), GOING), otherwise=Result.NOT_FINITE),
+        none,
+        code_of(
+            (norm(r) == 0, Result.CONVERGED),
+            (jnp.isfinite(norm(r)) & ~(inner_product(r, z) > 0), Result.BAD_PRECONDITIONER),
+            (beta <= enough, Result.CONVERGED),
+            (jnp.isfinite(beta), GOING),
+            otherwise=Result.NOT_FINITE,
+        ),
     )  # fmt: skip
 
     def step(c: _Carry) -> _Carry:
@@ -90,7 +101,11 @@ def minres(
         delta = c.cos * c.dbar + c.sin * alpha
         gbar = c.sin * c.dbar - c.cos * alpha
         gamma = jnp.sqrt(gbar**2 + beta**2)
-        gone = gamma <= jnp.finfo(gamma.dtype).eps * (jnp.abs(alpha) + c.beta)  # singular on the Krylov space
+        scale = jnp.maximum(c.scale, jnp.maximum(jnp.abs(alpha), beta))  # of the matrix, as seen so far
+        eps = jnp.finfo(gamma.dtype).eps
+        gone = gamma <= eps * scale  # singular on the Krylov space
+        # |A r| / |r| of the x so far: where that is nearly 0 and r is not, r is outside the range of A
+        outside = (c.steps > 0) & (jnp.sqrt(gbar**2 + (c.cos * beta) ** 2) <= jnp.sqrt(eps) * scale)
         cos, sin = (x / jnp.where(gone, 1, gamma) for x in (gbar, beta))
         w = add_scaled(add_scaled(v, -c.epsilon, c.older_w), -delta, c.w)
         w = optax.tree.scale(1 / jnp.where(gone, 1, gamma), w)
@@ -99,18 +114,19 @@ def minres(
         rest = sin * c.rest
         code = code_of(
             (~finite, Result.NOT_FINITE),
+            (outside, Result.LEAST_SQUARES),
             (gone, Result.STALLED),
             (rest <= enough, Result.CONVERGED),
             (square < 0, Result.BAD_PRECONDITIONER),
             (count >= max_steps, Result.MAX_STEPS),
             otherwise=GOING,
         )
-        x = keep_unless(finite & ~gone, add_scaled(c.x, cos * c.rest, w), c.x)
-        return _Carry(x, c.r, r, z, w, c.w, c.beta, beta, c.sin * beta, -c.cos * beta, cos, sin, rest, count, code)
+        x = keep_unless(finite & ~gone & ~outside, add_scaled(c.x, cos * c.rest, w), c.x)
+        return _Carry(x, c.r, r, z, w, c.w, c.beta, beta, c.sin * beta, -c.cos * beta, cos, sin, rest, count, scale, code)
 
     with loops_for(matvec):
         last = lax.while_loop(lambda c: c.code == GOING, body(step), first)
-    return finished(apply, last.x, b, last.steps, last.code, tol if preconditioner is None else jnp.inf)
+    return finished(apply, last.x, b, last.steps, last.code, tol, norm_of=length)
 
 
 class _Carry(NamedTuple):
@@ -128,4 +144,5 @@ class _Carry(NamedTuple):
     sin: Scalar
     rest: Scalar  # norm of the residual
     steps: Int[Array, ""]
+    scale: Scalar
     code: Int[Array, ""]

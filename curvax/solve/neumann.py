@@ -33,6 +33,9 @@ def neumann(
     What is left after K steps is `b - (A + damping I) x = (I - (A + damping I) / s)^K b` exactly. The series converges if s
     is above half of the largest eigenvalue; K steps of it are K steps of gradient descent with rate 1/s on the quadratic.
 
+    Derivatives of x are not those of the iteration: take them with `jax.lax.custom_linear_solve(matvec, b, solve,
+    symmetric=True, has_aux=True)`, `solve = lambda matvec, b: curvax.neumann(matvec, b)`.
+
     Args:
       matvec: `v -> A v` on trees like b.
       b: tree of float arrays.
@@ -64,29 +67,36 @@ def neumann(
     """
     check_system(b, damping, tol, max_steps, None)
     check_count(1, power_steps=power_steps)
+    if isinstance(scale, int | float) and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}.")
     apply = damped(matvec, damping, b)
     wide = tree_at_least_float32(b)
     size = norm(wide)
     with loops_for(matvec):
         s = _largest_eigenvalue(apply, wide, power_steps) if scale is None else jnp.asarray(scale, size.dtype)
-    enough = jnp.asarray(tol) * size
+    enough = 0.5 * jnp.asarray(tol) * size  # half of what is allowed, so that rounding does not decide
     first = _Carry(
         optax.tree.zeros_like(wide),
         wide,
         size,
-        jnp.int32(0),
-        code_of((size <= enough, Result.CONVERGED), (jnp.isfinite(size) & (s > 0), GOING), otherwise=Result.NOT_FINITE),
+        jnp.int32(0 if scale is not None else power_steps),
+        code_of(
+            (size <= enough, Result.CONVERGED),
+            (~jnp.isfinite(size + s), Result.NOT_FINITE),
+            (s <= 0, Result.NOT_DEFINITE),
+            otherwise=GOING,
+        ),
     )
 
     def step(c: _Carry) -> _Carry:
         term = add_scaled(c.term, -1 / s, apply(c.term))
         left, count = norm(term), c.steps + 1
-        grown = left > 1.001 * c.left  # they fall if the series converges, rounding aside
+        grown = (left > 1.001 * c.left) | jnp.isinf(left)  # they fall if the series converges, rounding aside
         code = code_of(
-            (~jnp.isfinite(left), Result.NOT_FINITE),
+            (jnp.isnan(left), Result.NOT_FINITE),
             (grown, Result.DIVERGED),
             (left <= enough, Result.CONVERGED),
-            (count >= max_steps, Result.MAX_STEPS),
+            (count - first.steps >= max_steps, Result.MAX_STEPS),
             otherwise=GOING,
         )
         x = keep_unless(~grown & jnp.isfinite(left), add_scaled(c.x, 1 / s, c.term), c.x)

@@ -22,6 +22,8 @@ class Result(enum.IntEnum):
     DIVERGED = 5
     NOT_FINITE = 6
     BAD_PRECONDITIONER = 7
+    LEAST_SQUARES = 8
+    NOT_DEFINITE = 9
 
     @property
     def message(self) -> str:
@@ -43,6 +45,9 @@ _MESSAGES = {
     Result.NOT_FINITE: "the matrix-vector product is not finite; the last finite iterate is returned. "
     "Look for inf or NaN in params, batch and loss.",
     Result.BAD_PRECONDITIONER: "the preconditioner is not positive definite: raise its damping, or leave it out.",
+    Result.LEAST_SQUARES: "to half the digits of the floats, b has a part outside the range of the matrix, and x is a "
+    "least-squares solution: take it as that, add damping, or work in float64.",
+    Result.NOT_DEFINITE: "the matrix plus damping is not positive definite: raise damping.",
 }
 
 
@@ -54,8 +59,8 @@ class SolveInfo(NamedTuple):
     """What a solve tells about itself.
 
     Attributes:
-      residual: `|b - (A + damping I) x| / |b|`, computed from x at the end, not carried along.
-      steps: products with A used on the way to x (not counting the one for the residual).
+      residual: `|b - (A + damping I) x| / |b|`, computed from the x that is returned, not carried along.
+      steps: products with A on the way to x (not counting those for the residual).
       code: a `Result`, as int32.
       direction: where the code is NEGATIVE_CURVATURE, a unit vector along which A + damping I does not curve upwards; else
         zero. None with solvers that do not look for one.

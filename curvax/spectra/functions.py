@@ -108,9 +108,9 @@ def absolute_krylov(
     check_damping(damping)
     x, change = matrix_function(matvec, b, lambda values: 1 / (jnp.abs(values) + damping), num_steps)
     finite = jnp.isfinite(change)
-    all_of_it = num_steps >= sum(x.size for x in jax.tree.leaves(b))
+    size = sum(x.size for x in jax.tree.leaves(b))
     code = code_of(
-        (~finite, Result.NOT_FINITE), ((change <= tol) | all_of_it, Result.CONVERGED), otherwise=Result.MAX_STEPS
+        (~finite, Result.NOT_FINITE), ((change <= tol) | (num_steps >= size), Result.CONVERGED), otherwise=Result.MAX_STEPS
     )
     x = jax.tree.map(lambda v: jnp.where(finite, v, 0), x)
-    return x, SolveInfo(jnp.where(finite, change, jnp.inf), jnp.int32(num_steps), code)
+    return x, SolveInfo(jnp.where(finite, change, jnp.inf), jnp.int32(min(num_steps, size)), code)

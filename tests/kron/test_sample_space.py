@@ -85,7 +85,11 @@ def test_the_smaller_space_is_chosen(x64):
     want = np.linalg.solve(matrix + 1e-3 * np.eye(len(matrix)), oracle.flat(gradient))
     np.testing.assert_allclose(oracle.flat(x), want, rtol=1e-8)
     x, info = direct(Dense(-jnp.eye(len(matrix))), gradient, damping=0.5)
-    assert "not finite" in info.message and not np.any(oracle.flat(x))
+    assert "not positive definite" in info.message and not np.any(oracle.flat(x))
+    with pytest.raises(TypeError, match=r"direct takes what curvax\.sample_space returns"):
+        direct(lambda v: v, gradient, damping=1.0)
+    with pytest.raises(ValueError, match="b has no leaf"):
+        direct(form(case.params, case.batch), {}, damping=1.0)
 
 
 def test_float32_solves_are_accurate_down_to_small_damping():

@@ -444,9 +444,9 @@ def positions() -> Case:
     return Case(model, params, _ids(0, 5, 4, 3), {"['positions']": "add"})
 
 
-def _normal(seed: int, *shape: int) -> Any:
+def _normal(seed: int, *shape: int, scale: float = 1.0) -> Any:
     """Drawn by NumPy, which compiles nothing."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.result_type(float))
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.result_type(float))
 
 
 def _ids(seed: int, size: int, *shape: int) -> Any:
@@ -455,14 +455,14 @@ def _ids(seed: int, size: int, *shape: int) -> Any:
 
 def _shaken(params: Any) -> Any:
     """Params in the default precision, moved off the zeros and ones that biases and scales start from."""
-    moved = lambda p: p.astype(jnp.result_type(float)) + 0.1 * _normal(2, *p.shape)
+    moved = lambda p: jnp.asarray(np.asarray(p) + 0.1 * np.asarray(_normal(2, *p.shape)), jnp.result_type(float))
     return jax.tree.map(moved, params)
 
 
 def _params(module: Any, x: Any) -> Any:
     shapes = jax.eval_shape(module.init, jax.random.key(1), x)["params"]
     seeds = iter(range(100))
-    return jax.tree.map(lambda s: 0.7 * _normal(next(seeds), *s.shape), shapes)
+    return jax.tree.map(lambda s: _normal(next(seeds), *s.shape, scale=0.7), shapes)
 
 
 def _linen(module: Any, x: Any, diagonal: Any = None, stacks: Any = None) -> Case:

@@ -1,5 +1,7 @@
 """M-FAC over steps: against the dense inverse, in optax wrappers, sharded, and in bounded memory."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,13 +19,28 @@ KEYS = jax.random.split(jax.random.key(0), 12)
 SIZE, DAMPING = 4, 0.5
 
 
+RULE = curvax.scale_by_mfac(SIZE, DAMPING)
+UPDATE = jax.jit(RULE.update)
+
+
+@functools.partial(jax.jit, static_argnums=1)
 def gradient(i, dtype=jnp.float32):
     flat, unravel = ravel_pytree(jax.tree.map(lambda p: p.astype(dtype), PARAMS))
     return unravel(jax.random.normal(KEYS[i], flat.shape, dtype))
 
 
 def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+@functools.cache
+def steps():
+    """Of the rule: six updates, flat, and the state after each."""
+    state, taken = RULE.init(PARAMS), []
+    for i in range(6):
+        u, state = UPDATE(gradient(i), state)
+        taken.append((flat(u), state))
+    return tuple(zip(*taken, strict=True))
 
 
 def expected(gradients, number, damping=DAMPING):
@@ -32,11 +49,11 @@ def expected(gradients, number, damping=DAMPING):
     return np.linalg.solve(damping * np.eye(G.shape[1]) + G.T @ G / number, G[-1])
 
 
-def run(tx, steps, start=0, state=None, **extra):
+def run(tx, number):
     """Updates of some steps, and the last state."""
-    update = jax.jit(lambda g, s: tx.update(g, s, PARAMS, **extra))
-    state, taken = tx.init(PARAMS) if state is None else state, []
-    for i in range(start, start + steps):
+    update = jax.jit(lambda g, s: tx.update(g, s, PARAMS))
+    state, taken = tx.init(PARAMS), []
+    for i in range(number):
         u, state = update(gradient(i), state)
         taken.append(flat(u))
     return taken, state
@@ -66,7 +83,7 @@ def test_a_small_damping_costs_no_digits_of_the_step():
 
 def test_one_liner_is_the_rule_with_momentum_decay_and_rate():
     taken, _ = run(curvax.mfac(0.1, SIZE, DAMPING, momentum=0.9, weight_decay=0.01), 6)
-    rule = run(curvax.scale_by_mfac(SIZE, DAMPING), 6)[0]
+    rule = steps()[0]
     mu = np.zeros_like(rule[0])
     for u, step in zip(rule, taken, strict=True):
         mu = 0.9 * mu + 0.1 * u
@@ -74,13 +91,12 @@ def test_one_liner_is_the_rule_with_momentum_decay_and_rate():
 
 
 def test_a_non_finite_gradient_is_not_inserted():
-    tx = curvax.scale_by_mfac(SIZE, DAMPING)
-    _, state = run(tx, 5)
+    state = steps()[1][4]
     bad = jax.tree.map(lambda g: g.at[0].set(jnp.inf), gradient(5))
-    u, after = jax.jit(tx.update)(bad, state)
+    u, after = UPDATE(bad, state)
     assert np.isnan(flat(u)).all() and after.info.num_nonfinite == 1
     chex.assert_trees_all_equal(after._replace(info=None), state._replace(info=None))
-    finite = optax.apply_if_finite(tx, 3)
+    finite = optax.apply_if_finite(RULE, 3)
     u, _ = jax.jit(finite.update)(bad, finite.init(PARAMS))
     assert not flat(u).any()
 
@@ -98,39 +114,37 @@ def test_schedules_of_damping_and_rate():
 
 def test_wrappers_of_optax():
     """masked and partition see a window of their own leaves alone; MultiSteps one of averaged gradients."""
-    rule = curvax.scale_by_mfac(SIZE, DAMPING)
-    alone = jax.jit(rule.update)(gradient(0)["w"], rule.init(PARAMS["w"]))[0]
-    masked = optax.masked(rule, {"w": True, "b": False})
+    alone = UPDATE(gradient(0)["w"], RULE.init(PARAMS["w"]))[0]
+    masked = optax.masked(RULE, {"w": True, "b": False})
     u, state = jax.jit(masked.update)(gradient(0), masked.init(PARAMS))
     chex.assert_trees_all_close(u, {"w": alone, "b": gradient(0)["b"]}, rtol=1e-6)
     assert not any(x.shape[1:] == (8,) for x in jax.tree.leaves(state))
-    groups = optax.partition({"m": rule, "a": optax.scale_by_adam()}, {"w": "m", "b": "a"})
+    groups = optax.partition({"m": RULE, "a": optax.scale_by_adam()}, {"w": "m", "b": "a"})
     u, _ = jax.jit(groups.update)(gradient(0), groups.init(PARAMS))
     chex.assert_trees_all_close(u["w"], alone, rtol=1e-6)
-    steps = optax.MultiSteps(rule, 2)
-    taken, _ = run(optax.GradientTransformation(steps.init, steps.update), 2)
+    averaging = optax.MultiSteps(RULE, 2)
+    taken, _ = run(optax.GradientTransformation(averaging.init, averaging.update), 2)
     mean = jax.tree.map(lambda x, y: (x + y) / 2, gradient(0), gradient(1))
-    np.testing.assert_allclose(taken[1], flat(rule.update(mean, rule.init(PARAMS))[0]), rtol=1e-5)
+    np.testing.assert_allclose(taken[1], flat(UPDATE(mean, RULE.init(PARAMS))[0]), rtol=1e-5)
 
 
 def test_scan_vmap_and_bfloat16():
-    tx = curvax.scale_by_mfac(SIZE, DAMPING)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *[gradient(i) for i in range(6)])
-    _, scanned = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(PARAMS), stacked)
-    np.testing.assert_allclose(
-        np.stack([flat(jax.tree.map(lambda x, i=i: x[i], scanned)) for i in range(6)]), run(tx, 6)[0], rtol=1e-5, atol=1e-6
-    )
+    stacked = jax.tree.map(lambda *x: np.stack(x), *[gradient(i) for i in range(6)])
+    flat_rows = lambda tree: np.concatenate([np.reshape(x, (len(x), -1)) for x in jax.tree.leaves(tree)], axis=1)
+    scan = jax.jit(lambda s, g: jax.lax.scan(lambda s, g: RULE.update(g, s)[::-1], s, g)[1])
+    np.testing.assert_allclose(flat_rows(scan(RULE.init(PARAMS), stacked)), steps()[0], rtol=1e-5, atol=1e-6)
     members = jax.tree.map(lambda x: x[:3], stacked)
-    together, _ = jax.vmap(tx.update)(members, jax.vmap(tx.init)(members))
-    for i in range(3):
-        alone, _ = tx.update(gradient(i), tx.init(PARAMS))
-        np.testing.assert_allclose(flat(jax.tree.map(lambda x, i=i: x[i], together)), flat(alone), rtol=1e-5)
+    together, _ = jax.jit(lambda g: jax.vmap(RULE.update)(g, jax.vmap(RULE.init)(g)))(members)
+    for i, row in enumerate(flat_rows(together)):
+        alone, _ = UPDATE(gradient(i), RULE.init(PARAMS))
+        np.testing.assert_allclose(row, flat(alone), rtol=1e-5)
     coarse = curvax.scale_by_mfac(SIZE, DAMPING, dtype=jnp.bfloat16)
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    u, state = coarse.update(jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradient(0)), coarse.init(params))
+    rounded = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradient(0))
+    u, state = jax.jit(coarse.update)(rounded, coarse.init(params))
     assert {x.dtype for x in jax.tree.leaves((u, state.curvature.rows))} == {jnp.dtype(jnp.bfloat16)}
     assert state.curvature.gram.dtype == jnp.float32
-    np.testing.assert_allclose(flat(u).astype(np.float32), run(tx, 1)[0][0], rtol=0.03, atol=0.01)
+    np.testing.assert_allclose(flat(u).astype(np.float32), steps()[0][0], rtol=0.03, atol=0.01)
 
 
 def test_eight_devices_equal_one_and_never_gather_the_window():
@@ -138,8 +152,7 @@ def test_eight_devices_equal_one_and_never_gather_the_window():
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     shardings = {"w": NamedSharding(mesh, P("x", "y")), "b": NamedSharding(mesh, P("y"))}
     params = jax.device_put(PARAMS, shardings)
-    tx = curvax.scale_by_mfac(SIZE, DAMPING)
-    state = jax.jit(tx.init)(params)
+    state = jax.jit(RULE.init)(params)
     state = state._replace(
         curvature=state.curvature._replace(
             rows={
@@ -148,15 +161,15 @@ def test_eight_devices_equal_one_and_never_gather_the_window():
             }
         )
     )
-    update = jax.jit(tx.update, donate_argnums=1)
+    update = jax.jit(RULE.update, donate_argnums=1)
     text = update.lower(jax.device_put(gradient(0), shardings), state).compile().as_text()
     assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
     for i in range(6):
         u, state = update(jax.device_put(gradient(i), shardings), state)
-    np.testing.assert_allclose(flat(jax.device_get(u)), run(tx, 6)[0][-1], rtol=1e-5)
+    np.testing.assert_allclose(flat(jax.device_get(u)), steps()[0][-1], rtol=1e-5)
     for name, rows in state.curvature.rows.items():
         assert rows.sharding.is_equivalent_to(NamedSharding(mesh, P(None, *shardings[name].spec)), rows.ndim)
-    eager = tx.init(params).curvature.rows
+    eager = RULE.init(params).curvature.rows
     assert eager["w"].sharding.is_equivalent_to(NamedSharding(mesh, P(None, "x", "y")), 3)
 
 

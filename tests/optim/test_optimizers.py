@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 NUM_STEPS = 50
 
 
+@functools.cache  # its compiled functions are shared
 class Flat:
     """A case with its parameters as a dict of arrays by path, for NumPy."""
 
@@ -27,7 +28,7 @@ class Flat:
         paths, self.treedef = jax.tree.flatten_with_path(self.case.params)
         self.names = [jax.tree_util.keystr(path) for path, _ in paths]
         self.gradient = self._on_dicts(jax.jit(jax.grad(self.case.objective.value)))
-        self.batches = [jax.tree.map(lambda x, i=i: jnp.roll(x, i, 0)[:4], self.case.batch) for i in range(3)]
+        self.batches = [jax.tree.map(lambda x, i=i: np.roll(x, i, 0)[:4], self.case.batch) for i in range(3)]
 
     def dict(self, tree):
         return {name: np.asarray(x) for name, x in zip(self.names, jax.tree.leaves(tree), strict=True)}
@@ -41,6 +42,7 @@ class Flat:
     def _on_dicts(self, gradient):
         return lambda theta, t: self.dict(gradient(self.tree(theta), self.batch(t)))
 
+    @functools.cached_property
     def hvp(self):
         apply = jax.jit(lambda p, b, v: jax.jvp(lambda p: jax.grad(self.case.objective.value)(p, b), (p,), (v,))[1])
         return lambda theta, t, z: self.dict(apply(self.tree(theta), self.batch(t), self.tree(z)))
@@ -48,7 +50,8 @@ class Flat:
     def probes(self, seed):
         """Those of the optimizer: one probe, from the key of the step."""
         key = lambda t: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), t), 0)
-        return [self.dict(rademacher(key(t), self.case.params)) for t in range(NUM_STEPS)]
+        draw = jax.jit(lambda t: rademacher(key(t), self.case.params))
+        return [self.dict(draw(t)) for t in range(NUM_STEPS)]
 
     def trajectory(self, tx):
         def step(params, state, batch):
@@ -89,7 +92,7 @@ def test_adahessian_follows_the_published_algorithm(name, averaging):
     expected = published.adahessian(
         flat.dict(flat.case.params),
         flat.gradient,
-        flat.hvp(),
+        flat.hvp,
         flat.probes(3),
         lr=0.05,
         weight_decay=0.1,
@@ -107,11 +110,11 @@ def test_sophia_follows_the_published_algorithm(variant):
     build = {"h": curvax.sophia_h, "g": curvax.sophia_g}[variant]
     tx = build(0.01, objective, weight_decay=0.2, curvature_every=4, seed=3, **constants)
     if variant == "h":
-        curvature = published.sophia_hutchinson(flat.hvp(), flat.probes(3))
+        curvature = published.sophia_hutchinson(flat.hvp, flat.probes(3))
     else:
-        draw = jax.jit(functools.partial(curvax.gauss_newton_bartlett, objective))
         key = lambda t: jax.random.fold_in(jax.random.key(3), t)
-        curvature = lambda theta, t: flat.dict(draw(flat.tree(theta), flat.batch(t), key(t)))
+        draw = jax.jit(lambda params, batch, t: curvax.gauss_newton_bartlett(objective, params, batch, key(t)))
+        curvature = lambda theta, t: flat.dict(draw(flat.tree(theta), flat.batch(t), t))
     expected = published.sophia(
         flat.dict(flat.case.params),
         flat.gradient,
@@ -134,7 +137,7 @@ def test_adahessian_solves_a_separable_quadratic_in_one_step():
     batch = (jnp.sqrt(a)[None], jnp.zeros((1, 3)))
     tx = curvax.adahessian(1.0, objective, b1=0.0, b2=0.0, eps=0.0)
     w = jnp.array([3.0, -2.0, 0.5])
-    updates, state = tx.update(jax.grad(objective)(w, batch), tx.init(w), w, batch=batch)
+    updates, state = jax.jit(lambda w: tx.update(jax.grad(objective)(w, batch), tx.init(w), w, batch=batch))(w)
     np.testing.assert_allclose(w + updates, 0, atol=1e-14)
     np.testing.assert_allclose(optax.tree.get(state, "info").mean_curvature, a.mean(), rtol=1e-6)
 
@@ -142,38 +145,40 @@ def test_adahessian_solves_a_separable_quadratic_in_one_step():
 def test_sophias_clip_bound_fraction_and_unclipped_step():
     rule = curvax.scale_by_sophia(b1=0.0, b2=0.0, gamma=2.0)
     g, h = jnp.array([1.0, -50.0, 3.0, 0.1]), jnp.array([1.0, 1.0, -5.0, 100.0])
-    updates, state = rule.update(g, rule.init(g), curvature=h)
+    updates, state = jax.jit(rule.update)(g, rule.init(g), curvature=h)
     np.testing.assert_allclose(updates, [0.5, -1, 1, 0.1 / 200], rtol=1e-12)  # negative curvature: the sign
     assert state.info.unclipped_fraction == 0.5
     rising = curvax.scale_by_sophia(b1=0.0, b2=0.0, gamma=lambda count: 1.0 + count)
-    _, state = rising.update(g, rising.init(g), curvature=h)
-    updates, _ = rising.update(g, state)
+    update = jax.jit(rising.update)
+    _, state = update(g, rising.init(g), curvature=h)
+    updates, _ = update(g, state)
     np.testing.assert_allclose(updates[0], 0.5)  # gamma(1) = 2
 
 
 def test_curvature_every_counts_refreshes_in_the_bias_correction():
     """With a constant curvature the held average, corrected, is that curvature whenever refreshed."""
     rule = curvax.scale_by_adahessian(b1=0.0, b2=0.9, eps=0.0)
-    state = rule.init(jnp.zeros(2))
+    state, update = rule.init(jnp.zeros(2)), jax.jit(rule.update)
     for curvature in (jnp.array([2.0, 4.0]), None, None, jnp.array([2.0, 4.0]), None):
-        updates, state = rule.update(jnp.ones(2), state, curvature=curvature)
+        updates, state = update(jnp.ones(2), state, curvature=curvature)
         np.testing.assert_allclose(updates, [0.5, 0.25], rtol=1e-12)
 
 
 def test_averages_keep_shapes_and_follow_flax_layouts():
-    tree = {"conv": jnp.arange(72.0).reshape(3, 2, 3, 4), "dense": jnp.arange(6.0).reshape(2, 3), "bias": jnp.arange(3.0)}
+    tree = {"conv": np.arange(72.0).reshape(3, 2, 3, 4), "dense": np.arange(6.0).reshape(2, 3), "bias": np.arange(3.0)}
     heads = {"query": {"bias": tree["dense"], "kernel": tree["dense"]}, "norm": {"scale": tree["dense"]}}
-    averaged = curvax.spatial_average()(heads)
+    spatial = jax.jit(curvax.spatial_average())
+    averaged = spatial(heads)
     np.testing.assert_allclose(averaged["query"]["bias"], tree["dense"])
     np.testing.assert_allclose(averaged["norm"]["scale"], tree["dense"])
-    np.testing.assert_allclose(averaged["query"]["kernel"], jnp.broadcast_to(tree["dense"].mean(0), (2, 3)))
-    got = curvax.spatial_average()(tree)
-    np.testing.assert_allclose(got["conv"], jnp.broadcast_to(tree["conv"].mean((0, 1)), (3, 2, 3, 4)))
-    np.testing.assert_allclose(got["dense"], jnp.broadcast_to(tree["dense"].mean(0), (2, 3)))
+    np.testing.assert_allclose(averaged["query"]["kernel"], np.broadcast_to(tree["dense"].mean(0), (2, 3)))
+    got = spatial(tree)
+    np.testing.assert_allclose(got["conv"], np.broadcast_to(tree["conv"].mean((0, 1)), (3, 2, 3, 4)))
+    np.testing.assert_allclose(got["dense"], np.broadcast_to(tree["dense"].mean(0), (2, 3)))
     np.testing.assert_allclose(got["bias"], tree["bias"])
     for size in (1, 4, 5, 100):
-        for name, x in curvax.block_average(size)(tree).items():
-            np.testing.assert_allclose(x, published.block_mean(size)(name, np.asarray(tree[name])), rtol=1e-12)
+        for name, x in jax.jit(curvax.block_average(size))(tree).items():
+            np.testing.assert_allclose(x, published.block_mean(size)(name, tree[name]), rtol=1e-12)
     with pytest.raises(ValueError, match="size must be at least 1"):
         curvax.block_average(0)
 

@@ -96,7 +96,7 @@ def test_preconditioner_guess_and_progress(x64):
         run = jax.jit(lambda b, x0, solver=solver, **how: solver(matvec, b, damping=damping, tol=1e-10, x0=x0, **how))
         _, plain = run(b, jnp.zeros_like(b))
         near = jax.jit(
-            lambda b, solver=solver: solver(matvec, b, damping=damping, tol=1e-12, preconditioner=lambda v: inverse @ v)
+            lambda b, solver=solver: solver(matvec, b, damping=damping, tol=1e-10, preconditioner=lambda v: inverse @ v)
         )
         x, info = near(b)
         assert error(x, want) < 1e-8 and info.steps <= plain.steps / 2
@@ -108,6 +108,10 @@ def test_preconditioner_guess_and_progress(x64):
     assert info.code == Result.LITTLE_PROGRESS and 10 < info.steps < 100
     _, info = jax.jit(lambda b: curvax.cg(matvec, b, tol=1e-9, preconditioner=jnp.negative))(b)
     assert info.code == Result.BAD_PRECONDITIONER and "preconditioner" in info.message
+    for solver in (curvax.cg, curvax.minres):
+        for wrong in (jnp.negative, jnp.zeros_like):
+            x, info = solver(matvec, b, preconditioner=wrong)
+            assert info.code == Result.BAD_PRECONDITIONER and not x.any()
 
 
 def test_kronecker_inverse_and_window_precondition(x64):
@@ -140,6 +144,12 @@ def test_what_is_left_of_the_neumann_series(x64):
     assert info.code == Result.DIVERGED and "larger scale" in info.message and np.isfinite(x).all()
     _, info = curvax.neumann(lambda v: -v, b)
     assert info.code == Result.DIVERGED
+    _, info = curvax.neumann(lambda v: 0 * v, b)
+    assert info.code == Result.NOT_DEFINITE
+    _, info = curvax.neumann(lambda v: matrix @ v, b, tol=0.0, max_steps=7, power_steps=10)
+    assert info.steps == 17
+    with pytest.raises(ValueError, match="scale must be positive"):
+        curvax.neumann(lambda v: matrix @ v, b, scale=0.0)
 
 
 def test_woodbury_equals_the_dense_solve(x64):
@@ -163,7 +173,8 @@ def test_not_finite_stalled_zero_and_too_few_steps(solver):
     x, info = solver(lambda v: diagonal * v, jnp.zeros(3))
     assert info.converged and x.tolist() == [0, 0, 0] and info.residual == 0
     x, info = solver(lambda v: diagonal * v, jnp.ones(3), max_steps=1)
-    assert info.code == Result.MAX_STEPS and info.steps == 1 and "raise max_steps" in info.message
+    assert info.code == Result.MAX_STEPS and "raise max_steps" in info.message
+    assert info.steps == (11 if solver is curvax.neumann else 1)
 
 
 def test_the_residual_is_the_true_one():
@@ -171,10 +182,32 @@ def test_the_residual_is_the_true_one():
     diagonal = jnp.logspace(-7, 0, 60)
     b = jnp.sin(jnp.arange(60.0))
     x, info = curvax.cg(lambda v: diagonal * v, b, tol=1e-6, max_steps=3000)
+    assert info.code == Result.STALLED and not info.converged and "precision" in info.message
     true = np.linalg.norm(np.asarray(b, np.float64) - np.asarray(diagonal, np.float64) * np.asarray(x, np.float64))
     np.testing.assert_allclose(info.residual, true / np.linalg.norm(b), rtol=0.1, atol=1e-6)
-    x, info = curvax.cg(lambda v: diagonal * v, b, tol=1e-12, max_steps=3000)
-    assert info.code in (Result.STALLED, Result.MAX_STEPS) and not info.converged
+    same = curvax.minres(lambda v: diagonal * v, b, tol=1e-6, max_steps=3000, preconditioner=lambda v: v)[1]
+    assert not same.converged and same.residual > 1e-6
+
+
+@pytest.mark.parametrize("solver", [curvax.cg, curvax.minres, curvax.neumann], ids=lambda f: f.__name__)
+def test_scales_of_matrix_and_right_hand_side_do_not_matter(solver):
+    diagonal, b = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 2.0, 3.0])
+    for s, t in ((1e-4, 1e3), (1e6, 1e-6), (1.0, 1e12)):
+        x, info = solver(lambda v, s=s: s * diagonal * v, t * b)
+        assert info.converged, info.message
+        np.testing.assert_allclose(x, t / s * b / diagonal, rtol=1e-4)
+
+
+def test_minres_ends_near_the_least_residual_where_there_is_no_solution(x64):
+    rng = np.random.default_rng(0)
+    Q, _ = np.linalg.qr(rng.normal(size=(20, 20)))
+    values = np.where(np.arange(20) < 5, 0, rng.normal(size=20))
+    matrix, b = jnp.asarray(Q * values @ Q.T), jnp.asarray(rng.normal(size=20))
+    x, info = curvax.minres(lambda v: matrix @ v, b, max_steps=200)
+    assert info.code == Result.LEAST_SQUARES and "outside the range" in info.message
+    least = np.linalg.norm(Q[:, :5].T @ b) / np.linalg.norm(b)
+    np.testing.assert_allclose(info.residual, least, rtol=1e-6)
+    assert np.linalg.norm(x) < 100 * np.linalg.norm(np.linalg.pinv(matrix, rcond=1e-10) @ b)
 
 
 def test_bfloat16_vmap_and_eight_devices():

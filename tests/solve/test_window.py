@@ -18,20 +18,23 @@ KEYS = jax.random.split(jax.random.key(0), 20)
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def tree(key, like=PARAMS):
-    flat, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float64), like))
+@jax.jit
+def tree(key):
+    flat, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float64), PARAMS))
     return unravel(jax.random.normal(key, flat.shape, jnp.float64))
 
 
 def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+step = jax.jit(insert)  # the slot is traced
 
 
 def filled(number, size=SIZE, **options):
     """A window after `number` insertions, and its rows from the oldest to the newest."""
     gradients = [tree(key) for key in KEYS[:number]]
     window = empty_window(gradients[0], size, **options)
-    step = jax.jit(insert)  # the slot is traced
     for g in gradients:
         window = step(window, g)
     return window, np.stack([flat(g) for g in gradients[-size:]])
@@ -56,7 +59,7 @@ def test_equals_the_dense_inverse_and_both_published_algorithms(number):
 
 
 def stored(window):
-    return np.stack([flat(jax.tree.map(lambda x, i=i: x[i], window.rows)) for i in range(window.gram.shape[-1])])
+    return np.concatenate([np.reshape(x, (window.gram.shape[-1], -1)) for x in jax.tree.leaves(window.rows)], axis=1)
 
 
 def test_the_order_of_rows_does_not_matter():
@@ -83,7 +86,7 @@ def test_rows_in_bfloat16_are_those_that_the_gram_matrix_is_of():
     gradients = [jax.tree.map(lambda x: x.astype(jnp.float32), tree(key)) for key in KEYS[:9]]
     window = empty_window(gradients[0], SIZE, dtype=jnp.bfloat16)
     for g in gradients:
-        window = insert(window, g)
+        window = step(window, g)
     assert {x.dtype for x in jax.tree.leaves(window.rows)} == {jnp.dtype(jnp.bfloat16)}
     assert window.gram.dtype == jnp.float32
     G = stored(window).astype(np.float64)
@@ -110,7 +113,8 @@ def test_a_matvec_crosses_jit_and_works_under_vmap():
     xs = jax.tree.map(lambda *x: jnp.stack(x), *[tree(key) for key in KEYS[-3:]])
     together = jax.jit(lambda mv, xs: jax.vmap(mv)(xs))(matvec, xs)
     each = [flat(matvec(tree(key))) for key in KEYS[-3:]]
-    np.testing.assert_allclose(np.stack([flat(jax.tree.map(lambda x, i=i: x[i], together)) for i in range(3)]), each)
+    together = np.concatenate([np.reshape(x, (3, -1)) for x in jax.tree.leaves(together)], axis=1)
+    np.testing.assert_allclose(together, each)
 
 
 def test_errors_say_what_and_where():
