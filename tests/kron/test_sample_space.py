@@ -89,7 +89,7 @@ def test_the_smaller_space_is_chosen(x64):
     with pytest.raises(TypeError, match=r"direct takes what curvax\.sample_space returns"):
         direct(lambda v: v, gradient, damping=1.0)
     with pytest.raises(ValueError, match="b has no leaf"):
-        direct(form(case.params, case.batch), {}, damping=1.0)
+        direct(form(case.params, case.batch), {"w": jnp.ones(1)}, damping=1.0)
 
 
 def test_float32_solves_are_accurate_down_to_small_damping():
