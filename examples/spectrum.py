@@ -74,7 +74,7 @@ def over_all(params: Any, batches: list[Batch]) -> tuple[float, Any]:
 def measure(step: int, params: Any, batches: list[Batch], test: Batch, probes: int, steps: int) -> Spectrum:
     key = jax.random.key(step)
     loss, gradient = over_all(params, batches)
-    matvec = curvax.products.streamed(curvax.hvp, OBJECTIVE, params, batches)
+    matvec = curvax.streamed(curvax.hvp, OBJECTIVE, params, batches)
     (top, vectors), info = spectra.eigsh(matvec, params, 2 * CLASSES, key, tol=1e-3)
     if not info.converged:
         tqdm.write(f"step {step}: {info.message}")

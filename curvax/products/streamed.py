@@ -57,7 +57,7 @@ def streamed(product: Product, objective: Objective, params: Params, batches: It
       >>> import jax.numpy as jnp, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
       >>> batches = [(jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros(2)), (jnp.array([[3.0, 0.0]]), jnp.zeros(1))]
-      >>> matvec = curvax.products.streamed(curvax.ggnvp, objective, jnp.zeros(2), batches)     # x'x / 3
+      >>> matvec = curvax.streamed(curvax.ggnvp, objective, jnp.zeros(2), batches)              # x'x / 3
       >>> [round(x, 4) for x in matvec(jnp.ones(2)).tolist()]
       [3.3333, 3.0]
     """
@@ -88,13 +88,13 @@ def streamed(product: Product, objective: Objective, params: Params, batches: It
         for batch in _on_device(batches):
             jax.block_until_ready(total)  # one batch is worked on while the next one is fetched, no more
             drawn = None if key is None else jax.random.fold_in(key, seen)
-            total, seen = _add(what, total, params, batch, drawn, (totals, rows), v), seen + 1
+            total, seen = _add(what, total, params, batch, drawn, (totals, float(rows)), v), seen + 1
         if seen != number:
             raise ValueError(
                 f"batches gave {number} the first time and {seen} now; every product must go through the same data. Give a "
                 "list, a DataLoader, or an object whose __iter__ begins anew."
             )
-        return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), total, v)
+        return jax.tree.map(_in_dtype_of, v, total)
 
     return OnHost(matvec)
 
@@ -111,7 +111,7 @@ def _add(
     params: Params,
     batch: Batch,
     key: PRNGKey | None,
-    whole: tuple[PyTree[Scalar], Array],
+    whole: tuple[PyTree[Scalar], float],
     v: Params,
 ) -> PyTree[Array]:
     """Add the share of a batch in the product with the whole, of which terms and rows are given."""
@@ -121,6 +121,11 @@ def _add(
     # Of all products this one is quadratic in the loss, and multiplies by the rows it is given: those of the batch.
     factor = rows / batch_size(batch) if product is empirical_fishervp else 1
     return jax.tree.map(lambda t, x: t + (factor * x).astype(t.dtype), total, part)
+
+
+def _in_dtype_of(v: Any, x: Array) -> Array:
+    dtype = jnp.result_type(v)
+    return x.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else x
 
 
 def _on_device(batches: Iterable[Batch]) -> Iterator[Batch]:

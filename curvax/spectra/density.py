@@ -99,7 +99,7 @@ def spectral_density(
     Example: half of the eigenvalues are 1, half are 3.
       >>> import jax, jax.numpy as jnp, curvax
       >>> matvec = lambda v: jnp.tile(jnp.array([1.0, 3.0]), 50) * v
-      >>> density, info = curvax.spectra.spectral_density(matvec, jnp.zeros(100), jax.random.key(0), 2, num_steps=2)
+      >>> density, info = curvax.spectral_density(matvec, jnp.zeros(100), jax.random.key(0), 2, num_steps=2)
       >>> [round(x, 4) for x in density.nodes[0].tolist()], [round(x, 4) for x in density.weights[0].tolist()]
       ([1.0, 3.0], [0.5, 0.5])
 

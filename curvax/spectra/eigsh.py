@@ -107,7 +107,7 @@ def eigsh(
     Example:
       >>> import jax, jax.numpy as jnp, curvax
       >>> matvec = curvax.hvp(lambda w: jnp.sum(w**4) / 12, jnp.arange(6.0))        # Hessian diag(w^2)
-      >>> (values, vectors), info = curvax.spectra.eigsh(matvec, jnp.zeros(6), 2, jax.random.key(0))
+      >>> (values, vectors), info = curvax.eigsh(matvec, jnp.zeros(6), 2, jax.random.key(0))
       >>> [round(x, 3) for x in values.tolist()], info.message
       ([25.0, 16.0], 'converged to the tolerance.')
       >>> abs(vectors).round(3).tolist()

@@ -54,7 +54,7 @@ def matrix_function(
     m = min(num_steps, sum(x.size for x in jax.tree.leaves(b)))
     own = lambda v: tree_at_least_float32(checked(matvec, jax.tree.map(lambda x, p: x.astype(p.dtype), v, b)))
     start = jax.tree.map(lambda x: jnp.where(size > 0, x, 1), wide)
-    found = lanczos(own, start, m, jax.random.key(0))  # random vectors, if any come, have weight zero here
+    found = lanczos(own, start, m)
 
     def weights(m: int) -> Float[Array, " m"]:
         off = found.off_diagonal[: m - 1]

@@ -67,6 +67,8 @@ def test_batches_of_numpy_arrays_in_lists_and_programs_that_are_compiled_once():
         got = matvec(jax.tree.map(lambda x, s=scale: s * x, like(case.params)))
         np.testing.assert_allclose(oracle.flat(got), scale * oracle.of("mlp").ggn @ oracle.flat(like(params)), atol=1e-12)
     assert not traced
+    integer = matvec(jax.tree.map(lambda p: np.ones(p.shape, int), case.params))
+    np.testing.assert_allclose(oracle.flat(integer), oracle.of("mlp").ggn.sum(1), atol=1e-12)
     low = matvec(jax.tree.map(lambda x: x.astype(jnp.float32), like(case.params)))
     assert {x.dtype for x in jax.tree.leaves(low)} == {jnp.dtype(jnp.float32)}
 

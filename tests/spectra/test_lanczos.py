@@ -247,6 +247,27 @@ def test_overlap_and_fraction_equal_dense_projections():
     np.testing.assert_allclose(subspace_overlap(b, jax.tree.map(lambda x: 2 * x[::-1], b)), 1, atol=1e-12)
 
 
+def test_outliers_are_as_many_as_classes_and_hold_the_gradient():
+    """A mixture of ten Gaussians and a hidden layer, after 200 steps of gradient descent (Gur-Ari et al., 2018)."""
+    rng, classes = np.random.default_rng(0), 10
+    centres = rng.normal(size=(classes, 40))
+    labels = np.arange(500) % classes
+    inputs = 4 * (centres / np.linalg.norm(centres, axis=1, keepdims=True))[labels] + 0.3 * rng.normal(size=(500, 40))
+    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p[0]) @ p[1], curvax.losses.softmax_cross_entropy())
+    start = [rng.normal(size=(40, 50)) / 40**0.5, rng.normal(size=(50, classes)) / 50**0.5]
+
+    @jax.jit
+    def measure(params, batch):
+        descend = lambda _, p: jax.tree.map(lambda w, g: w - 0.3 * g, p, jax.grad(objective)(p, batch))
+        params = jax.lax.fori_loop(0, 200, descend, params)
+        (values, vectors), _ = eigsh(curvax.hvp(objective, params, batch), params, 2 * classes, KEY, tol=1e-3)
+        top = jax.tree.map(lambda x: x[:classes], vectors)
+        return values, fraction_in_subspace(top, jax.grad(objective)(params, batch))
+
+    values, fraction = measure(jax.tree.map(jnp.asarray, start), (inputs, labels))
+    assert np.argmax(values[:-1] / values[1:]) + 1 in (classes - 1, classes) and fraction > 0.8
+
+
 def test_errors_say_what_and_where():
     identity = lambda v: v
     with pytest.raises(ValueError, match="num_steps must be at most the 40 entries of params, got 41"):
