@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from curvax._checks import check_damping, check_like, describe
 from curvax._finite import all_finite
 from curvax._trees import add_scaled, inner_product, norm
-from curvax._types import Matvec, Params, at_least_float32, tree_at_least_float32
+from curvax._types import Matvec, Params, Scalar, at_least_float32, tree_at_least_float32
 from curvax.solve.damped import check_system, finished
 from curvax.solve.result import Result, SolveInfo, code_of
 
@@ -92,7 +92,7 @@ def direct(curvature: Formed, b: Params, *, damping: Any, tol: float | Array = 1
             "a matvec is for curvax.cg."
         )
     good = all_finite(x)
-    finite = all_finite((curvature[0], b))
+    finite = all_finite((_trace(curvature[0]), b))
     code = code_of((good, Result.CONVERGED), (finite, Result.NOT_DEFINITE), otherwise=Result.NOT_FINITE)
     return finished(product, jax.tree.map(lambda x: jnp.where(good, x, 0), x), b, jnp.int32(0), code, tol)
 
@@ -126,13 +126,18 @@ def _of_matrix(curvature: Dense, damping: Any, b: Params) -> tuple[Params, Matve
     return unravel(_solver(matrix, damping)(flat.astype(matrix.dtype)).astype(flat.dtype)), product
 
 
+def _trace(matrix: Float[Array, "n n"]) -> Scalar:
+    """Sum the diagonal, reading nothing else: XLA would form the whole Gram matrix again for `jnp.trace`."""
+    return jnp.sum(jnp.diagonal(matrix))
+
+
 def _solver(matrix: Float[Array, "n n"], damping: Any) -> Callable[[Array], Array]:
     """Return `v -> (M + damping I)^-1 v` for a vector or columns; one step of refinement takes most of the rounding back.
 
     The factor is that of at least the damping that can be told from rounding in a sum over the trace.
     """
     damping = jnp.asarray(damping, matrix.dtype)
-    least = jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
+    least = jnp.finfo(matrix.dtype).eps * _trace(matrix)
     factored = matrix + jnp.maximum(damping, least) * jnp.eye(len(matrix), dtype=matrix.dtype)
     lower = lax.linalg.cholesky(factored, symmetrize_input=False)
     solve = lambda v: jax.scipy.linalg.cho_solve((lower, True), v)

@@ -112,11 +112,11 @@ def test_exact_diagonals_equal_those_of_dense_matrices(name):
 
     @jax.jit
     def compute(params, batch):
-        whole = jax.grad(case.objective.value)(params, batch)
-        on = functools.partial(jax.tree.map, lambda f: f(case.objective, params, batch, microbatch=3))
-        return whole, on([curvax.ggn_diagonal, curvax.per_example_grads, curvax.empirical_fisher_diagonal])
+        estimates = curvax.ggn_diagonal, curvax.per_example_grads, curvax.empirical_fisher_diagonal
+        in_chunks = [estimate(case.objective, params, batch, microbatch=3) for estimate in estimates]
+        return jax.grad(case.objective.value)(params, batch), *in_chunks
 
-    gradient, (ggn, rows, empirical) = jax.tree.map(np.asarray, compute(case.params, case.batch))
+    gradient, ggn, rows, empirical = jax.tree.map(np.asarray, compute(case.params, case.batch))
     ggn = np.concatenate([np.ravel(x) for x in jax.tree.leaves(ggn)])
     np.testing.assert_allclose(ggn, np.diag(oracle.of(name).ggn), atol=1e-10)
     chex.assert_trees_all_close(jax.tree.map(lambda g: g.mean(0), rows), gradient, atol=1e-12)
