@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
@@ -88,9 +89,9 @@ def batch_size(rows: PyTree) -> int:
     return first[1]
 
 
-def with_index(batch: Batch) -> tuple[Batch, Array]:
-    """Pair `batch` with the row numbers 0..B-1, so that a row keeps its number in whatever chunk it is."""
-    return batch, jnp.arange(batch_size(batch), dtype=jnp.uint32)
+def with_index(batch: Batch, first: Any = 0) -> tuple[Batch, Array]:
+    """Pair `batch` with row numbers from `first` on, so that a row keeps its number in whatever chunk it is."""
+    return batch, jnp.arange(batch_size(batch), dtype=jnp.uint32) + jnp.asarray(first, jnp.uint32)
 
 
 def map_examples(fn: Callable[[PyTree], PyTree], rows: PyTree) -> PyTree:
@@ -142,3 +143,22 @@ def map_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: int) ->
     if rest is None:
         return done
     return jax.tree.map(lambda y, r: jnp.concatenate([y, r]), done, fn(rest))
+
+
+def check_rereadable(batches: Iterable[Batch]) -> None:
+    """Raise if `batches` is an iterator."""
+    if iter(batches) is batches:
+        raise TypeError(
+            f"batches is an iterator ({type(batches).__name__}), which can be gone through but once; here they are read "
+            "again and again. Give a list, a DataLoader, or an object whose __iter__ begins anew."
+        )
+
+
+def on_device(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Go through batches of NumPy, JAX or PyTorch arrays as JAX arrays."""
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"batches must hold pairs (inputs, targets), got {describe(batch)}.")
+        arrays: Batch = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)), tuple(batch))
+        check_batch(arrays)
+        yield arrays

@@ -1,5 +1,6 @@
 """What people do with curvature."""
 
+from curvax.apps import influence as influence
 from curvax.apps import pruning as pruning
 from curvax.apps import quantization as quantization
 from curvax.apps.hypergradient import implicit_gradient as implicit_gradient

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
 from curvax._batch import check_batch, sum_over_chunks, with_index
@@ -68,15 +68,15 @@ class Factors(NamedTuple):
 
 
 class Statistic(NamedTuple):
-    """What is summed over a batch.
+    """What is summed over a batch; both are a `Partial`, so that arrays that they hold are known as such.
 
     Attributes:
       contribution: `(recorded, u, v) -> tree` of one round of cotangents; summed over rounds.
       finish: `(recorded, sums) -> tree` of one chunk of the batch; summed over chunks.
     """
 
-    contribution: Callable[[Recorded, Pulled, Pulled | None], PyTree[Array]]
-    finish: Callable[[Recorded, PyTree[Array]], PyTree[Array]]
+    contribution: Partial
+    finish: Partial
 
 
 def kron_factors(
@@ -167,7 +167,7 @@ def factor_sums(layout: Layout) -> Statistic:
         inputs = {b.name: _inputs(b, recorded.inputs[b.name], counted[b.name]) for b in layout.blocks}
         return inputs, products, squares
 
-    return Statistic(contribution, finish)
+    return Statistic(Partial(contribution), Partial(finish))
 
 
 def make_factors(inputs: Any, products: Any, squares: Any, terms: Scalar) -> Factors:
@@ -227,9 +227,19 @@ class How(NamedTuple):
 
 
 def accumulate(
-    objective: Objective, layout: Layout, params: Params, batch: Batch, key: PRNGKey, statistic: Statistic, how: How
+    objective: Objective,
+    layout: Layout,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    statistic: Statistic,
+    how: How,
+    first: Any = 0,
 ) -> tuple[PyTree[Array], Scalar]:
-    """Sum a statistic over rounds of cotangents and chunks of the batch; return it and the number of terms."""
+    """Sum a statistic over rounds of cotangents and chunks of the batch; return it and the number of terms.
+
+    Where the batch is part of a stream, its first row has the number `first` there: draws by example depend on the number.
+    """
     check_params(params)
     check_layout(layout, params)
     check_batch(batch)
@@ -237,9 +247,9 @@ def accumulate(
     if how.microbatch is not None:
         check_count(1, microbatch=how.microbatch)
 
-    def run(params: Params, batch: Batch, key: PRNGKey) -> tuple[PyTree[Array], Scalar]:
+    def run(params: Params, batch: Batch, key: PRNGKey, first: Any, statistic: Statistic) -> tuple[PyTree[Array], Scalar]:
         totals = total_terms(objective, params, batch, how.microbatch)
-        rows = with_index(batch)
+        rows = with_index(batch, first)
 
         def of_chunk(chunk: tuple[Batch, Array]) -> PyTree[Array]:
             own = objective if how.microbatch is None else share(objective, params, chunk[0], totals)
@@ -248,7 +258,7 @@ def accumulate(
         sums = of_chunk(rows) if how.microbatch is None else sum_over_chunks(of_chunk, rows, how.microbatch)
         return sums, jnp.asarray(sum(jax.tree.leaves(totals)))
 
-    return in_auto_mode(run, params, batch, key)
+    return in_auto_mode(run, params, batch, key, first, statistic)
 
 
 def _of_chunk(

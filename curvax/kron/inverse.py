@@ -88,6 +88,7 @@ def kron_inverse(
       layout: of `kron_layout`.
       factors: of `kron_factors`; with `eigen=True` the `EigenFactors` of `kron_moments`.
       damping: positive scalar, in units of an eigenvalue of the curvature; may be traced. With a positive `power` also 0.
+        Or a mapping with one for each block by name (a number, or `[stack]`) and for each leaf in `factors.diagonal`.
       eigen: EK-FAC: second moments in the eigenbasis take the place of products of eigenvalues.
       scheme: "exact", `A x G + damping I` by eigendecompositions; "factored", the cheaper
         `(A + pi sqrt(damping) I) x (G + sqrt(damping) / pi I)` by Cholesky, with
@@ -99,7 +100,7 @@ def kron_inverse(
       `jit`. Entries in no block are divided by damped diagonal entries, or left as they are (identity).
 
     Raises:
-      ValueError: damping that is zero or negative; unknown schemes; v unlike the layout's params.
+      ValueError: damping that is zero or negative, or lacks a block; unknown schemes; v unlike the layout's params.
       TypeError: factors of the other kind than `eigen` says.
 
     Cost: building: an eigendecomposition of every full side (about 10 n^3), or a Cholesky inverse (n^3). Each product:
@@ -124,11 +125,12 @@ def kron_inverse(
         want = "EigenFactors of curvax.kron_moments" if eigen else "Factors of curvax.kron_factors"
         raise TypeError(f"with eigen={eigen} kron_inverse takes the {want}, got {describe(factors)}.")
     check_choice("scheme", scheme, DAMPINGS)
-    check_damping(damping, allow_zero=power > 0)
+    _check_dampings(layout, factors, damping, power)
     if isinstance(factors, EigenFactors):
         moments = factors.moments
         blocks: Mapping[str, BlockPower] = {
-            name: eigen_power(basis, moments[name], damping, power) for name, basis in factors.basis.items()
+            name: eigen_power(basis, moments[name], damping_of(damping, name), power)
+            for name, basis in factors.basis.items()
         }
     else:
         blocks = kron_power(layout, factors, damping, scheme, power)
@@ -142,28 +144,33 @@ def kron_power(layout: Layout, factors: Factors, damping: Any, scheme: str, powe
         return {name: Sandwich(a.side, g.side) for name, (a, g) in factored_inverses(layout, factors, damping).items()}
     pairs = {block.name: sides(block, factors.blocks[block.name]) for block in layout.blocks}
     if scheme == "factored":
-        damped = [damped_sides(block, *pairs[block.name], damping) for block in layout.blocks]
+        damped = [damped_sides(b, *pairs[b.name], damping_of(damping, b.name)) for b in layout.blocks]
         roots = iter(_root(side, power) for side in eigens([side for pair in damped for side in pair]))
         return {name: Sandwich(next(roots), next(roots)) for name in pairs}
     spectra = iter(eigens([side for pair in pairs.values() for side in pair]))
-    return {name: _spectral(next(spectra), next(spectra), damping, power) for name in pairs}
+    return {name: _spectral(next(spectra), next(spectra), damping_of(damping, name), power) for name in pairs}
 
 
 def factored_inverses(layout: Layout, factors: Factors, damping: Any) -> dict[str, tuple[Inverse, Inverse]]:
     """Invert both damped sides of every block."""
-    damped = [damped_sides(b, *sides(b, factors.blocks[b.name]), damping) for b in layout.blocks]
+    damped = [damped_sides(b, *sides(b, factors.blocks[b.name]), damping_of(damping, b.name)) for b in layout.blocks]
     done = iter(inverses([side for pair in damped for side in pair]))
     return {block.name: (next(done), next(done)) for block in layout.blocks}
 
 
 def eigen_power(basis: Basis, moments: Factor, damping: Any, power: float) -> Spectral:
     """Compute a power of a block that is diagonal in an eigenbasis."""
-    return Spectral(basis.inputs, basis.outputs, (moments.mean + damping) ** power)
+    return Spectral(basis.inputs, basis.outputs, (moments.mean + _by_slice(damping)) ** power)
 
 
 def diagonal_power(diagonal: Mapping[str, Factor], damping: Any, power: float) -> dict[str, Array]:
     """Compute a power of damped diagonal entries, by path."""
-    return {path: (factor.mean + damping) ** power for path, factor in diagonal.items()}
+    return {path: (factor.mean + damping_of(damping, path)) ** power for path, factor in diagonal.items()}
+
+
+def damping_of(damping: Any, name: str) -> Any:
+    """Return the damping of a block, or of the leaf of a path."""
+    return damping[name] if isinstance(damping, Mapping) else damping
 
 
 def apply_power(layout: Layout, made: KronPower, v: Params) -> Params:
@@ -251,4 +258,20 @@ def _root(side: Eigen, power: float) -> Side:
 
 def _spectral(left: Eigen, right: Eigen, damping: Any, power: float) -> Spectral:
     values = left.values[:, :, None] * right.values[:, None, :]
-    return Spectral(left.vectors, right.vectors, (values + damping) ** power)
+    return Spectral(left.vectors, right.vectors, (values + _by_slice(damping)) ** power)
+
+
+def _by_slice(damping: Any) -> Float[Array, "s 1 1"]:
+    """Bring a number, or one for each slice, into the shape of blocks."""
+    return jnp.reshape(damping, (-1, 1, 1))
+
+
+def _check_dampings(layout: Layout, factors: Factors | EigenFactors, damping: Any, power: float) -> None:
+    if not isinstance(damping, Mapping):
+        check_damping(damping, allow_zero=power > 0)
+        return
+    names = [*(block.name for block in layout.blocks), *factors.diagonal]
+    for name in names:
+        if name not in damping:
+            raise ValueError(f"damping has no entry for {name}; it needs one for each of {', '.join(names)}.")
+        check_damping(damping[name], allow_zero=power > 0)

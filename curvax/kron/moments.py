@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
-from curvax._types import Batch, Params, PRNGKey, at_least_float32
+from curvax._types import Batch, Params, PRNGKey, Scalar, at_least_float32
 from curvax.kron.factors import Factor, Factors, How, Statistic, accumulate, factor_sums, make_factors
 from curvax.kron.layout import Block, Layout
 from curvax.kron.sides import eigens, multiply_left, multiply_right, sides
@@ -102,29 +103,38 @@ def kron_moments(
 
     References: George et al. (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis.
     """
-
-    def contribution(recorded: Recorded, u: Pulled, v: Pulled | None) -> PyTree[Array]:
-        other = u if v is None else v
-        second = {
-            block.name: block_moments(
-                block, basis[block.name], recorded.inputs[block.name], u.blocks[block.name], other.blocks[block.name]
-            )
-            for block in layout.blocks
-        }
-        squares = {path: jnp.sum(at_least_float32(x * other.outside[path]), axis=0) for path, x in u.outside.items()}
-        return second, squares
-
     sums, terms = accumulate(
         objective,
         layout,
         params,
         batch,
         key,
-        Statistic(contribution, lambda recorded, sums: sums),
+        moment_sums(layout, basis),
         How(estimator, num_samples, microbatch, by_example=True),
     )
-    scaled = jax.tree.map(lambda x: Factor(terms * x, terms), sums)
-    return EigenFactors(basis, *scaled)
+    return EigenFactors(basis, *make_moments(sums, terms))
+
+
+def moment_sums(layout: Layout, basis: dict[str, Basis]) -> Statistic:
+    """Say what is summed for `make_moments`."""
+
+    def contribution(basis: dict[str, Basis], recorded: Recorded, u: Pulled, v: Pulled | None) -> PyTree[Array]:
+        second = {}
+        for block in layout.blocks:
+            other = None if v is None else v.blocks[block.name]
+            rows = recorded.inputs[block.name], u.blocks[block.name], other
+            second[block.name] = block_moments(block, basis[block.name], *rows)
+        rest = (u if v is None else v).outside
+        squares = {path: jnp.sum(at_least_float32(x * rest[path]), axis=0) for path, x in u.outside.items()}
+        return second, squares
+
+    return Statistic(Partial(contribution, basis), Partial(lambda recorded, sums: sums))
+
+
+def make_moments(sums: Any, terms: Scalar) -> tuple[dict[str, Factor], dict[str, Factor]]:
+    """Put sums over a batch of `terms` terms together: moments by block, and the diagonal by path."""
+    moments, diagonal = jax.tree.map(lambda x: Factor(terms * x, terms), sums)
+    return moments, diagonal
 
 
 class EigenCurvature(NamedTuple):
@@ -174,7 +184,7 @@ def eigen_curvature(objective: Objective, layout: Layout, params: Params, batch:
         params,
         batch,
         key,
-        Statistic(contribution, finish),
+        Statistic(Partial(contribution), Partial(finish)),
         How("mc", 1, None, by_example=True),
     )
     of_inputs, products, squares = found
@@ -195,16 +205,15 @@ def block_moments(
     block: Block, basis: Basis, inputs: list[Rows], g: list[Rows], h: list[Rows] | None = None
 ) -> Float[Array, "s i o"]:
     """Sum over examples `(Q_A' D Q_G) * (Q_A' E Q_G)`, D from the cotangents g and E from h (by default g)."""
-    pairs = lambda x: [rotated_pair(block, k, basis, inputs[k], x[k]) for k in range(len(inputs))]
-    first = pairs(g)
-    second = first if h is None else pairs(h)
+    first = rotated_pairs(block, basis, inputs, g)
+    second = first if h is None else rotated_pairs(block, basis, inputs, h)
     is_lookup = any(jnp.issubdtype(left.dtype, jnp.integer) for left, _ in first)
     if len(inputs) == 1 and inputs[0].shape[2] == 1 and not is_lookup:  # one position: (a g')^2 = a^2 (g^2)'
         left, right = (x * y for x, y in zip(first[0], second[0], strict=True))
         return jnp.einsum("esni,esno->sio", left, right, precision=lax.Precision.HIGHEST)
 
     def of_examples(rows: Any) -> Float[Array, "s i o"]:
-        gradients = [sum(_gradient(block, *pair) for pair in pairs) for pairs in rows]
+        gradients = [sum(gradient_of_pair(block, *pair) for pair in pairs) for pairs in rows]
         return jnp.sum(gradients[0] * gradients[-1], axis=0)
 
     rows = (first,) if h is None else (first, second)
@@ -217,6 +226,11 @@ def block_moments(
     start = jnp.zeros(block.shape, first[0][1].dtype)
     total, _ = lax.scan(lambda t, rows: (t + of_examples(rows), None), start, jax.tree.map(cut, rows))
     return total + of_examples(jax.tree.map(lambda x: x[whole:], rows)) if whole < size else total
+
+
+def rotated_pairs(block: Block, basis: Basis, inputs: list[Rows], g: list[Rows]) -> list[tuple[Array, Array]]:
+    """Return `rotated_pair` of every use."""
+    return [rotated_pair(block, k, basis, inputs[k], g[k]) for k in range(len(inputs))]
 
 
 def rotated_pair(block: Block, k: int, basis: Basis, a: Rows, g: Rows) -> tuple[Array, Array]:
@@ -245,7 +259,7 @@ def _into(vectors: Array | None, x: Rows) -> Rows:
     return jnp.einsum("esni,sij->esnj", x, vectors, precision=lax.Precision.HIGHEST)
 
 
-def _gradient(block: Block, left: Array, right: Array) -> Float[Array, "e s i o"]:
+def gradient_of_pair(block: Block, left: Array, right: Array) -> Float[Array, "e s i o"]:
     """Return each example's gradient, the sum over positions of outer products."""
     if not jnp.issubdtype(left.dtype, jnp.integer):
         return jnp.einsum("esni,esno->esio", left, right, precision=lax.Precision.HIGHEST)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from curvax._batch import batch_size, check_batch
-from curvax._checks import check_like, check_params, describe
+from curvax._batch import batch_size, check_rereadable, on_device
+from curvax._checks import check_like, check_params
 from curvax._control import OnHost
 from curvax._trees import wide
 from curvax._types import Batch, Matvec, Params, PRNGKey, Scalar
@@ -67,13 +66,9 @@ def streamed(product: Product, objective: Objective, params: Params, batches: It
             f"product must be one of {names}, whose batches can be weighted; got {product!r}. Give its options to streamed."
         )
     check_params(params)
-    if iter(batches) is batches:
-        raise TypeError(
-            f"batches is an iterator ({type(batches).__name__}), which can be gone through but once; every product reads "
-            "all batches. Give a list, a DataLoader, or an object whose __iter__ begins anew."
-        )
+    check_rereadable(batches)
     totals, rows, number = None, 0, 0
-    for batch in _on_device(batches):
+    for batch in on_device(batches):
         rows, number = rows + batch_size(batch), number + 1
         counts = _count(objective, params, batch)
         totals = counts if totals is None else jax.tree.map(jnp.add, totals, counts)
@@ -85,7 +80,7 @@ def streamed(product: Product, objective: Objective, params: Params, batches: It
     def matvec(v: Params) -> Params:
         check_like(v, params, "v", "params")
         total, seen = jax.tree.map(lambda p: jnp.zeros_like(p, wide(p)), params), 0
-        for batch in _on_device(batches):
+        for batch in on_device(batches):
             jax.block_until_ready(total)  # one batch is worked on while the next one is fetched, no more
             drawn = None if key is None else jax.random.fold_in(key, seen)
             total, seen = _add(what, total, params, batch, drawn, (totals, float(rows)), v), seen + 1
@@ -126,12 +121,3 @@ def _add(
 def _in_dtype_of(v: Any, x: Array) -> Array:
     dtype = jnp.result_type(v)
     return x.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else x
-
-
-def _on_device(batches: Iterable[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"batches must hold pairs (inputs, targets), got {describe(batch)}.")
-        arrays: Batch = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)), tuple(batch))
-        check_batch(arrays)
-        yield arrays

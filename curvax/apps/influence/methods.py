@@ -1,0 +1,203 @@
+"""The curvature that influence divides by, method by method, and its damping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.tree_util import keystr
+from jaxtyping import Array
+
+from curvax._batch import check_rereadable
+from curvax._checks import check_choice, check_damping
+from curvax._control import OnHost
+from curvax._types import Batch, Matvec, Params
+from curvax.apps.influence.fitting import PASSES, Fitted
+from curvax.kron.inverse import KronPower, Spectral, apply_power, damping_of, in_no_block, kron_inverse
+from curvax.kron.layout import Layout
+from curvax.kron.sides import sides, trace
+from curvax.objective import Objective
+from curvax.products import ggnvp, streamed
+from curvax.solve import SolveInfo, Window, window_inverse, window_of
+from curvax.solve.window import num_rows
+
+SERVES = {
+    "ekfac": ("ekfac", "kfac", "cg", "identity"),
+    "kfac": ("kfac", "identity"),
+    "diagonal": ("diagonal", "identity"),
+    "identity": ("identity",),
+    "mfac": ("mfac", "identity"),
+}
+"""Which methods a fit of a method can be used for."""
+
+
+def check_fitted(fitted: Fitted, method: str | None) -> str:
+    """Return the method, or raise unless the fit is complete and serves it."""
+    if fitted.missing:
+        raise ValueError(
+            f"the fit is not complete: of its passes ({', '.join(PASSES[fitted.method])}) {' and '.join(fitted.missing)} "
+            "did not come to the end. Call fit again with the same arguments and folder; it goes on where it was."
+        )
+    if method is None:
+        return fitted.method
+    known = dict.fromkeys(name for names in SERVES.values() for name in names)
+    check_choice("method", method, known)
+    if method not in SERVES[fitted.method]:
+        makes = [name for name, names in SERVES.items() if method in names]
+        raise ValueError(
+            f"a fit of {fitted.method!r} serves {', '.join(map(repr, SERVES[fitted.method]))}; {method!r} needs one of "
+            f"{', '.join(map(repr, makes))}: fit(..., method=...), or influence.of_window for 'mfac'."
+        )
+    return method
+
+
+def of_window(layout: Layout, window: Window, terms: Any) -> Fitted:
+    """Take a window of examples' gradients (M-FAC) as the curvature.
+
+    Args:
+      layout: whose blocks and leaves influence is followed through.
+      window: such as `curvax.window_of(curvax.per_example_grads(objective, params, batch))`, for the empirical Fisher of
+        these examples.
+      terms: N, how many terms the training loss is a mean over.
+
+    Returns:
+      `Fitted`, of method "mfac".
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> from curvax.apps import influence
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> params, batch = jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1)))
+      >>> window = curvax.window_of(curvax.per_example_grads(objective, params, batch))           # F = I / 2
+      >>> fitted = influence.of_window(curvax.kron_layout(objective, params, batch), window, terms=2)
+      >>> result, _ = influence.influence(fitted, objective, objective, params, batch, [batch], damping=0.5)
+      >>> abs(result.change_if_removed).round(4).tolist()
+      [[0.5, 0.0], [0.0, 0.5]]
+    """
+    rows: Params = jax.vmap(lambda row: without_fixed(layout, row))(window.rows)
+    own = window_of(rows)._replace(count=window.count)
+    return Fitted(None, None, own, jax.tree.map(lambda n: jnp.asarray(n, own.gram.dtype), terms), layout, "mfac")
+
+
+def mean_eigenvalues(fitted: Fitted, method: str | None = None) -> dict[str, Array]:
+    """Return the mean eigenvalue of every block of the curvature, as a scale for its damping.
+
+    Args:
+      fitted: of `fit`.
+      method: as in `influence`.
+
+    Returns:
+      for each block `[stack]`, for each leaf with a diagonal a number, by path; for "mfac" one number, under "". A block in
+      which nothing was counted gets the largest of the others.
+
+    Example: damping of a hundredth of the mean eigenvalue, in place of a tenth.
+      >>> from curvax.apps import influence
+      >>> smaller = lambda fitted: {name: 0.01 * x for name, x in influence.mean_eigenvalues(fitted).items()}
+    """
+    method = check_fitted(fitted, method)
+    means = _means(fitted, method)
+    largest = jnp.max(jnp.concatenate([jnp.ravel(x) for x in means.values()])) if means else 0.0
+    return {name: jnp.where(x > 0, x, largest) for name, x in means.items()}
+
+
+def _means(fitted: Fitted, method: str) -> dict[str, Array]:
+    layout = fitted.layout
+    if fitted.window is not None:
+        gram, rows = fitted.window.gram[0], jax.tree.leaves(fitted.window.rows)
+        return {"": jnp.trace(gram) / num_rows(fitted.window, "count") / sum(x[0].size for x in rows)}
+    if method == "kfac" and fitted.factors is not None:
+        both = {block.name: sides(block, fitted.factors.blocks[block.name]) for block in layout.blocks}
+        means = {name: trace(a) * trace(g) / (a.shape[1] * g.shape[1]) for name, (a, g) in both.items()}
+        diagonal = fitted.factors.diagonal
+    elif fitted.eigen is not None:
+        means = {name: jnp.mean(moments.mean, axis=(1, 2)) for name, moments in fitted.eigen.moments.items()}
+        diagonal = fitted.eigen.diagonal
+    else:
+        return {}
+    leaves = {leaf.path: leaf for leaf in layout.leaves}
+    own = {path: jnp.mean(x.mean, where=in_no_block(layout, leaves[path])) for path, x in diagonal.items()}
+    return means | own
+
+
+def dampings(fitted: Fitted, method: str, damping: Any) -> Any:
+    """Return the damping in use: what is given, or a tenth of the mean eigenvalue of every block.
+
+    Raises:
+      ValueError: damping that is not positive.
+    """
+    if damping is None:
+        return {name: 0.1 * x for name, x in mean_eigenvalues(fitted, method).items()}
+    for one in damping.values() if isinstance(damping, Mapping) else (damping,):
+        check_damping(one)
+    return damping
+
+
+def inverse(fitted: Fitted, method: str, damping: Any) -> Matvec:
+    """Build the product with the damped inverse, of all methods but "cg"."""
+    if method == "identity":
+        return lambda v: v
+    if fitted.window is not None:
+        return window_inverse(fitted.window, damping_of(damping, ""), divisor="count")
+    if method == "kfac":
+        assert fitted.factors is not None
+        return kron_inverse(fitted.layout, fitted.factors, damping)
+    assert fitted.eigen is not None
+    return kron_inverse(fitted.layout, fitted.eigen, damping, eigen=True)
+
+
+def solve_each(
+    fitted: Fitted,
+    objective: Objective,
+    params: Params,
+    batches: Sequence[Batch],
+    vectors: Params,
+    damping: Any,
+    solver: Callable[..., tuple[Params, SolveInfo]],
+) -> tuple[Params, SolveInfo]:
+    """Solve with the Gauss-Newton matrix of the batches for every vector, a tree with a leading axis; EK-FAC preconditions.
+
+    Damping by block becomes part of the matrix.
+    """
+    layout, own_inverse = fitted.layout, inverse(fitted, "ekfac", damping)
+    ridge = _ridge(layout, fitted, damping)
+    check_rereadable(batches)
+
+    def one(product: Matvec, v: Params) -> tuple[Params, SolveInfo]:
+        damped = lambda v: optax.tree.add(without_fixed(layout, product(v)), ridge(v))
+        matvec = OnHost(damped) if isinstance(product, OnHost) else damped
+        x, info = solver(matvec, v, damping=0.0, preconditioner=own_inverse)
+        return x, info._replace(direction=None)
+
+    if len(batches) == 1:
+        within = lambda v: one(ggnvp(objective, params, batches[0]), v)
+        found: tuple[Params, SolveInfo] = jax.jit(lambda vectors: lax.map(within, vectors))(vectors)
+        return found
+    product = streamed(ggnvp, objective, params, batches)
+    rows = [one(product, jax.tree.map(lambda x, i=i: x[i], vectors)) for i in range(len(jax.tree.leaves(vectors)[0]))]
+    stacked: tuple[Params, SolveInfo] = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    return stacked
+
+
+def without_fixed(layout: Layout, tree: Params) -> Params:
+    """Put zeros where a layout holds entries fixed, the kind "identity"."""
+    leaves = {leaf.path: leaf for leaf in layout.leaves}
+
+    def own(path: Any, x: Array) -> Array:
+        leaf = leaves[keystr(path)]
+        return jnp.where(in_no_block(layout, leaf), 0 * x, x) if leaf.outside == "identity" else x
+
+    free: Params = jax.tree.map_with_path(own, tree)
+    return free
+
+
+def _ridge(layout: Layout, fitted: Fitted, damping: Any) -> Matvec:
+    """Return the product with the damping itself."""
+    assert fitted.eigen is not None
+    ones = lambda name: jnp.ones((1, 1, 1)) * jnp.reshape(damping_of(damping, name), (-1, 1, 1))
+    blocks = {block.name: Spectral(None, None, ones(block.name)) for block in layout.blocks}
+    return partial(apply_power, layout, KronPower(blocks, {p: damping_of(damping, p) for p in fitted.eigen.diagonal}))
