@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -30,6 +29,9 @@ class LowRank(NamedTuple):
     left: Array
     right: Array
 
+
+ENTRIES_AT_A_TIME = 2**24
+"""Entries of work arrays that are held at a time: 64 MB in float32."""
 
 Vectors: TypeAlias = Array | LowRank
 """Vectors of a block, `[q, s, i, o]`, or as products."""
@@ -73,11 +75,23 @@ def squares_by_example(block: Block, power: Spectral, pairs: Pairs) -> Float[Arr
     return jnp.sum(gradient * gradient * power.scale, axis=(1, 2, 3))
 
 
-def entries_by_example(block: Block, num_vectors: int, inputs: Sequence[Rows]) -> int:
-    """Count the numbers that `products_by_example` holds at a time for an example."""
-    one_position = num_vectors * block.shape[0] * block.shape[2]
-    own = [one_position * x.shape[2] if _directly(x, num_vectors) else math.prod(block.shape) for x in inputs]
-    return max(own)
+def worth_forming(vectors: LowRank, pairs: Pairs) -> bool:
+    """Tell whether vectors of low rank cost less as whole matrices, by example, and take 64 MB at most."""
+    q, s, i, r = vectors.left.shape
+    e, _, positions, o = pairs[0][1].shape
+    directly = q * s * i * o * r + e * s * (positions + q) * i * o
+    return q * s * i * o <= ENTRIES_AT_A_TIME and directly < e * s * positions * q * r * (i + o)
+
+
+def examples_at_a_time(block: Block, vectors: Vectors, inputs: Sequence[Rows], by_position: bool) -> int:
+    """Return of how many examples work arrays have at most 2^24 entries, 8 vectors at a time by position."""
+    number, stack, rows, columns = len(jax.tree.leaves(vectors)[0]), *block.shape
+    if isinstance(vectors, LowRank):
+        columns, by_position = vectors.left.shape[3], True
+    each = [
+        8 * x.shape[2] * columns if by_position else columns * (number if _directly(x, number) else rows) for x in inputs
+    ]
+    return max(1, ENTRIES_AT_A_TIME // (stack * max(each)))
 
 
 def _of_use(block: Block, vectors: Float[Array, "q s i o"], left: Array, right: Array) -> Float[Array, "q e"]:

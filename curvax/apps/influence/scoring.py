@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from curvax._batch import Shared, check_batch, map_chunks, on_device, unwrap
+from curvax._batch import Shared, batch_size, check_batch, map_chunks, on_device, unwrap
 from curvax._checks import check_choice, check_count, check_params
 from curvax._control import in_auto_mode
 from curvax._types import Batch, Params, Scalar, at_least_float32
@@ -19,10 +19,11 @@ from curvax.apps.influence.fitting import Fitted
 from curvax.apps.influence.queries import Measurement, Queries, QueryInfo, precondition
 from curvax.kron.gradient_products import (
     LowRank,
-    entries_by_example,
+    examples_at_a_time,
     gradient_pairs,
     products_by_example,
     products_by_position,
+    worth_forming,
 )
 from curvax.kron.layout import check_layout
 from curvax.kron.tapping import Recorded, record
@@ -188,7 +189,7 @@ def score(
     length = _length(batch[0]) if by == "token" else None
 
     def run(queries: Queries, params: Params, batch: Batch) -> PyTree[Array]:
-        rows = microbatch or _rows_at_a_time(queries, objective, params, batch[0])
+        rows = microbatch or _rows_at_a_time(queries, objective, params, batch[0], by == "token")
         check_count(1, microbatch=rows)
         return map_chunks(lambda chunk: _parts(queries, objective, params, chunk, by, length), batch, rows)
 
@@ -269,6 +270,8 @@ def _parts(
     others = {}
     for block in layout.blocks:
         own = vectors[block.name]
+        if by != "token" and isinstance(own, LowRank) and worth_forming(own, pairs[block.name]):
+            own = jnp.matmul(own.left, own.right, precision=lax.Precision.HIGHEST)
         if by == "token" or isinstance(own, LowRank):
             others[block.name] = own
         else:
@@ -276,7 +279,7 @@ def _parts(
     positions: list[Array] = []
     if others:
         by_position = lambda one: {name: [products_by_position(one[name], p) for p in pairs[name]] for name in others}
-        for name, uses in lax.map(by_position, others).items():  # each [queries, examples, positions]
+        for name, uses in lax.map(by_position, others, batch_size=8).items():  # each [queries, examples, positions]
             moved = [jnp.moveaxis(x, 0, 1) for x in uses]
             positions += [x for x in moved if x.shape[2] == length]
             parts[name] = jnp.asarray(sum(jnp.sum(x, axis=2) for x in moved if x.shape[2] != length))
@@ -292,12 +295,12 @@ def _parts(
     return {"rest": sum(parts.values(), start=nothing), "tokens": jnp.asarray(sum(positions))}
 
 
-def _rows_at_a_time(queries: Queries, objective: Objective, params: Params, inputs: Any) -> int:
-    """Choose how many examples to work on at a time so that no block's work array has more than 2^24 entries."""
+def _rows_at_a_time(queries: Queries, objective: Objective, params: Params, inputs: Any, by_position: bool) -> int:
+    """Choose how many examples to work on at a time."""
     recorded = jax.eval_shape(lambda: record(objective, queries.layout, params, inputs, by_example=True).inputs)
-    number = len(_first(queries))
-    most = [entries_by_example(block, number, recorded[block.name]) for block in queries.layout.blocks]
-    return max(1, ENTRIES_AT_A_TIME // max([1, *most]))
+    names = {block: block.name for block in queries.layout.blocks}
+    few = [examples_at_a_time(block, queries.blocks[n], recorded[n], by_position) for block, n in names.items()]
+    return min([batch_size(inputs), *few])
 
 
 def share_gradient(objective: Objective, recorded: Recorded, targets: Any, totals: PyTree[Scalar]) -> Any:
@@ -324,7 +327,3 @@ def _first(queries: Queries) -> Array:
 
 def flat(x: Array) -> Float[Array, "n d"]:
     return at_least_float32(x).reshape(len(x), -1)
-
-
-ENTRIES_AT_A_TIME = 2**24
-"""Entries of work arrays that are held at a time: 64 MB in float32."""

@@ -17,8 +17,8 @@ from curvax._control import in_auto_mode
 from curvax._types import Batch, Params, Scalar
 from curvax.apps.influence.fitting import Fitted
 from curvax.apps.influence.methods import check_fitted, dampings
-from curvax.apps.influence.scoring import ENTRIES_AT_A_TIME, flat, share_gradient
-from curvax.kron.gradient_products import gradient_pairs, squares_by_example
+from curvax.apps.influence.scoring import flat, share_gradient
+from curvax.kron.gradient_products import ENTRIES_AT_A_TIME, gradient_pairs, squares_by_example
 from curvax.kron.inverse import BlockPower, Spectral, damping_of, diagonal_power, eigen_power, in_no_block, kron_power
 from curvax.kron.layout import Layout, check_layout
 from curvax.kron.moments import Basis
