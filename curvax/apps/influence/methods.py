@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from curvax.objective import Objective
 from curvax.products import ggnvp, streamed
 from curvax.solve import SolveInfo, Window, window_inverse, window_of
 from curvax.solve.window import num_rows
+
+Solve: TypeAlias = Callable[..., tuple[Params, SolveInfo]]
+"""`(matvec, b, *, damping, preconditioner) -> (x, SolveInfo)`."""
 
 SERVES = {
     "ekfac": ("ekfac", "kfac", "cg", "identity"),
@@ -157,30 +160,40 @@ def solve_each(
     batches: Sequence[Batch],
     vectors: Params,
     damping: Any,
-    solver: Callable[..., tuple[Params, SolveInfo]],
+    solver: Solve,
 ) -> tuple[Params, SolveInfo]:
     """Solve with the Gauss-Newton matrix of the batches for every vector, a tree with a leading axis; EK-FAC preconditions.
 
     Damping by block becomes part of the matrix.
     """
-    layout, own_inverse = fitted.layout, inverse(fitted, "ekfac", damping)
-    ridge = _ridge(layout, fitted, damping)
     check_rereadable(batches)
-
-    def one(product: Matvec, v: Params) -> tuple[Params, SolveInfo]:
-        damped = lambda v: optax.tree.add(without_fixed(layout, product(v)), ridge(v))
-        matvec = OnHost(damped) if isinstance(product, OnHost) else damped
-        x, info = solver(matvec, v, damping=0.0, preconditioner=own_inverse)
-        return x, info._replace(direction=None)
-
     if len(batches) == 1:
-        within = lambda v: one(ggnvp(objective, params, batches[0]), v)
-        found: tuple[Params, SolveInfo] = jax.jit(lambda vectors: lax.map(within, vectors))(vectors)
-        return found
-    product = streamed(ggnvp, objective, params, batches)
-    rows = [one(product, jax.tree.map(lambda x, i=i: x[i], vectors)) for i in range(len(jax.tree.leaves(vectors)[0]))]
-    stacked: tuple[Params, SolveInfo] = jax.tree.map(lambda *x: jnp.stack(x), *rows)
-    return stacked
+        return _solve_together(objective, solver, fitted, params, batches[0], vectors, damping)
+    product, number = streamed(ggnvp, objective, params, batches), len(jax.tree.leaves(vectors)[0])
+    rows = [jax.tree.map(lambda x, i=i: x[i], vectors) for i in range(number)]
+    found: tuple[Params, SolveInfo] = jax.tree.map(
+        lambda *x: jnp.stack(x), *(_solve(solver, fitted, product, damping, row) for row in rows)
+    )
+    return found
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _solve_together(
+    objective: Objective, solver: Solve, fitted: Fitted, params: Params, batch: Batch, vectors: Params, damping: Any
+) -> tuple[Params, SolveInfo]:
+    product = ggnvp(objective, params, batch)
+    found: tuple[Params, SolveInfo] = lax.map(partial(_solve, solver, fitted, product, damping), vectors)
+    return found
+
+
+def _solve(solver: Solve, fitted: Fitted, product: Matvec, damping: Any, v: Params) -> tuple[Params, SolveInfo]:
+    layout = fitted.layout
+    ridge = _ridge(layout, fitted, damping)
+    damped = lambda v: optax.tree.add(without_fixed(layout, product(v)), ridge(v))
+    matvec = OnHost(damped) if isinstance(product, OnHost) else damped
+    x, info = solver(matvec, v, damping=0.0, preconditioner=inverse(fitted, "ekfac", damping))
+    without_direction: SolveInfo = info._replace(direction=None)
+    return x, without_direction
 
 
 def without_fixed(layout: Layout, tree: Params) -> Params:
