@@ -167,13 +167,14 @@ def solve_each(
     Damping by block becomes part of the matrix.
     """
     check_rereadable(batches)
+    found: tuple[Params, SolveInfo]
     if len(batches) == 1:
-        return _solve_together(objective, solver, fitted, params, batches[0], vectors, damping)
+        found = _solve_together(objective, solver, fitted, params, batches[0], vectors, damping)
+        return found
     product, number = streamed(ggnvp, objective, params, batches), len(jax.tree.leaves(vectors)[0])
     rows = [jax.tree.map(lambda x, i=i: x[i], vectors) for i in range(number)]
-    found: tuple[Params, SolveInfo] = jax.tree.map(
-        lambda *x: jnp.stack(x), *(_solve(solver, fitted, product, damping, row) for row in rows)
-    )
+    solved = [_solve(solver, fitted, product, damping, row) for row in rows]
+    found = jax.tree.map(lambda *x: jnp.stack(x), *solved)
     return found
 
 
@@ -192,8 +193,7 @@ def _solve(solver: Solve, fitted: Fitted, product: Matvec, damping: Any, v: Para
     damped = lambda v: optax.tree.add(without_fixed(layout, product(v)), ridge(v))
     matvec = OnHost(damped) if isinstance(product, OnHost) else damped
     x, info = solver(matvec, v, damping=0.0, preconditioner=inverse(fitted, "ekfac", damping))
-    without_direction: SolveInfo = info._replace(direction=None)
-    return x, without_direction
+    return x, SolveInfo(info.residual, info.steps, info.code)
 
 
 def without_fixed(layout: Layout, tree: Params) -> Params:
