@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,9 @@ def exact(loss: Loss, outputs: Outputs, targets: Targets) -> Rounds:
     return Rounds(sum(sizes), pair)
 
 
-def empirical(loss: Loss, outputs: Outputs, targets: Targets, size: int) -> Rounds:
+def empirical(loss: Loss, outputs: Outputs, targets: Targets, size: Any) -> Rounds:
     """Take the gradient at the data's own targets, times the square root of the number of examples in the mean."""
     gradient = jax.grad(lambda f: loss(f, unwrap(targets)))(outputs)
-    scaled = jax.tree.map(lambda x: (size**0.5 * x).astype(x.dtype), gradient)
+    root = lambda x: jnp.sqrt(jnp.asarray(size, jnp.promote_types(x.dtype, jnp.float32)))
+    scaled = jax.tree.map(lambda x: (root(x) * x).astype(x.dtype), gradient)
     return Rounds(1, lambda k: (scaled, None))

@@ -170,13 +170,13 @@ def factor_sums(layout: Layout) -> Statistic:
     return Statistic(Partial(contribution), Partial(finish))
 
 
-def make_factors(inputs: Any, products: Any, squares: Any, terms: Scalar) -> Factors:
-    """Put sums over a batch of `terms` terms together; curvature of the mean loss weighs as much as it has terms."""
+def make_factors(inputs: Any, products: Any, squares: Any, terms: Terms) -> Factors:
+    """Put sums over a batch together; curvature of the mean loss weighs as much as the batch has terms."""
     blocks = {}
     for name, (own, transposed) in inputs.items():
-        outputs = [Factor(terms * g, terms) for g in products[name]]
+        outputs = [terms.factor(g) for g in products[name]]
         blocks[name] = BlockFactors(Factor(*own), outputs[0], transposed and (Factor(*transposed), outputs[1]))
-    return Factors(blocks, {path: Factor(terms * x, terms) for path, x in squares.items()})
+    return Factors(blocks, {path: terms.factor(x) for path, x in squares.items()})
 
 
 def moving_average(held: T, new: T, decay: float | Array) -> T:
@@ -226,6 +226,37 @@ class How(NamedTuple):
     by_example: bool
 
 
+class Part(NamedTuple):
+    """Where a batch stands in a stream.
+
+    Attributes:
+      first: number of its first row there; draws by example depend on the number.
+      totals: terms of the whole stream, as `total_terms` counts them; None: the mean loss is that of the batch by itself.
+        (By themselves batches merge exactly but for weighted sums of heads, and "empirical", with other shares of terms.)
+      examples: rows of the whole stream, where totals are given.
+    """
+
+    first: Any
+    totals: PyTree[Scalar] | None = None
+    examples: Any = None
+
+
+class Terms(NamedTuple):
+    """Numbers of terms.
+
+    Attributes:
+      of_mean: of the mean loss whose curvature is summed.
+      of_batch: of the batch, its weight among others.
+    """
+
+    of_mean: Scalar
+    of_batch: Scalar
+
+    def factor(self, x: Array) -> Factor:
+        """Weigh a part of the curvature of the mean loss by the batch's terms."""
+        return Factor(self.of_mean * x, self.of_batch)
+
+
 def accumulate(
     objective: Objective,
     layout: Layout,
@@ -234,12 +265,10 @@ def accumulate(
     key: PRNGKey,
     statistic: Statistic,
     how: How,
-    first: Any = 0,
-) -> tuple[PyTree[Array], Scalar]:
-    """Sum a statistic over rounds of cotangents and chunks of the batch; return it and the number of terms.
-
-    Where the batch is part of a stream, its first row has the number `first` there: draws by example depend on the number.
-    """
+    part: Part | None = None,
+) -> tuple[PyTree[Array], Terms]:
+    """Sum a statistic over rounds of cotangents and chunks of a batch, which may be part of a stream."""
+    part = Part(0) if part is None else part
     check_params(params)
     check_layout(layout, params)
     check_batch(batch)
@@ -247,18 +276,21 @@ def accumulate(
     if how.microbatch is not None:
         check_count(1, microbatch=how.microbatch)
 
-    def run(params: Params, batch: Batch, key: PRNGKey, first: Any, statistic: Statistic) -> tuple[PyTree[Array], Scalar]:
-        totals = total_terms(objective, params, batch, how.microbatch)
-        rows = with_index(batch, first)
+    def run(params: Params, batch: Batch, key: PRNGKey, statistic: Statistic, part: Part) -> tuple[PyTree[Array], Terms]:
+        own, by_itself = total_terms(objective, params, batch, how.microbatch), part.totals is None
+        totals, rows = own if by_itself else part.totals, with_index(batch, part.first)
+        examples = rows[1].size if by_itself else part.examples
 
         def of_chunk(chunk: tuple[Batch, Array]) -> PyTree[Array]:
-            own = objective if how.microbatch is None else share(objective, params, chunk[0], totals)
-            return _of_chunk(own, layout, params, chunk, key, statistic, how, rows[1].size)
+            is_whole = by_itself and how.microbatch is None
+            of_it = objective if is_whole else share(objective, params, chunk[0], totals)
+            return _of_chunk(of_it, layout, params, chunk, key, statistic, how, examples)
 
         sums = of_chunk(rows) if how.microbatch is None else sum_over_chunks(of_chunk, rows, how.microbatch)
-        return sums, jnp.asarray(sum(jax.tree.leaves(totals)))
+        of_mean, of_batch = (jnp.asarray(sum(jax.tree.leaves(counts))) for counts in (totals, own))
+        return sums, Terms(of_mean, of_batch)
 
-    return in_auto_mode(run, params, batch, key, first, statistic)
+    return in_auto_mode(run, params, batch, key, statistic, part)
 
 
 def _of_chunk(
@@ -269,7 +301,7 @@ def _of_chunk(
     key: PRNGKey,
     statistic: Statistic,
     how: How,
-    total_size: int,
+    total_size: Any,
 ) -> PyTree[Array]:
     (inputs, targets), index = chunk
     recorded = record(objective, layout, params, inputs, how.by_example)

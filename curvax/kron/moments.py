@@ -11,8 +11,8 @@ from jax import lax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
-from curvax._types import Batch, Params, PRNGKey, Scalar, at_least_float32
-from curvax.kron.factors import Factor, Factors, How, Statistic, accumulate, factor_sums, make_factors
+from curvax._types import Batch, Params, PRNGKey, at_least_float32
+from curvax.kron.factors import Factor, Factors, How, Statistic, Terms, accumulate, factor_sums, make_factors
 from curvax.kron.layout import Block, Layout
 from curvax.kron.sides import eigens, multiply_left, multiply_right, sides
 from curvax.kron.tapping import Pulled, Recorded, Rows
@@ -131,9 +131,9 @@ def moment_sums(layout: Layout, basis: dict[str, Basis]) -> Statistic:
     return Statistic(Partial(contribution, basis), Partial(lambda recorded, sums: sums))
 
 
-def make_moments(sums: Any, terms: Scalar) -> tuple[dict[str, Factor], dict[str, Factor]]:
-    """Put sums over a batch of `terms` terms together: moments by block, and the diagonal by path."""
-    moments, diagonal = jax.tree.map(lambda x: Factor(terms * x, terms), sums)
+def make_moments(sums: Any, terms: Terms) -> tuple[dict[str, Factor], dict[str, Factor]]:
+    """Put sums over a batch together: moments by block, and the diagonal by path."""
+    moments, diagonal = jax.tree.map(terms.factor, sums)
     return moments, diagonal
 
 
@@ -188,7 +188,7 @@ def eigen_curvature(objective: Objective, layout: Layout, params: Params, batch:
         How("mc", 1, None, by_example=True),
     )
     of_inputs, products, squares = found
-    return EigenCurvature(make_factors(of_inputs, products, squares, terms), inputs, cotangents, terms)
+    return EigenCurvature(make_factors(of_inputs, products, squares, terms), inputs, cotangents, terms.of_batch)
 
 
 def carried_moments(old: Basis, new: Basis, moments: Factor) -> Factor:

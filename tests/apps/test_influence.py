@@ -257,6 +257,27 @@ def test_nothing_depends_on_how_data_are_cut():
     close(whole, np.diag(want), 1e-10)
 
 
+@pytest.mark.parametrize(
+    ("name", "estimator"), [("multi_head", "mc"), ("multi_head", "exact"), ("masked_sequence", "empirical")]
+)
+def test_batches_with_other_shares_of_terms_add_up_to_the_whole(name, estimator):
+    """Heads that are masked in some examples, and the empirical Fisher of examples with different numbers of terms."""
+    case, key = CASES[name](), jax.random.key(3)
+    own = lambda batches: influence.fit(
+        case.objective, layout_of(name), case.params, batches, key, estimator=estimator, progress=False
+    )
+    cuts = [rows(case.batch, 0, 2), rows(case.batch, 2, 3), rows(case.batch, 3)]
+    whole, parts = own([case.batch]), own(cuts)
+    means = lambda tree: jax.tree.map(lambda x: x.mean, tree, is_leaf=lambda x: isinstance(x, curvax.kron.Factor))
+    same(means(parts.factors), means(whole.factors))
+    same(means(parts.eigen.moments), means(whole.eigen.moments), 1e-7)
+    same(parts.terms, whole.terms)
+    close(run(name, fit=parts, batches=cuts)[0].change_if_removed, run(name, fit=whole)[0].change_if_removed, 1e-7)
+    together = curvax.kron_factors(case.objective, layout_of(name), case.params, case.batch, key, estimator=estimator)
+    if estimator != "mc":
+        same(means(whole.factors), means(together))
+
+
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_nothing_depends_on_the_number_of_devices(kind):
     case, mesh = CASES["attention"](), jax.make_mesh((4,), ("data",), axis_types=(kind,))

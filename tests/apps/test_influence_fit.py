@@ -81,9 +81,7 @@ def test_a_resumed_fit_is_equal_in_every_bit(tmp_path, method, time, after):
         lambda: influence.self_influence(part, objective, params, batches),
         lambda: influence.mean_eigenvalues(part),
     ):
-        with pytest.raises(
-            ValueError, match=f"the fit is not complete: .*{' and '.join(part.missing)} did not come to the end"
-        ):
+        with pytest.raises(ValueError, match=f"the fit is not complete: .*{' and '.join(part.missing)} did not"):
             use()
     resumed = fit(Failing(batches, 0, -1), **options)
     equal(resumed, whole(method))
@@ -196,6 +194,11 @@ def test_a_part_of_a_leaf_may_be_held_fixed():
         assert len(result.by_layer) == (1 if unmatched == "identity" else 2), result.by_layer
         # each row of the kernel has curvature 1/3, its gradient in both outputs is 1/3; entries in no product have none
         np.testing.assert_allclose(result.change_if_removed, np.full((1, 3), 2 * (1 / 3) / (1 / 3 + 0.5)), rtol=1e-5)
+        own = influence.self_influence(fitted, objective, params, [batch], damping=0.5)  # its own gradient: 1 in both
+        np.testing.assert_allclose(own, np.full(3, 2 * (1 / 3) / (1 / 3 + 0.5)), rtol=1e-5)
+        means = influence.mean_eigenvalues(fitted)  # the rest has no curvature, and gets that of the block
+        assert len(means) == len(result.by_layer)
+        jax.tree.map(lambda x: np.testing.assert_allclose(x, np.full(np.shape(x), 1 / 3), rtol=1e-5), means)
 
 
 def test_damping_of_each_block_is_a_tenth_of_its_mean_eigenvalue():
@@ -237,9 +240,27 @@ def test_errors_say_what_and_where():
         r"the measurement of one query, given as a batch of one, must return a real scalar, got float32\[1, 2\]", TypeError
     ):
         run(measure=lambda p, query: objective.outputs(p, query[0]))
-    for damping in (0, -1.0, {"['w']": 1.0, "['v']": 0.0, "['scale']": 1.0}):
+    positive = {"['w']": jnp.ones(1), "['v']": 1.0, "['scale']": np.float32(1.0)}
+    run(damping=positive)
+    for damping in (0, -1.0, jnp.array(-0.5), positive | {"['v']": 0.0}, positive | {"['w']": jnp.array([-1.0])}):
         with refused("damping must be positive, got"):
             run(damping=damping)
+        with refused("damping must be positive, got"):
+            influence.self_influence(whole(), objective, params, batches, damping=damping)
+    for damping in (jnp.ones(2), positive | {"['w']": jnp.ones(2)}):
+        with refused(r"damping of \['w'\] must be of shape .* got float32\[2\]|damping of \['v'\] must be"):
+            run(damping=damping)
+    with refused("curvature is zero everywhere, or not finite"):
+        nothing = curvax.Objective(objective.model, curvax.losses.from_function(lambda f, y: 0 * jnp.mean(f)))
+        flat = influence.fit(nothing, layout, params, batches, KEY, estimator="empirical", progress=False)
+        influence.self_influence(flat, nothing, params, batches)
+    with refused("the layout holds every leaf fixed"):
+        fixed = functools.reduce(lambda own, path: own.edit(path, kind="identity"), ("['w']", "['v']", "['scale']"), layout)
+        held = influence.fit(objective, fixed, params, batches, KEY, progress=False)
+        influence.influence(held, objective, objective, params, batches[0], batches)
+    for function in (run, fit):
+        with refused("microbatch must be at least 1, got 0"):
+            function(microbatch=0)
     with refused(r"damping has no entry for \['v'\]"):
         run(damping={"['w']": 1.0})
     with refused("unknown method 'lissa'; valid: 'ekfac', 'kfac', 'cg', 'identity', 'diagonal', 'mfac'"):

@@ -20,7 +20,7 @@ from curvax._control import in_auto_mode
 from curvax._types import Batch, Params, PRNGKey, Scalar
 from curvax.apps.influence.storage import Position, Store, checksum, facts_of, open_store, read_facts
 from curvax.kron.cotangents import check_estimator
-from curvax.kron.factors import Factor, Factors, How, accumulate, factor_sums, make_factors, zero_factors
+from curvax.kron.factors import Factor, Factors, How, Part, accumulate, factor_sums, make_factors, zero_factors
 from curvax.kron.layout import Layout, check_layout
 from curvax.kron.moments import Basis, EigenFactors, kron_basis, make_moments, moment_sums
 from curvax.losses import Loss
@@ -33,7 +33,7 @@ PASSES = {
     "diagonal": ("eigenvalues",),
     "identity": ("terms",),
 }
-"""What a method goes through, in order; "eigenbases" needs no data."""
+"""What a method goes through, in order. "eigenbases" needs no data."""
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +78,8 @@ def fit(
     """Fit the curvature of the mean loss over a data set, for `influence` and `self_influence`.
 
     "ekfac" goes through three passes: covariances of inputs and output-gradients, eigenbases of both (without data), and
-    second moments of the examples' gradients in those bases, which correct the eigenvalues. Each is a sum over batches.
+    second moments of the examples' gradients in those bases, which correct the eigenvalues. Each is a sum over batches. (Of
+    a `weighted_sum` of losses, and with "empirical", terms are counted first, in a pass of their own.)
 
     One fit serves every query, at any damping, and also the methods "kfac", "identity" and "cg" of `influence`.
 
@@ -133,15 +134,19 @@ def fit(
     Deviates: all leaves that are not held fixed take part, those in no block with the diagonal of the Fisher; the paper
       keeps the weights of perceptrons only.
     """
-    passes = check_choice("method", method, PASSES)
+    check_choice("method", method, PASSES)
+    passes = passes_of(method, objective, estimator)
     check_params(params)
     check_layout(layout, params)
     check_estimator(estimator, 1)
     check_count(1, save_every=save_every)
     if len(passes) > 1:
         check_rereadable(batches)
-    facts = {} if folder is None else facts_of(layout, params)
-    store = open_store(folder, facts | {"method": method, "estimator": estimator, "key": int(checksum(key))}, save_every)
+    if microbatch is not None:
+        check_count(1, microbatch=microbatch)
+    choices = {"method": method, "estimator": estimator}
+    facts = {} if folder is None else facts_of(layout, params) | choices | {"key": int(checksum(key))}
+    store = open_store(folder, facts, save_every)
     own = objective, layout, How(estimator, 1, microbatch, by_example=True)
     found: dict[str, Any] = {}
     for number, name in enumerate(passes):
@@ -149,9 +154,10 @@ def fit(
             found[name] = _eigenbases(layout, found["covariances"][0], store)
         else:
             basis = found.get("eigenbases", _entries(layout))
-            part = partial(_part, name, own, basis, params, jax.random.fold_in(key, number))
+            whole = found.get("terms", (None, None))  # examples, and terms
+            part = partial(_part, name, own, basis, params, jax.random.fold_in(key, number), whole)
             found[name] = _gather(name, part, _nothing(name, objective, layout, params), batches, store, progress)
-    return _fitted(method, layout, found)
+    return _fitted(method, passes, layout, found)
 
 
 def load(folder: Path | str, objective: Objective, layout: Layout, params: Params) -> Fitted:
@@ -171,23 +177,30 @@ def load(folder: Path | str, objective: Objective, layout: Layout, params: Param
       ValueError: a fit of other leaves or values of params (by path), or of another layout.
       FileNotFoundError: a folder without a fit.
     """
-    method = read_facts(folder)["method"]
+    facts = read_facts(folder)
+    passes = passes_of(facts["method"], objective, facts["estimator"])
     store, found = open_store(folder, facts_of(layout, params), 1), dict[str, Any]()
-    for name in PASSES[method]:
+    for name in passes:
         like = _bases_like(layout, params) if name == "eigenbases" else _nothing(name, objective, layout, params)
         saved = store.read(name, like)
         if saved is not None and saved[1].complete:
             found[name] = saved[0]
-    return _fitted(method, layout, found)
+    return _fitted(facts["method"], passes, layout, found)
 
 
-def _fitted(method: str, layout: Layout, found: Mapping[str, Any]) -> Fitted:
+def passes_of(method: str, objective: Objective, estimator: str) -> tuple[str, ...]:
+    """Return the passes of a fit: terms are counted first where batches do not merge by their own terms."""
+    apart = PASSES[method] != ("terms",) and (objective.loss.heads or estimator == "empirical")
+    return ("terms", *PASSES[method]) if apart else PASSES[method]
+
+
+def _fitted(method: str, passes: tuple[str, ...], layout: Layout, found: Mapping[str, Any]) -> Fitted:
     """Put together what passes have found, those that are missing left out."""
     factors, _ = found.get("covariances", (None, None))
     basis = found.get("eigenbases", _entries(layout))
     eigen = EigenFactors(basis, *found["eigenvalues"][0]) if "eigenvalues" in found else None
     terms = next((found[name][1] for name in found if name != "eigenbases"), None)
-    missing = tuple(name for name in PASSES[method] if name not in found)
+    missing = tuple(name for name in passes if name not in found)
     return Fitted(factors, eigen, None, terms, layout, method, missing)
 
 
@@ -223,14 +236,16 @@ def _gather(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _part(name: str, own: Any, basis: Any, params: Params, key: PRNGKey, batch: Batch, first: Array) -> tuple[Any, Any]:
+def _part(
+    name: str, own: Any, basis: Any, params: Params, key: PRNGKey, whole: tuple[Any, Any], batch: Batch, first: Array
+) -> tuple[Any, Any]:
     """Return what a batch adds to a pass, and its number of terms."""
-    objective, layout, how = own
+    (objective, layout, how), (examples, totals) = own, whole
     counted = total_terms(objective, params, batch, how.microbatch)
     if name == "terms":
-        return (), counted
+        return jnp.int32(batch_size(batch)), counted
     statistic = factor_sums(layout) if name == "covariances" else moment_sums(layout, basis)
-    sums, terms = accumulate(objective, layout, params, batch, key, statistic, how, first)
+    sums, terms = accumulate(objective, layout, params, batch, key, statistic, how, Part(first, totals, examples))
     if name == "covariances":
         inputs, products, squares = sums
         return make_factors(inputs, products, squares, terms), counted
@@ -246,7 +261,7 @@ def _nothing(name: str, objective: Objective, layout: Layout, params: Params) ->
     """Return what a pass begins with."""
     terms = _no_terms(objective.loss, jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
     if name == "terms":
-        return (), terms
+        return jnp.int32(0), terms
     factors = zero_factors(layout, params)
     if name == "covariances":
         return factors, terms

@@ -8,16 +8,17 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.tree_util import keystr
 from jaxtyping import Array
 
 from curvax._batch import check_rereadable
-from curvax._checks import check_choice, check_damping
+from curvax._checks import check_choice, check_damping, describe
 from curvax._control import OnHost
 from curvax._types import Batch, Matvec, Params
-from curvax.apps.influence.fitting import PASSES, Fitted
+from curvax.apps.influence.fitting import Fitted
 from curvax.kron.inverse import KronPower, Spectral, apply_power, damping_of, in_no_block, kron_inverse
 from curvax.kron.layout import Layout
 from curvax.kron.sides import sides, trace
@@ -43,9 +44,12 @@ def check_fitted(fitted: Fitted, method: str | None) -> str:
     """Return the method, or raise unless the fit is complete and serves it."""
     if fitted.missing:
         raise ValueError(
-            f"the fit is not complete: of its passes ({', '.join(PASSES[fitted.method])}) {' and '.join(fitted.missing)} "
-            "did not come to the end. Call fit again with the same arguments and folder; it goes on where it was."
+            f"the fit is not complete: its passes over {' and '.join(fitted.missing)} did not come to the end. "
+            "Call fit again with the same arguments and folder; it goes on where it was."
         )
+    layout = fitted.layout
+    if not layout.blocks and all(leaf.outside != "diagonal" for leaf in layout.leaves):
+        raise ValueError('the layout holds every leaf fixed (kind="identity"): nothing is left that has influence.')
     if method is None:
         return fitted.method
     known = dict.fromkeys(name for names in SERVES.values() for name in names)
@@ -133,10 +137,23 @@ def dampings(fitted: Fitted, method: str, damping: Any) -> Any:
     Raises:
       ValueError: damping that is not positive.
     """
+    means = mean_eigenvalues(fitted, method)
     if damping is None:
-        return {name: 0.1 * x for name, x in mean_eigenvalues(fitted, method).items()}
-    for one in damping.values() if isinstance(damping, Mapping) else (damping,):
-        check_damping(one)
+        for x in means.values():
+            if not isinstance(x, jax.core.Tracer) and not (np.asarray(x) > 0).all():
+                raise ValueError(
+                    "the curvature is zero everywhere, or not finite: there is no mean eigenvalue to take a tenth of. "
+                    "Look for a constant loss, or NaN in params and data; or give damping a number."
+                )
+        return {name: 0.1 * x for name, x in means.items()}
+    for name, x in means.items():
+        if isinstance(damping, Mapping) and name not in damping:
+            raise ValueError(f"damping has no entry for {name}; it needs one for each of {', '.join(means)}.")
+        own, shapes = damping_of(damping, name), {(), jnp.shape(x) if isinstance(damping, Mapping) else ()}
+        if jnp.shape(own) not in shapes:
+            raise ValueError(f"damping of {name} must be of shape {' or '.join(map(str, shapes))}, got {describe(own)}.")
+        if not isinstance(own, jax.core.Tracer):
+            check_damping(float(np.min(np.asarray(own))))
     return damping
 
 

@@ -189,7 +189,8 @@ def score(
     length = _length(batch[0]) if by == "token" else None
 
     def run(queries: Queries, params: Params, batch: Batch) -> PyTree[Array]:
-        rows = microbatch or _rows_at_a_time(queries, objective, params, batch[0], by == "token")
+        auto = lambda: _rows_at_a_time(queries, objective, params, batch[0], by == "token")
+        rows = auto() if microbatch is None else microbatch
         check_count(1, microbatch=rows)
         return map_chunks(lambda chunk: _parts(queries, objective, params, chunk, by, length), batch, rows)
 

@@ -102,7 +102,8 @@ def _self_score(own: Any, powers: _Powers, terms: PyTree[Scalar], params: Params
 
     def run(powers: _Powers, terms: PyTree[Scalar], params: Params, batch: Batch) -> Any:
         of_chunk = lambda chunk: _self_parts(objective, layout, powers, terms, params, chunk)
-        rows = microbatch or max(1, ENTRIES_AT_A_TIME // max([1, *(math.prod(b.shape) for b in layout.blocks)]))
+        auto = max(1, ENTRIES_AT_A_TIME // max([1, *(math.prod(b.shape) for b in layout.blocks)]))
+        rows = auto if microbatch is None else microbatch
         check_count(1, microbatch=rows)
         return map_chunks(of_chunk, batch, rows)
 
