@@ -201,6 +201,20 @@ def test_a_part_of_a_leaf_may_be_held_fixed():
         jax.tree.map(lambda x: np.testing.assert_allclose(x, np.full(np.shape(x), 1 / 3), rtol=1e-5), means)
 
 
+def test_each_pass_has_draws_of_its_own():
+    """Eigenvalues that were measured on the draws that the basis was made of would be too large."""
+    objective, params, batches, layout = problem()
+    unsure = jax.tree.map(lambda x: 0.1 * x, params)
+    fitted = fit([batches[0]], params=unsure)
+    moments = lambda number: curvax.kron_moments(
+        objective, layout, fitted.eigen.basis, unsure, batches[0], jax.random.fold_in(KEY, number)
+    ).moments
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, fitted.eigen.moments, moments(2))
+    with pytest.raises(AssertionError):
+        jax.tree.map(close, fitted.eigen.moments, moments(0))
+
+
 def test_damping_of_each_block_is_a_tenth_of_its_mean_eigenvalue():
     objective, params, batches, _ = problem()
     means, (_, info) = (
