@@ -16,6 +16,9 @@ from curvax._checks import describe
 from curvax._control import body
 from curvax._types import Batch, at_least_float32
 
+ENTRIES_AT_A_TIME = 2**24
+"""Entries of a work array that are held at a time, where it would grow with the batch: 64 MB in float32."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -42,18 +45,19 @@ class Shared:
     value: Any
 
 
-def _is_shared(x: Any) -> bool:
+def is_shared(x: Any) -> bool:
+    """Tell whether `x` is a part without batch axis."""
     return isinstance(x, Shared)
 
 
 def unwrap(tree: PyTree) -> PyTree:
     """Replace every `Shared(value)` in `tree` by `value`."""
-    return jax.tree.map(lambda x: x.value if _is_shared(x) else x, tree, is_leaf=_is_shared)
+    return jax.tree.map(lambda x: x.value if is_shared(x) else x, tree, is_leaf=is_shared)
 
 
 def map_rows(fn: Callable[[Array], Array], rows: PyTree) -> PyTree:
     """Apply `fn` to every leaf with a batch axis, and leave `Shared` parts as they are."""
-    return jax.tree.map(lambda x: x if _is_shared(x) else fn(x), rows, is_leaf=_is_shared)
+    return jax.tree.map(lambda x: x if is_shared(x) else fn(x), rows, is_leaf=is_shared)
 
 
 def check_batch(batch: Any) -> None:
@@ -67,8 +71,8 @@ def check_batch(batch: Any) -> None:
 def batch_size(rows: PyTree) -> int:
     """Length of the leading axis common to all arrays of `rows` that are not `Shared`."""
     first: tuple[str, int] | None = None
-    for path, leaf in jax.tree.leaves_with_path(rows, is_leaf=_is_shared):
-        if _is_shared(leaf):
+    for path, leaf in jax.tree.leaves_with_path(rows, is_leaf=is_shared):
+        if is_shared(leaf):
             continue
         where = f"batch{jax.tree_util.keystr(path)}"
         if jnp.ndim(leaf) == 0:
@@ -96,7 +100,7 @@ def with_index(batch: Batch, first: Any = 0) -> tuple[Batch, Array]:
 
 def map_examples(fn: Callable[[PyTree], PyTree], rows: PyTree) -> PyTree:
     """Apply `fn` to every row, kept as a batch of one, by `vmap`; `Shared` parts are not mapped."""
-    axes = jax.tree.map(lambda x: None if _is_shared(x) else 0, rows, is_leaf=_is_shared)
+    axes = jax.tree.map(lambda x: None if is_shared(x) else 0, rows, is_leaf=is_shared)
     return jax.vmap(lambda row: fn(map_rows(lambda x: x[None], row)), in_axes=(axes,))(rows)
 
 

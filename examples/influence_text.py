@@ -5,10 +5,10 @@
     python examples/influence_text.py --candidates 500              # only sequences that share rare 4-grams with a query
     python examples/influence_text.py --smoke                       # does it run? about 20 seconds
 
-The character model of `char_lm.py` is trained with AdamW. A query is a sequence of the validation text, and what is measured
-is the log-probability of its last 8 characters given those before: a function of our own, not the training loss. For every
-query the training sequences are found whose removal is predicted to change that most. `change if removed` is in nats:
-negative where a sequence raised the log-probability (helpful), positive where it lowered it (harmful).
+The character model of `char_lm.py` is trained with AdamW. A query is a sequence of the validation text, and what is
+measured is the log-probability of its last 8 characters given those before: a function of our own, not the training loss.
+For every query the training sequences are found whose removal is predicted to change that most. `change if removed` is in
+nats: negative where a sequence raised the log-probability (helpful), positive where it lowered it (harmful).
 
 Printed are the best of them, whether the parts of characters sum to the whole, and how much text they share with the query,
 against all sequences. `influence_text.html` in the folder of `--out` shows each, shaded by the influence of its characters.
@@ -42,9 +42,9 @@ from curvax.apps import influence
 
 MEASURED = 8  # characters at the end of a query
 GRAM = 4  # characters that BM25 takes as one token
-RARE = 0.01  # a 4-gram is rare if fewer of the training sequences hold it
 TRAINING, SCORING = 32, 64  # sequences in a batch
 SCORE = jax.jit(influence.score, static_argnums=1, static_argnames="by")
+COMPRESS = jax.jit(influence.compress, static_argnums=1)
 SIGN = "change if removed, in nats of the log-probability: negative = the sequence raised it"
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each [sequences, LENGTH]
 
@@ -93,7 +93,7 @@ def trained(model: Transformer, objective: curvax.Objective, train: Batch, steps
     """Train with AdamW, or read what was trained before: scores are of these weights, and so is the curvature."""
     params = jax.jit(model.init)(jax.random.key(seed), train[0][:2])
     if path.exists():
-        print(f"weights: {path}")
+        print(f"weights read from {path}")
         return jax.tree.map(jnp.asarray, flax.serialization.from_bytes(params, path.read_bytes()))
     tx = optax.adamw(optax.cosine_decay_schedule(5e-3, steps))
 
@@ -104,10 +104,10 @@ def trained(model: Transformer, objective: curvax.Objective, train: Batch, steps
         return optax.apply_updates(params, updates), state, loss
 
     state, rng = tx.init(params), np.random.default_rng(seed)
-    for _ in (bar := tqdm(range(steps), desc="training", unit="step")):
+    for i in (bar := tqdm(range(steps), desc="training", unit="step")):
         rows = rng.integers(0, len(train[0]), TRAINING)
         params, state, loss = step(params, state, tuple(x[rows] for x in train))
-        if bar.n % 50 == 0:
+        if i % 50 == 0:
             bar.set_postfix(loss=f"{loss:.3f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
@@ -131,6 +131,7 @@ def layout_of(problem: Problem) -> curvax.Layout:
     return layout
 
 
+@partial(jax.jit, static_argnums=0)
 def of_targets(model: Transformer, params: Any, batch: Batch) -> jax.Array:
     """Log-probabilities of the targets, `[sequences, LENGTH]`."""
     logits = jax.nn.log_softmax(model.apply(params, batch[0]))
@@ -143,9 +144,8 @@ def choose_queries(problem: Problem, number: int) -> Batch:
     Of the tenth that it is surest of, those where it gains most come first, and no two ends share a 4-gram.
     """
     inputs, targets = problem.validation
-    run = jax.jit(partial(of_targets, problem.model))
     chunks = [(inputs[i : i + 256], targets[i : i + 256]) for i in range(0, len(inputs), 256)]
-    own = np.concatenate([run(problem.params, chunk) for chunk in chunks])[:, -MEASURED:].sum(axis=1)
+    own = np.concatenate([of_targets(problem.model, problem.params, chunk) for chunk in chunks])[:, -MEASURED:].sum(axis=1)
     frequency = np.bincount(problem.train[1].ravel(), minlength=CHARACTERS) + 1
     by_frequency = np.log(frequency / frequency.sum())[targets[:, -MEASURED:]].sum(axis=1)
     chosen: list[int] = []
@@ -192,7 +192,7 @@ def prepare(problem: Problem, fitted: influence.Fitted, queries: Batch, rank: in
 
     prepared, _ = influence.precondition(fitted, problem.objective, measure, problem.params, queries)
     if rank:
-        prepared, info = influence.compress(prepared, rank)
+        prepared, info = COMPRESS(prepared, rank)
         print(f"queries compressed to rank {rank}: relative error {info.error.min():.2f} to {info.error.max():.2f}")
     return prepared
 
@@ -264,22 +264,22 @@ def escaped(text: str) -> str:
 def check_meaning(answers: list[Answer], train: Batch) -> None:
     """Print how much text sequences share with what was measured: those found, against all. Influence sees no text.
 
-    BM25 is that of the 4-grams that end in a measured character.
+    BM25 is that of the 4-grams that end in a measured character. Chance would put one in a hundred into its best hundredth.
     """
     documents = [grams(text) for text in texts(train)]
     asked = [grams(answer.text[-MEASURED - GRAM + 1 :]) for answer in answers]
-    found = influence.bm25(asked, documents, k=len(documents))
-    scores = np.empty_like(found.scores)
-    np.put_along_axis(scores, found.documents, found.scores, axis=1)
+    ranked = influence.bm25(asked, documents, k=len(documents))
+    scores = np.empty_like(ranked.scores)
+    np.put_along_axis(scores, ranked.documents, ranked.scores, axis=1)
     rows = []
-    for answer, ends, score in zip(answers, asked, scores, strict=True):
-        holding = np.array([[gram in document for gram in set(ends)] for document in map(set, documents)])
-        rare = holding[:, holding.mean(axis=0) < RARE].any(axis=1)
-        sides = [[found.number for found in side] for side in (answer.helpful, answer.harmful)] + [slice(None)]
-        cells = [f"{score[side].mean():.2f}" for side in sides] + [f"{100 * rare[side].mean():.1f} %" for side in sides]
-        rows.append([f'"{escaped(answer.text[-MEASURED:])}"', *cells])
-    header = ("query", "BM25: helpful", "harmful", "all", "rare 4-gram: helpful", "harmful", "all")
-    print_table("text shared with what was measured: mean BM25, and sequences that share a rare 4-gram", header, rows)
+    for answer, score, order in zip(answers, scores, ranked.documents, strict=True):
+        helpful, harmful = ([found.number for found in side] for side in (answer.helpful, answer.harmful))
+        best = np.isin([helpful, harmful], order[: -(-len(order) // 100)]).sum(axis=1)
+        cells = [f"{score[numbers].mean():.2f}" for numbers in (helpful, harmful, slice(None))]
+        counts = [f"{count} of {len(helpful)}" for count in best]
+        rows.append([f'"{escaped(answer.text[-MEASURED:])}"', *cells, *counts])
+    header = ("query", "BM25, helpful", "harmful", "all", "in its best 1 %, helpful", "harmful")
+    print_table("text that is shared with what was measured, by mean BM25", header, rows)
 
 
 STYLE = """
@@ -300,11 +300,11 @@ def page(answers: list[Answer], about: str) -> str:
     """Write one page that needs no other file."""
     swatch = lambda color, name: f'<span style="background:rgba({color},.6)">{name}</span>'
     legend = (
-        f"The log-probability of the characters {'<mark>marked</mark>'} was measured. Beneath each query are the training "
-        "sequences whose removal is predicted to change it most. Characters are shaded by their part: those that "
-        f"{swatch(RAISED, 'raised it')}, those that {swatch(LOWERED, 'lowered it')}. The part of a position is shown on the "
-        "character that was predicted there; its gradient holds the losses of later characters, too. Shades are "
-        "relative to the strongest character of each sequence. &crarr; is a newline (or no printable ASCII). "
+        "The log-probability of the characters <mark>marked</mark> was measured. Beneath each query are the training "
+        "sequences whose removal is predicted to change it most. Characters are shaded by their part: those "
+        f"that {swatch(RAISED, 'raised it')}, and those that {swatch(LOWERED, 'lowered it')}. The part of a position is "
+        "shown on the character that was predicted there; its gradient holds the losses of later characters, too. "
+        "Shades are relative to the strongest character of each sequence. &crarr; is a newline (or no printable ASCII). "
         f"Scores: {SIGN}. In small print, the parts of layers in percent of the score."
     )
     sections = "\n".join(map(_section, answers))
@@ -328,8 +328,9 @@ def _sequence(found: Found) -> str:
     most = np.abs(found.by_character).max() or 1.0
     spans = [_shown(found.text[0])]  # never predicted
     for character, change in zip(found.text[1:], found.by_character, strict=True):
-        style = f"background:rgba({RAISED if change < 0 else LOWERED},{0.8 * abs(change) / most:.2f})"
-        spans.append(f'<span style="{style}" title="{change:+.1e}">{_shown(character)}</span>')
+        shade = f"rgba({RAISED if change < 0 else LOWERED},{0.8 * abs(change) / most:.2f})"
+        span = f'<span style="background:{shade}" title="{change:+.1e}">{_shown(character)}</span>'
+        spans.append(span if abs(change) > 0.02 * most else _shown(character))
     parts = sorted(found.by_layer.items(), key=lambda part: -abs(part[1]))
     shares = ", ".join(f"{html.escape(name)} {100 * part / found.change:.0f}" for name, part in parts)
     score = f"<b>{found.change:+.4f}</b> if removed, sequence {found.number}"
@@ -355,7 +356,8 @@ def main() -> None:
     args = flags.parse_args()
     limit = 1_000_000
     if args.smoke:
-        args.width, args.steps, args.queries, args.rank, limit = 16, 50, 2, 2, 20_000
+        jax.config.update("jax_disable_most_optimizations", True)  # compile fast rather than well
+        args.width, args.steps, args.queries, args.rank, limit = 16, 20, 2, 2, 12_000
     began = time.perf_counter()
     codes = read_text(args.data, limit)
     train, validation = split(codes)
@@ -365,7 +367,7 @@ def main() -> None:
     objective = curvax.Objective(model.apply, curvax.losses.softmax_cross_entropy())
     params = trained(model, objective, train, args.steps, args.seed, folder / "weights.msgpack")
     problem = Problem(model, objective, params, train, validation)
-    losses = [objective(params, tuple(x[::16] for x in batch)) for batch in (train, validation)]
+    losses = [-of_targets(model, params, tuple(x[::16] for x in batch)).mean() for batch in (train, validation)]
     about = f"{len(train[0]):,} training sequences of {LENGTH} characters; loss {losses[0]:.3f}, validation {losses[1]:.3f}"
     print(about)
     layout = layout_of(problem)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from curvax._batch import ENTRIES_AT_A_TIME
 from curvax.kron.inverse import Spectral
 from curvax.kron.layout import Block
 from curvax.kron.moments import Basis, gradient_of_pair, rotated_pairs
@@ -29,9 +30,6 @@ class LowRank(NamedTuple):
     left: Array
     right: Array
 
-
-ENTRIES_AT_A_TIME = 2**24
-"""Entries of work arrays that are held at a time: 64 MB in float32."""
 
 Vectors: TypeAlias = Array | LowRank
 """Vectors of a block, `[q, s, i, o]`, or as products."""

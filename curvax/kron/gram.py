@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from curvax._batch import ENTRIES_AT_A_TIME
 from curvax._trees import wide
 from curvax._types import at_least_float32
 from curvax.kron.inverse import in_no_block
@@ -72,7 +73,7 @@ def _pair(block: Block, j: int, inputs: Rows, pulled: Rows) -> tuple[Array, Arra
 def _of_formed_rows(block: Block, pairs: list[tuple[Array, Array]], k: int) -> Float[Array, "n n"]:
     stack, size, columns = block.shape
     n = k * pairs[0][0].shape[1]
-    width = max(1, min(size, _ENTRIES_AT_A_TIME // (n * stack * columns)))
+    width = max(1, min(size, ENTRIES_AT_A_TIME // (n * stack * columns)))
     dtype = wide(pairs[0][1])
 
     def part(total: Float[Array, "n n"], start: Array) -> tuple[Float[Array, "n n"], None]:
@@ -101,7 +102,3 @@ def _outer(left: Float[Array, "k e s t i"], right: Float[Array, "k e s t o"]) ->
 
 def _product(x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
     return jnp.matmul(at_least_float32(x), at_least_float32(y).T, precision=lax.Precision.HIGHEST)
-
-
-_ENTRIES_AT_A_TIME = 2**24
-"""Entries of rows that are formed at a time: 64 MB in float32."""

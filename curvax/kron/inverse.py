@@ -270,8 +270,12 @@ def _check_dampings(layout: Layout, factors: Factors | EigenFactors, damping: An
     if not isinstance(damping, Mapping):
         check_damping(damping, allow_zero=power > 0)
         return
-    names = [*(block.name for block in layout.blocks), *factors.diagonal]
+    stacks = {block.name: (block.shape[0],) for block in layout.blocks}
+    names = [*stacks, *factors.diagonal]
     for name in names:
         if name not in damping:
             raise ValueError(f"damping has no entry for {name}; it needs one for each of {', '.join(names)}.")
+        if jnp.shape(damping[name]) not in ((), stacks.get(name, ())):
+            shape = stacks.get(name, ())
+            raise ValueError(f"damping of {name} must be a number or {list(shape)}, got {describe(damping[name])}.")
         check_damping(damping[name], allow_zero=power > 0)

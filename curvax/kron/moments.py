@@ -11,6 +11,7 @@ from jax import lax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
+from curvax._batch import ENTRIES_AT_A_TIME
 from curvax._types import Batch, Params, PRNGKey, at_least_float32
 from curvax.kron.factors import Factor, Factors, How, Statistic, Terms, accumulate, factor_sums, make_factors
 from curvax.kron.layout import Block, Layout
@@ -218,7 +219,7 @@ def block_moments(
 
     rows = (first,) if h is None else (first, second)
     size, per_example = inputs[0].shape[0], math.prod(block.shape)
-    few = min(size, max(1, _ENTRIES_AT_A_TIME // per_example))
+    few = min(size, max(1, ENTRIES_AT_A_TIME // per_example))
     whole = size // few * few
     cut = lambda x: x[:whole].reshape(-1, few, *x.shape[1:])
     if whole == few == size:
@@ -266,7 +267,3 @@ def gradient_of_pair(block: Block, left: Array, right: Array) -> Float[Array, "e
     known = jnp.where(left < 0, block.shape[1], left)  # indexing would count negative numbers from the end
     rows = lambda ids, g: jnp.zeros(block.shape[1:], g.dtype).at[ids[:, 0]].add(g, mode="drop")
     return jax.vmap(jax.vmap(rows))(known, right)
-
-
-_ENTRIES_AT_A_TIME = 2**24
-"""Entries of examples' gradients that are held at a time: 64 MB in float32."""

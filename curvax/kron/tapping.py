@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Shaped
 
-from curvax._batch import Shared, map_rows
+from curvax._batch import is_shared, map_rows
 from curvax._checks import describe
 from curvax._jaxpr import trace
 from curvax._types import Outputs, Params
@@ -81,7 +81,6 @@ def record(objective: Objective, layout: Layout, params: Params, inputs: Any, by
     zeros = [zero_perturbation(uses[number]) for number in numbers]
     nothing = {path: jnp.zeros_like(x) for path, x in outside.items()}
     if by_example:
-        is_shared = lambda x: isinstance(x, Shared)
         axes = jax.tree.map(lambda x: None if is_shared(x) else 0, inputs, is_leaf=is_shared)
         one_row = lambda row, *rest: forward(map_rows(lambda x: x[None], row), *rest)
         size = next(x.shape[0] for x in jax.tree.leaves(inputs, is_leaf=is_shared) if not is_shared(x))
@@ -136,7 +135,6 @@ def _is_outside(layout: Layout, path: str) -> bool:
 
 def _check_unmixed(objective: Objective, params: Params, inputs: Any) -> None:
     closed, _ = trace(lambda params, inputs: objective.outputs(params, inputs), params, inputs)
-    is_shared = lambda x: isinstance(x, Shared)
     rows = [not is_shared(x) for x in jax.tree.leaves(inputs, is_leaf=is_shared) for _ in jax.tree.leaves(x)]
     mixing = mixing_operation(closed, [False] * len(jax.tree.leaves(params)) + rows)
     if mixing is not None:

@@ -293,3 +293,88 @@ def test_nothing_depends_on_the_number_of_devices(kind):
         got, _ = influence.influence(fit, case.objective, case.objective, params, queries, [batch])
         close(got.change_if_removed, want, 1e-10)
     close(influence.self_influence(fit, case.objective, params, [batch]), np.diag(want), 1e-10)
+
+
+def tied(p, ids):
+    return jnp.tanh(p["e"][ids] @ p["w"]) @ p["e"].T
+
+
+def used_twice(p, x):
+    return jnp.tanh(jnp.tanh(x @ p["w"] + p["b"]) @ p["w"])
+
+
+def one_id(p, ids):
+    return jnp.tanh(p["e"][ids]) @ p["w"]
+
+
+def some_ids(p, ids):
+    """Some negative, some beyond the table; both look up zeros, or count from the end."""
+    return jnp.tanh(p["e"].at[ids].get(mode="fill", fill_value=0)) @ p["w"]
+
+
+def clipped_ids(p, ids):
+    return jnp.tanh(jnp.take(p["e"], ids, axis=0, mode="clip")) @ p["w"]
+
+
+def scanned(p, x):
+    h, _ = jax.lax.scan(lambda h, layer: (h + jnp.tanh(h @ layer[0] + layer[1]), None), x, (p["w"], p["b"]))
+    return h @ p["v"] * p["gain"]
+
+
+IDS = jnp.array([[0, 1, 1], [-1, 2, 0], [5, 9, -2], [-9, 3, 4], [3, 3, 3]])
+SHAPES = {
+    tied: ({"e": (6, 3), "w": (3, 3)}, IDS % 6, 6),
+    used_twice: ({"w": (3, 3), "b": (3,)}, (5, 3), 3),
+    one_id: ({"e": (6, 3), "w": (3, 4)}, IDS[:, 0] % 6, 4),
+    some_ids: ({"e": (6, 3), "w": (3, 4)}, IDS, 4),
+    clipped_ids: ({"e": (6, 3), "w": (3, 4)}, IDS, 4),
+    scanned: ({"w": (2, 3, 3), "b": (2, 3), "v": (3, 4), "gain": (4,)}, (5, 3), 4),
+}
+
+
+@pytest.mark.parametrize("model", SHAPES, ids=lambda model: model.__name__)
+def test_every_kind_of_use(model):
+    """Scores are the products of dense gradients, and self-influence their diagonal, in whatever way kernels are used."""
+    shapes, inputs, classes = SHAPES[model]
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    inputs = jnp.asarray(rng.normal(size=inputs)) if isinstance(inputs, tuple) else inputs
+    labels = jnp.asarray(rng.integers(0, classes, jax.eval_shape(model, params, inputs).shape[:-1]))
+    objective, batch = curvax.Objective(model, curvax.losses.softmax_cross_entropy()), (inputs, labels)
+    layout = curvax.kron_layout(objective, params, batch)
+    assert {leaf.kind for leaf in layout.leaves if leaf.path != "['gain']"} == {"kron"}
+    fit = influence.fit(objective, layout, params, [batch], jax.random.key(0), estimator="exact", progress=False)
+    parts = jax.vmap(lambda g: ravel_pytree(g)[0])(curvax.per_example_grads(objective, params, batch)) / size(batch)
+    own = size(batch) * parts  # each example has as many terms
+    whole = lambda **options: influence.influence(fit, objective, objective, params, batch, [batch], **options)[0]
+    close(whole(method="identity", by="layer").change_if_removed, own @ parts.T)
+    for method in ("ekfac", "kfac"):
+        scores = whole(method=method).change_if_removed
+        own_scores = influence.self_influence(fit, objective, params, [batch], method=method)
+        close(own_scores, np.diag(scores))
+    if inputs.ndim == 2 and inputs.dtype != float:
+        by_token = whole(by="token")
+        close(by_token.by_token.sum(2) + by_token.rest, whole().change_if_removed)
+    if model is scanned:
+        check_solves_and_compression(objective, layout, fit, params, batch, own, parts)
+
+
+def check_solves_and_compression(objective, layout, fit, params, batch, own, parts):
+    """CG with a damping for each slice of a stack, and errors of compression beside a leaf in no block."""
+    solver = functools.partial(curvax.cg, tol=1e-13, max_steps=200)
+    result, info = influence.influence(fit, objective, objective, params, batch, [batch], method="cg", solver=solver)
+    ridge = np.zeros(parts.shape[1])
+    for block in layout.blocks:
+        ridge[indices(block, params)] = np.asarray(info.damping[block.name])[:, None, None]
+    start = np.cumsum([0, *[x.size for x in jax.tree.leaves(params)]])[1]
+    ridge[start : start + params["gain"].size] = info.damping["['gain']"]
+    assert len(set(np.round(ridge, 12))) == 4
+    ggn = curvax.to_dense(curvax.ggnvp(objective, params, batch), params)
+    close(result.change_if_removed, own @ np.linalg.inv(ggn + np.diag(ridge)) @ parts.T)
+    prepared, _ = influence.precondition(fit, objective, objective, params, batch)
+    small, told = influence.compress(prepared, 1)
+    flat = lambda tree: np.concatenate([np.asarray(x).reshape(5, -1) for x in tree], axis=1)
+    kept = [v if isinstance(v, jax.Array) else v.left @ v.right for v in small.blocks.values()]
+    whole = flat([*prepared.blocks.values(), prepared.outside["['gain']"]])
+    error = flat(list(prepared.blocks.values())) - flat(kept)
+    close(told.error, np.linalg.norm(error, axis=1) / np.linalg.norm(whole, axis=1))

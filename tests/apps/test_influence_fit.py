@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,8 +86,10 @@ def test_a_resumed_fit_is_equal_in_every_bit(tmp_path, method, time, after):
             use()
     resumed = fit(Failing(batches, 0, -1), **options)
     equal(resumed, whole(method))
-    # what is complete is read, not made again; the data are not asked for
-    equal(fit(Failing(batches, 0, 1), **options), whole(method))
+    # what is complete is read, not made again; of the data the first batch is asked for
+    equal(fit(batches[:1], **options), whole(method))
+    with pytest.raises(ValueError, match=r"the pass over .* that is saved began with another batch"):
+        fit(batches[1:], **options)
     equal(influence.load(str(tmp_path), objective, layout, params), whole(method))
 
 
@@ -116,8 +119,8 @@ def test_a_fit_is_resumed_with_what_it_was_begun_with_only(tmp_path):
     objective, params, batches, layout = problem()
     begun = functools.partial(fit, folder=tmp_path, save_every=1)
     with pytest.raises(Interrupted):
-        begun(Failing(batches, 2, 1))
-    refused = lambda text, **options: pytest.raises(ValueError, match=text)
+        begun(Failing(batches, 3, 1))
+    refused, facts = lambda text: pytest.raises(ValueError, match=text), (tmp_path / "fit.json").read_text()
     with refused(r"the values of params is checksum \d+ there, here checksum"):
         begun(params=params | {"b": params["b"] + 1e-6})
     with refused("the values of key is checksum"):
@@ -131,15 +134,29 @@ def test_a_fit_is_resumed_with_what_it_was_begun_with_only(tmp_path):
     wider = params | {"scale": jnp.ones((1, 2))}
     with refused(r"leaves: \['scale'\] is float32\[2\] there, here float32\[1, 2\]"):
         begun(params=wider, layout=curvax.kron_layout(objective, wider, batches[0]))
-    with refused("was interrupted after 2 batches, 8 examples; the first 2 batches now are not the same, with 8 examples"):
+    with refused("the pass over covariances that is saved began with another batch"):
         begun([batches[1], batches[0], *batches[2:]])
-    with refused("found 1 batches where 2 were expected"):
-        begun(batches[:1])
+    again = "was interrupted after 3 batches, 12 examples; the first 3 batches now are not the same, with 12 examples"
+    for changed in ([batches[0], batches[2], batches[1]], [batches[0], batches[2], batches[2]]):
+        with refused(again):
+            begun([*changed, batches[3]])
+    with refused("found 2 batches where 3 were expected"):
+        begun(batches[:2])
     with refused(r"the layout is of other params: \['b'\] is \[4\] there, in params \[5\]"):
         begun(params=params | {"b": jnp.ones(5)})
     with pytest.raises(FileNotFoundError, match="holds no fit"):
         influence.load(tmp_path / "elsewhere", objective, layout, params)
+    with pytest.raises(Interrupted):
+        begun(Failing(batches, 0, 2))
+    for other in (batches[:3], [*batches[:2], batches[1], batches[3]]):
+        with refused("the pass over eigenvalues went through .* the one before through 14 in 4, or through others"):
+            begun(other)
+        shutil.rmtree(tmp_path / "eigenvalues")
     equal(begun(), whole())
+    (tmp_path / "fit.json").write_text("{")
+    with refused("fit.json is damaged"):
+        influence.load(tmp_path, objective, layout, params)
+    (tmp_path / "fit.json").write_text(facts)
     assert json.loads((tmp_path / "fit.json").read_text())["method"] == "ekfac"
 
 
@@ -147,6 +164,8 @@ def test_checksums_see_every_bit_and_no_device():
     x = {"a": jnp.arange(8, dtype=jnp.float32), "k": KEY, "b": jnp.array([True, False]), "h": jnp.ones(3, jnp.bfloat16)}
     assert checksum(x) == checksum(jax.tree.map(lambda x: x, x)) == checksum(x | {"a": np.arange(8, dtype=np.float32)})
     changed = ({"a": x["a"].at[3].set(3.0000002)}, {"a": x["a"][::-1]}, {"k": jax.random.key(8)}, {"b": ~x["b"]})
+    for odd in (jnp.array([1 + 2j, 3]), jnp.array([1, -2], jnp.int4)):
+        assert checksum(odd) == checksum(odd + 0) != checksum(odd.at[1].set(2))
     for change in (*changed, {"h": x["h"].at[0].set(1.01)}, {"h": x["h"].astype(jnp.float16)}):
         assert checksum(x | change) != checksum(x)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -206,9 +225,11 @@ def test_each_pass_has_draws_of_its_own():
     objective, params, batches, layout = problem()
     unsure = jax.tree.map(lambda x: 0.1 * x, params)
     fitted = fit([batches[0]], params=unsure)
-    moments = lambda number: curvax.kron_moments(
-        objective, layout, fitted.eigen.basis, unsure, batches[0], jax.random.fold_in(KEY, number)
-    ).moments
+    moments = lambda number: (
+        curvax.kron_moments(
+            objective, layout, fitted.eigen.basis, unsure, batches[0], jax.random.fold_in(KEY, number)
+        ).moments
+    )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, fitted.eigen.moments, moments(2))
     with pytest.raises(AssertionError):

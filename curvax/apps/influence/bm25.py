@@ -43,7 +43,7 @@ def bm25(queries: Sequence[Iterable[Hashable]], documents: Iterable[Iterable[Has
     Raises:
       ValueError: no document, or k below 1.
 
-    Cost: a pass over the documents, and for each query a sort of all scores.
+    Cost: a pass over the documents, and for each query a sort of all scores. Memory: a number for each pair of both.
 
     Example:
       >>> from curvax.apps import influence

@@ -95,16 +95,18 @@ def fit(
       estimator: "mc", targets sampled from the model; "exact", their expectation; "empirical", the data's own targets.
       microbatch: rows worked on at a time.
       folder: where passes are saved. A fit that was interrupted, even killed, goes on from there when it is called again
-        with the same arguments, to a result equal in every bit; one that is complete is read back.
+        with the same arguments, to a result equal in every bit; one that is complete is read back. That leaves, params,
+        choices and batches are the same is checked; of the objective nothing is saved to compare.
       save_every: batches between saves.
       progress: show a bar for each pass.
 
     Returns:
-      `Fitted`. Parts of a data set may also be gone through apart, and merged: see the example.
+      `Fitted`. Parts of a data set may also be gone through apart, and merged: see the example. (`curvax.merge` says for
+      which losses and estimators that is exact; here it always is.)
 
     Raises:
       ValueError: no batch; a layout of other params; a folder with a fit of other leaves, values of params, key or choices
-        (by path); batches that are other than those an interrupted pass has taken in.
+        (by path); passes that go through other batches than an earlier one, or than before an interruption.
       TypeError: batches that can be gone through but once.
       As `kron_moments`.
 
@@ -149,14 +151,21 @@ def fit(
     store = open_store(folder, facts, save_every)
     own = objective, layout, How(estimator, 1, microbatch, by_example=True)
     found: dict[str, Any] = {}
+    before = None
     for number, name in enumerate(passes):
         if name == "eigenbases":
             found[name] = _eigenbases(layout, found["covariances"][0], store)
-        else:
-            basis = found.get("eigenbases", _entries(layout))
-            whole = found.get("terms", (None, None))  # examples, and terms
-            part = partial(_part, name, own, basis, params, jax.random.fold_in(key, number), whole)
-            found[name] = _gather(name, part, _nothing(name, objective, layout, params), batches, store, progress)
+            continue
+        basis = found.get("eigenbases", _entries(layout))
+        whole = found.get("terms", (None, None))  # examples, and terms
+        part = partial(_part, name, own, basis, params, jax.random.fold_in(key, number), whole)
+        found[name], at = _gather(name, part, _nothing(name, objective, layout, params), batches, store, progress)
+        if before not in (None, at):
+            raise ValueError(
+                f"the pass over {name} went through {at.examples} examples in {at.batches} batches, the one before through "
+                f"{before.examples} in {before.batches}, or through others. {_ADVICE}"
+            )
+        before = at
     return _fitted(method, passes, layout, found)
 
 
@@ -176,6 +185,10 @@ def load(folder: Path | str, objective: Objective, layout: Layout, params: Param
     Raises:
       ValueError: a fit of other leaves or values of params (by path), or of another layout.
       FileNotFoundError: a folder without a fit.
+
+    Cost: reading.
+
+    Example: `fitted = influence.load("out/fit", objective, layout, params)`, after `fit(..., folder="out/fit")`.
     """
     facts = read_facts(folder)
     passes = passes_of(facts["method"], objective, facts["estimator"])
@@ -206,21 +219,21 @@ def _fitted(method: str, passes: tuple[str, ...], layout: Layout, found: Mapping
 
 def _gather(
     name: str, part: Callable[..., Any], nothing: Any, batches: Iterable[Batch], store: Store, progress: bool
-) -> Any:
+) -> tuple[Any, Position]:
     """Sum `part(batch, number of its first row)` over batches, from where the store has it; save as it goes."""
     sums, saved = store.read(name, nothing) or (nothing, Position())
-    if saved.complete:
-        return sums
     at = Position()
-    for batch in on_device(tqdm(batches, desc=name, unit="batch", disable=not progress)):
-        digest = 0 if store.folder is None else int(checksum(batch, np.uint32(at.digest)))
-        first, at = at.examples, Position(at.batches + 1, at.examples + batch_size(batch), digest)
+    for batch in on_device(tqdm(batches, desc=name, unit="batch", disable=saved.complete or not progress)):
+        first, at = at.examples, at.after(batch, with_digest=store.folder is not None)
+        if saved.batches and at.begin != saved.begin:
+            raise ValueError(f"the pass over {name} that is saved began with another batch. {_ADVICE}")
+        if saved.complete:
+            return sums, saved
         if at.batches <= saved.batches:  # taken in before the interruption
             if at.batches == saved.batches and at != saved:
                 raise ValueError(
                     f"the pass over {name} was interrupted after {saved.batches} batches, {saved.examples} examples; the "
-                    f"first {at.batches} batches now are not the same, with {at.examples} examples. Give the same batches "
-                    "in the same order, or another folder."
+                    f"first {at.batches} batches now are not the same, with {at.examples} examples. {_ADVICE}"
                 )
             continue
         jax.block_until_ready(sums)  # one batch is worked on while the next one is fetched, no more
@@ -231,8 +244,12 @@ def _gather(
         raise ValueError(
             f"the pass over {name} found {at.batches} batches where {saved.batches or 'at least 1'} were expected."
         )
-    store.write(name, sums, at._replace(complete=True))
-    return sums
+    at = at._replace(complete=True)
+    store.write(name, sums, at)
+    return sums, at
+
+
+_ADVICE = "Give the same batches in the same order, or another folder."
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -241,7 +258,8 @@ def _part(
 ) -> tuple[Any, Any]:
     """Return what a batch adds to a pass, and its number of terms."""
     (objective, layout, how), (examples, totals) = own, whole
-    counted = total_terms(objective, params, batch, how.microbatch)
+    count = lambda params, batch: total_terms(objective, params, batch, how.microbatch)
+    counted = in_auto_mode(count, params, batch)
     if name == "terms":
         return jnp.int32(batch_size(batch)), counted
     statistic = factor_sums(layout) if name == "covariances" else moment_sums(layout, basis)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from curvax._batch import batch_size, map_chunks, map_examples
@@ -80,7 +81,7 @@ def precondition(
     *,
     damping: Any = None,
     method: str | None = None,
-    train_batches: Sequence[Batch] = (),
+    train_batches: Iterable[Batch] = (),
     solver: Callable[..., tuple[Params, SolveInfo]] = cg,
     chunk_size: int = 8,
 ) -> tuple[Queries, QueryInfo]:
@@ -96,7 +97,7 @@ def precondition(
       queries: as in `influence`.
       damping: as in `influence`.
       method: as in `influence`.
-      train_batches: for "cg" only, the data of its Gauss-Newton matrix.
+      train_batches: for "cg" only, the data of its Gauss-Newton matrix; gone through for every product.
       solver: of "cg".
       chunk_size: queries worked on at a time.
 
@@ -106,17 +107,18 @@ def precondition(
     Raises:
       As `influence`.
 
-    Cost: a gradient for each query; `2 in out (in + out)` multiplications a block.
+    Cost: a gradient for each query; `2 in out (in + out)` multiplications a block. With "cg" a solve for each.
+
+    Example: see `score` and `top_k`.
     """
     method = check_fitted(fitted, method)
     check_params(params)
     check_layout(fitted.layout, params)
-    check_count(1, chunk_size=chunk_size)
-    batch_size(queries)
+    check_count(1, chunk_size=chunk_size, num_queries=batch_size(queries))
+    if not isinstance(query_objective, Hashable):
+        raise TypeError(f"query_objective must be hashable, an Objective or a function; got {query_objective!r}.")
     used = None if method == "identity" else dampings(fitted, method, damping)
     if method == "cg":
-        if not len(train_batches):
-            raise ValueError('"cg" solves with the Gauss-Newton matrix of train_batches; give at least one batch.')
         gradients = _gradients(query_objective, fitted.layout, chunk_size, params, queries)
         products, solves = solve_each(fitted, objective, params, train_batches, gradients, used, solver)
     else:
@@ -157,7 +159,7 @@ def compress(queries: Queries, rank: int) -> tuple[Queries, Compression]:
     check_count(1, rank=rank)
     made, squares, left_out = {}, {}, {}
     for name, v in queries.blocks.items():
-        whole = v.left @ v.right if isinstance(v, LowRank) else v
+        whole = jnp.matmul(v.left, v.right, precision=lax.Precision.HIGHEST) if isinstance(v, LowRank) else v
         squares[name] = jnp.sum(whole**2, axis=(1, 2, 3))
         if rank * sum(whole.shape[2:]) >= whole.shape[2] * whole.shape[3]:
             made[name], left_out[name] = v, jnp.zeros_like(squares[name])

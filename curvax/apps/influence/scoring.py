@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from curvax._batch import Shared, batch_size, check_batch, map_chunks, on_device, unwrap
+from curvax._batch import batch_size, check_batch, is_shared, map_chunks, on_device, unwrap
 from curvax._checks import check_choice, check_count, check_params
 from curvax._control import in_auto_mode
 from curvax._types import Batch, Params, Scalar, at_least_float32
@@ -98,8 +98,9 @@ def influence(
         `mean_eigenvalues(fitted)`; None: 0.1 times the mean eigenvalue of each block.
       method: None, that of the fit. A fit of "ekfac" serves "ekfac", "kfac", "cg" (solves with the Gauss-Newton matrix of
         the training set, across blocks) and "identity" (inner products of gradients: no prediction, a ranking).
-      by: "example"; "layer", also the parts of each block; "token", also the parts of each position in the second axis of
-        the inputs' first array, through the layers that are used at each position.
+      by: "example"; "layer", also the parts of each block; "token", also the parts of each position of the second axis of
+        the inputs' first array, through the layers that are used as often as it is long, in the order in which they are (a
+        layer along another axis of the same length cannot be told apart: `layout.edit(path, kind="identity")`).
       microbatch: training examples worked on at a time; None: as many as bring the work arrays of a block to 64 MB.
       solver: of "cg", such as `functools.partial(curvax.cg, tol=1e-3, max_steps=50)`.
 
@@ -109,13 +110,13 @@ def influence(
       Where `n_queries x n_examples` numbers are too many: `precondition`, then `top_k`, or `score` batch by batch.
 
     Raises:
-      ValueError: params or a layout other than those fitted (by path); a fit that is not complete; a method that the fit
-        does not serve; damping that is not positive; no batch; a model that mixes examples.
+      ValueError: params of other shapes than those fitted (by path), or another model; a fit that is not complete; a method
+        that it does not serve; damping that is not positive; no batch; a model that mixes examples.
       TypeError: a measurement that is not a scalar for one query.
 
     Cost: for queries see `precondition`. For every training example a forward pass, a backward pass without the gradients
       of kernels, and for each block `(positions + queries) in out` multiplications (one position: `queries in out`). No
-      example's gradient is formed but of one block at a time. Memory: the queries' trees, one batch.
+      example's gradient is formed but of one block at a time. Memory: the queries' trees, one batch (with "cg" two).
 
     Example: the mean of numbers; without the i-th of n it is `(mean - x_i) / (n - 1)` further on.
       >>> import jax, jax.numpy as jnp, curvax
@@ -136,7 +137,6 @@ def influence(
     Deviates: the sign is that of removal; the papers' influence of adding an example is its negative, and without 1/N.
     """
     check_choice("by", by, BY)
-    given = tuple(on_device(train_batches)) if method == "cg" else ()
     prepared, info = precondition(
         fitted,
         objective,
@@ -145,10 +145,10 @@ def influence(
         queries,
         damping=damping,
         method=method,
-        train_batches=given,
+        train_batches=train_batches if method == "cg" else (),
         solver=solver,
     )
-    parts = [_score(objective, by, microbatch, prepared, params, batch) for batch in given or on_device(train_batches)]
+    parts = [_score(objective, by, microbatch, prepared, params, batch) for batch in on_device(train_batches)]
     if not parts:
         raise ValueError("train_batches is empty; give at least one (inputs, targets).")
     joined: Influence = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
@@ -180,7 +180,20 @@ def score(
     Raises:
       As `influence`.
 
-    Cost: see `influence`; of queries of low rank `positions queries rank (in + out)` multiplications a block and example.
+    Cost: see `influence`; of queries of low rank `positions queries rank (in + out)` multiplications a block and example,
+      where that is less.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> from curvax.apps import influence
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> params, batch = jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1)))
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> fitted = influence.fit(objective, layout, params, [batch], jax.random.key(0), estimator="exact", progress=False)
+      >>> queries, _ = influence.precondition(fitted, objective, objective, params, batch, damping=0.5)
+      >>> score = jax.jit(lambda queries, params, batch: influence.score(queries, objective, params, batch))
+      >>> abs(score(queries, params, batch).change_if_removed).round(4).tolist()                  # (1/2 + 1/2)^-1 / 2
+      [[0.5, 0.0], [0.0, 0.5]]
     """
     check_choice("by", by, BY)
     check_params(params)
@@ -221,16 +234,28 @@ def top_k(
 
     Returns:
       `TopK` of the largest, and of the smallest. If the measurement is a loss, those are the most helpful and the most
-      harmful examples.
+      harmful examples. Scores that are NaN count as the largest.
 
     Raises:
       As `influence`.
 
     Cost: as `score`. Memory: 2 k numbers a query.
+
+    Example: a mean, and the numbers that pull it down and up the most.
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> from curvax.apps import influence
+      >>> objective = curvax.Objective(lambda mean, ones: ones * mean, curvax.losses.squared_error())
+      >>> params, batch = jnp.array([3.0]), (jnp.ones((4, 1)), jnp.array([[1.0], [2.0], [6.0], [3.0]]))
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> fitted = influence.fit(objective, layout, params, [batch], jax.random.key(0), progress=False)
+      >>> queries, _ = influence.precondition(fitted, objective, lambda mean, _: mean[0], params, jnp.zeros(1))
+      >>> down, up = influence.top_k(queries, objective, params, [batch], k=2)
+      >>> down.examples.tolist(), up.examples.tolist()
+      ([[0, 1]], [[2, 3]])
     """
     check_count(1, k=k)
-    size = next(len(x) for x in jax.tree.leaves((queries.blocks, queries.outside)))
-    empty = TopK(jnp.full((size, 0), 0.0), jnp.zeros((size, 0), jnp.int32))
+    size = len(_first(queries))
+    empty = TopK(jnp.zeros((size, 0)), jnp.zeros((size, 0), jnp.int32))
     highest, lowest, first = empty, empty, 0
     for batch in on_device(batches):
         found = _score(objective, "example", microbatch, queries, params, batch).change_if_removed
@@ -313,9 +338,7 @@ def share_gradient(objective: Objective, recorded: Recorded, targets: Any, total
 
 def _length(inputs: Any) -> int:
     """Return the length of the second axis of the first array."""
-    shapes = [
-        x.shape for x in jax.tree.leaves(inputs, is_leaf=lambda x: isinstance(x, Shared)) if not isinstance(x, Shared)
-    ]
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(inputs, is_leaf=is_shared) if not is_shared(x)]
     if len(shapes[0]) < 2:
         raise ValueError(f'by="token" goes by the second axis of the inputs, whose first array is {list(shapes[0])}.')
     return int(shapes[0][1])

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from curvax._batch import check_batch, map_chunks, map_examples, on_device, unwrap
+from curvax._batch import ENTRIES_AT_A_TIME, check_batch, map_chunks, map_examples, on_device, unwrap
 from curvax._checks import check_count, check_params
 from curvax._control import in_auto_mode
 from curvax._types import Batch, Params, Scalar
 from curvax.apps.influence.fitting import Fitted
 from curvax.apps.influence.methods import check_fitted, dampings
 from curvax.apps.influence.scoring import flat, share_gradient
-from curvax.kron.gradient_products import ENTRIES_AT_A_TIME, gradient_pairs, squares_by_example
-from curvax.kron.inverse import BlockPower, Spectral, damping_of, diagonal_power, eigen_power, in_no_block, kron_power
+from curvax.kron.gradient_products import gradient_pairs, squares_by_example
+from curvax.kron.inverse import KronPower, Spectral, damping_of, diagonal_power, eigen_power, in_no_block, kron_power
 from curvax.kron.layout import Layout, check_layout
 from curvax.kron.moments import Basis
 from curvax.kron.tapping import record
@@ -54,6 +54,18 @@ def self_influence(
     Raises:
       As `influence`.
 
+    Example: of two examples in one direction each, that which is alone in its own.
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> from curvax.apps import influence
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+      >>> params, batch = jnp.zeros((2, 1)), (x, jnp.ones((3, 1)))
+      >>> layout = curvax.kron_layout(objective, params, batch)                                       # F = diag(2/3, 1/3)
+      >>> fitted = influence.fit(objective, layout, params, [batch], jax.random.key(0), estimator="exact", progress=False)
+      >>> own = influence.self_influence(fitted, objective, params, [batch], damping=1e-6)
+      >>> own.round(2).tolist()
+      [0.5, 0.5, 1.0]
+
     Cost: for every example a forward and a backward pass (two for a `weighted_sum`), `in^2 + out^2` multiplications a block
       and position, and `in out`, for each position where there are several.
     """
@@ -73,34 +85,27 @@ def self_influence(
     return jnp.concatenate(found)
 
 
-class _Powers(NamedTuple):
-    """Inverse of the damped curvature in the eigenbases of its blocks, and of the diagonal by path."""
-
-    blocks: Mapping[str, BlockPower]
-    outside: dict[str, Array]
-
-
-def _powers(fitted: Fitted, method: str, damping: Any) -> _Powers:
+def _powers(fitted: Fitted, method: str, damping: Any) -> KronPower:
     layout = fitted.layout
     if method == "identity":
         blocks = {block.name: Spectral(None, None, jnp.ones(block.shape)) for block in layout.blocks}
-        return _Powers(blocks, {leaf.path: jnp.ones([]) for leaf in layout.leaves if leaf.outside == "diagonal"})
+        return KronPower(blocks, {leaf.path: jnp.ones([]) for leaf in layout.leaves if leaf.outside == "diagonal"})
     if method == "kfac":
         assert fitted.factors is not None
         made = kron_power(layout, fitted.factors, damping, "exact", -1.0)
-        return _Powers(made, diagonal_power(fitted.factors.diagonal, damping, -1.0))
+        return KronPower(made, diagonal_power(fitted.factors.diagonal, damping, -1.0))
     assert fitted.eigen is not None
     basis, moments, diagonal = fitted.eigen
     own = {name: eigen_power(basis[name], moments[name], damping_of(damping, name), -1.0) for name in basis}
-    return _Powers(own, diagonal_power(diagonal, damping, -1.0))
+    return KronPower(own, diagonal_power(diagonal, damping, -1.0))
 
 
 @partial(jax.jit, static_argnums=0)
-def _self_score(own: Any, powers: _Powers, terms: PyTree[Scalar], params: Params, batch: Batch) -> Array:
+def _self_score(own: Any, powers: KronPower, terms: PyTree[Scalar], params: Params, batch: Batch) -> Array:
     objective, layout, microbatch = own
     check_batch(batch)
 
-    def run(powers: _Powers, terms: PyTree[Scalar], params: Params, batch: Batch) -> Any:
+    def run(powers: KronPower, terms: PyTree[Scalar], params: Params, batch: Batch) -> Any:
         of_chunk = lambda chunk: _self_parts(objective, layout, powers, terms, params, chunk)
         auto = max(1, ENTRIES_AT_A_TIME // max([1, *(math.prod(b.shape) for b in layout.blocks)]))
         rows = auto if microbatch is None else microbatch
@@ -112,7 +117,7 @@ def _self_score(own: Any, powers: _Powers, terms: PyTree[Scalar], params: Params
 
 
 def _self_parts(
-    objective: Objective, layout: Layout, powers: _Powers, terms: PyTree[Scalar], params: Params, chunk: Batch
+    objective: Objective, layout: Layout, powers: KronPower, terms: PyTree[Scalar], params: Params, chunk: Batch
 ) -> Float[Array, " examples"]:
     """Return `grad f_b . P grad L_b / N` with f_b the example's mean loss."""
     recorded = record(objective, layout, params, chunk[0], by_example=True)
@@ -122,7 +127,7 @@ def _self_parts(
         parts = [
             jnp.sum(flat(x) ** 2 * jnp.where(own, power, 0).ravel(), axis=1)
             for path, x in pulled.outside.items()
-            for own, power in [(in_no_block(layout, leaves[path]), powers.outside[path])]
+            for own, power in [(in_no_block(layout, leaves[path]), powers.diagonal[path])]
         ]
         for block in layout.blocks:
             power, rows = powers.blocks[block.name], (recorded.inputs[block.name], pulled.blocks[block.name])

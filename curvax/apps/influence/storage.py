@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, UInt
 
+from curvax._batch import batch_size
 from curvax._checks import describe
-from curvax._types import Params
+from curvax._types import Batch, Params
 from curvax.kron.layout import Layout, by_path
 
 FACTS = "fit.json"
@@ -27,14 +28,21 @@ class Position(NamedTuple):
     Attributes:
       batches: that it has taken in.
       examples: that it has taken in.
-      digest: of those batches, in order.
+      digest: of those batches, in order; 0 where nothing is saved.
+      begin: that of the first batch.
       complete: whether it has come to the end.
     """
 
     batches: int = 0
     examples: int = 0
     digest: int = 0
+    begin: int = 0
     complete: bool = False
+
+    def after(self, batch: Batch, with_digest: bool) -> Position:
+        """Return the position after one more batch."""
+        digest = int(checksum(batch, np.uint32(self.digest))) if with_digest else 0
+        return Position(self.batches + 1, self.examples + batch_size(batch), digest, self.begin or digest)
 
 
 class Store(NamedTuple):
@@ -100,7 +108,10 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / FACTS
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no fit: there is no {FACTS}. fit(..., folder=...) makes one.")
-    read: dict[str, Any] = json.loads(path.read_text())
+    try:
+        read: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove the folder, and fit again.") from error
     return read
 
 
@@ -144,8 +155,10 @@ def checksum(tree: PyTree, start: Any = 0) -> UInt[Array, ""]:
 def _words(x: Array) -> UInt[Array, "..."]:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jnp.asarray(jax.random.key_data(x), jnp.uint32)
-    if x.dtype == bool:
-        return x.astype(jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.stack([_words(x.real), _words(x.imag)])
+    if x.dtype == bool or (jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8):
+        return x.astype(jnp.int32).astype(jnp.uint32)
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 

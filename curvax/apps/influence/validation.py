@@ -130,9 +130,23 @@ def leave_one_out(
     Returns:
       `LeaveOneOut`, differences to trainings with all examples and the same seeds.
 
+    Raises:
+      ValueError: numbers that are not those of examples.
+
     Cost: `num_seeds (removed + 1)` trainings.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from curvax.apps import influence
+      >>> x = jnp.array([1.0, 2.0, 6.0])
+      >>> train, measure = lambda key, there: jnp.sum(x * there) / jnp.sum(there), lambda mean: mean[None]
+      >>> influence.leave_one_out(train, measure, jax.random.key(0), 3, jnp.array([0, 2])).change_if_removed.tolist()
+      [[1.0, -1.5]]
     """
     removed = jnp.asarray(removed)
+    wrong = [number for number in removed.tolist() if not 0 <= number < num_examples]
+    if wrong:
+        raise ValueError(f"removed holds {wrong[0]}, but there are {num_examples} examples, numbered from 0.")
     there = jnp.concatenate([jnp.ones((1, num_examples), bool), jnp.arange(num_examples) != removed[:, None]])
     measured = retrain(train, measure, key, there, num_seeds=num_seeds, at_once=at_once)
     changes = jnp.swapaxes(measured[:, 1:] - measured[:, :1], 1, 2)  # [seeds, queries, removed]
@@ -158,7 +172,8 @@ def linear_datamodeling_score(
       `Estimate`; `sem` is the standard error over queries.
 
     Raises:
-      ValueError: shapes that do not fit, fewer than three subsets, a query with the same measurement on all subsets.
+      ValueError: shapes that do not fit, fewer than three subsets, numbers that are not finite, a query with the same
+        measurement on all subsets.
 
     Cost: `queries subsets examples` multiplications.
 
@@ -179,6 +194,9 @@ def linear_datamodeling_score(
             "expected change_if_removed [queries, examples], subsets [subsets, examples] and measured [subsets, queries], "
             f"with three subsets at least; got {describe(scores)}, {describe(there)} and {describe(results)}."
         )
+    for name, values in (("change_if_removed", scores), ("measured", results)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} holds NaN or infinity, which have no rank.")
     constant = np.flatnonzero(np.ptp(results, axis=0) == 0)
     if constant.size:
         raise ValueError(f"query {constant[0]} has the same measurement on all subsets: nothing can be ranked.")
