@@ -13,6 +13,7 @@ from jax.tree_util import keystr
 
 import curvax
 from curvax.apps import influence
+from curvax.kron import gradient_products
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -204,6 +205,27 @@ def test_low_rank_scores_converge_to_full_rank(name):
         v = v if isinstance(v, jax.Array) else v.left @ v.right
         norms = lambda x: np.linalg.norm(np.asarray(x).reshape(len(x), -1), axis=1)
         close(info.by_layer[name], norms(prepared.blocks[name] - v) / norms(prepared.blocks[name]), 1e-7)
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_work_arrays_are_bounded_whatever_the_batch(monkeypatch, rank):
+    """A few examples at a time where more do not fit, with the same result."""
+    case = CASES["attention"]()
+    prepared, _ = influence.precondition(fitted("attention"), case.objective, case.objective, case.params, case.batch)
+    prepared = prepared if rank is None else influence.compress(prepared, rank)[0]
+    double = jax.tree.map(lambda x: jnp.concatenate([x, x]), case.batch)
+    score = lambda by: influence.score(prepared, case.objective, case.params, double, by=by)
+    traced = lambda by: str(jax.make_jaxpr(lambda: score(by))())
+    want, loops = (
+        {by: score(by) for by in ("example", "token")},
+        {by: traced(by).count("scan[") for by in ("example", "token")},
+    )
+    for limit, rows_at_a_time in ((2**10, "a few"), (1, "one")):
+        monkeypatch.setattr(gradient_products, "ENTRIES_AT_A_TIME", limit)
+        for by, whole in want.items():
+            close(score(by).change_if_removed, whole.change_if_removed, 1e-12)
+            if rows_at_a_time == "one":
+                assert traced(by).count("scan[") > loops[by]
 
 
 def test_top_k_is_that_of_the_whole_matrix():

@@ -455,7 +455,7 @@ def test_moments_are_the_diagonal_of_the_fisher_in_the_eigenbasis(name, estimato
         estimate = functools.partial(curvax.kron_moments, objective, layout, basis, params, batch, key, estimator=estimator)
         found = [estimate(), estimate(microbatch=2)]
         with monkeypatch.context() as patch:
-            patch.setattr(moments, "_ENTRIES_AT_A_TIME", 30)  # at most two examples at a time, or one
+            patch.setattr(moments, "ENTRIES_AT_A_TIME", 30)  # at most two examples at a time, or one
             found.append(estimate())
         curvature = functools.partial(curvax.kron_inverse, layout, damping=0.0, power=1.0)
         matrices = fisher(objective, params, batch), curvature(factors=found[0], eigen=True), curvature(factors=factors)

@@ -68,7 +68,7 @@ def test_gram_matrix_of_any_layer(name, x64):
 def test_rows_are_formed_in_parts(x64, monkeypatch):
     case = cases.cnn()
     whole, _ = space_and_rows(case.objective, case.params, case.batch)
-    monkeypatch.setattr(gram, "_ENTRIES_AT_A_TIME", 200)
+    monkeypatch.setattr(gram, "ENTRIES_AT_A_TIME", 200)
     parts = jax.jit(lambda p, b: curvax.sample_space(case.objective, p, b, space="samples").gram)(case.params, case.batch)
     np.testing.assert_allclose(parts, whole.gram, rtol=1e-12, atol=1e-14)
 
