@@ -11,7 +11,8 @@
    helpful one would raise the loss on the test digit, that of a harmful one would lower it.
 3. The linear datamodeling score: networks are trained on random halves of the data, all subsets together under `vmap`; a
    method is as good as its sums of scores rank what came out for every test digit (the margin of the right class).
-   "ceiling" is the correlation between one half of the seeds and the other: what chance in training leaves.
+   "ceiling" is what a method could reach that predicts the mean over seeds: the root of the measurement's reliability,
+   by Spearman and Brown from the correlation of one half of the seeds with the other.
 """
 
 from __future__ import annotations
@@ -201,8 +202,8 @@ def datamodeling(data: Data, test: Data, training: Training, args: argparse.Name
     half = args.seeds // 2
     first, second = jnp.mean(measured[:half], axis=0), jnp.mean(measured[half:], axis=0)
     ranks = lambda x: jnp.argsort(jnp.argsort(x, axis=0), axis=0)
-    ceiling = [np.corrcoef(a, b)[0, 1] for a, b in zip(ranks(first).T, ranks(second).T, strict=True)]
-    rows.append(["ceiling", "", spread(ceiling, 3)])
+    halves = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(ranks(first).T, ranks(second).T, strict=True)])
+    rows.append(["ceiling", "", spread(np.sqrt(np.maximum(2 * halves / (1 + halves), 0)), 3)])
     title = f"linear datamodeling score: {args.subsets} halves, {args.seeds} seeds each, {args.queries} test digits"
     print_table(title, ("method", "one network (± over networks)", f"mean of {args.networks} (± over digits)"), rows)
 
