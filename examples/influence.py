@@ -228,6 +228,7 @@ def main() -> None:
     args = flags.parse_args()
     images, labels, num_train = load_split(args.data)
     if args.smoke:
+        jax.config.update("jax_disable_most_optimizations", True)  # compile fast rather than well
         args.steps, args.subsets, args.seeds, args.networks, args.queries, args.window = 20, 4, 2, 2, 5, 16
         num_train = 200
     inputs = jnp.asarray(images.reshape(len(images), -1))
