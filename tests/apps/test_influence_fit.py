@@ -289,6 +289,9 @@ def test_errors_say_what_and_where():
         nothing = curvax.Objective(objective.model, curvax.losses.from_function(lambda f, y: 0 * jnp.mean(f)))
         flat = influence.fit(nothing, layout, params, batches, KEY, estimator="empirical", progress=False)
         influence.self_influence(flat, nothing, params, batches)
+    for method in (None, "cg"):
+        with refused("the fit is not complete: it does not hold what .* divides by"):
+            run(dataclasses.replace(whole(), eigen=None), method=method)
     with refused("the layout holds every leaf fixed"):
         fixed = functools.reduce(lambda own, path: own.edit(path, kind="identity"), ("['w']", "['v']", "['scale']"), layout)
         held = influence.fit(objective, fixed, params, batches, KEY, progress=False)

@@ -50,16 +50,16 @@ def check_fitted(fitted: Fitted, method: str | None) -> str:
     layout = fitted.layout
     if not layout.blocks and all(leaf.outside != "diagonal" for leaf in layout.leaves):
         raise ValueError('the layout holds every leaf fixed (kind="identity"): nothing is left that has influence.')
-    if method is None:
-        return fitted.method
-    known = dict.fromkeys(name for names in SERVES.values() for name in names)
-    check_choice("method", method, known)
+    method = fitted.method if method is None else method
+    check_choice("method", method, dict.fromkeys(name for names in SERVES.values() for name in names))
     if method not in SERVES[fitted.method]:
         makes = [name for name, names in SERVES.items() if method in names]
         raise ValueError(
             f"a fit of {fitted.method!r} serves {', '.join(map(repr, SERVES[fitted.method]))}; {method!r} needs one of "
             f"{', '.join(map(repr, makes))}: fit(..., method=...), or influence.of_window for 'mfac'."
         )
+    if {"kfac": fitted.factors, "mfac": fitted.window, "identity": fitted.terms}.get(method, fitted.eigen) is None:
+        raise ValueError(f"the fit is not complete: it does not hold what {method!r} divides by. Make it by influence.fit.")
     return method
 
 
