@@ -303,8 +303,10 @@ def test_nothing_depends_on_the_number_of_devices(kind):
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     batch, params = jax.device_put(case.batch, spread), jax.device_put(case.params, everywhere)
     key = jax.random.key(3)
-    fit = influence.fit(case.objective, layout_of("attention"), params, [batch], key, progress=False)
-    same(fit.factors, sampled().factors)
+    for microbatch in (None, 3):
+        options = {"microbatch": microbatch, "progress": False}
+        fit = influence.fit(case.objective, layout_of("attention"), params, [batch], key, **options)
+        same(fit.factors, sampled().factors)
     want = run("attention", fit=sampled())[0].change_if_removed
     fit = jax.device_put(sampled(), everywhere)
     for queries in (case.batch, batch):
