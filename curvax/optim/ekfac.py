@@ -18,7 +18,7 @@ from curvax.kron.moments import Basis, EigenCurvature, block_moments, carried_mo
 from curvax.kron.spectrum import BlockSpectrum, basis_spectrum
 from curvax.objective import Objective
 from curvax.optim.estimating import estimating
-from curvax.optim.kfac import with_momentum_and_rate
+from curvax.optim.kfac import with_limit_momentum_and_rate
 from curvax.optim.kronecker import Method, Pieces, scale_by_kron
 
 
@@ -113,11 +113,13 @@ def ekfac(
     curvature_every: int | Int[Array, ""] = 1,
     inverse_every: int | Int[Array, ""] = 1,
     momentum: float | Float[Array, ""] = 0.9,
+    max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """EK-FAC: natural gradient, diagonal in the eigenbasis of Kronecker factors of the Fisher.
 
-    `estimating(scale_by_ekfac(layout, damping, inverse_every), eigen_curvature)`, then momentum, then the learning rate.
+    `estimating(scale_by_ekfac(layout, damping, inverse_every), eigen_curvature)`, then the limit of `kl_clip`, momentum and
+    the learning rate.
 
     Args:
       learning_rate: number or schedule.
@@ -127,6 +129,9 @@ def ekfac(
       curvature_every: steps between estimates of factors and moments; step 0 estimates.
       inverse_every: steps between eigendecompositions; step 0 decomposes.
       momentum: decay of the sum of past steps, as in `optax.trace`.
+      max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see `curvax.kl_clip`; None for
+        no limit. Without it, steps in directions that the sampled factors have hardly seen can be so long that training
+        diverges.
       seed: of the sampled targets.
 
     Returns:
@@ -158,7 +163,9 @@ def ekfac(
     """
     estimator = lambda key, params, batch: eigen_curvature(objective, layout, params, batch, key)
     rule = scale_by_ekfac(layout, damping, inverse_every)
-    return with_momentum_and_rate(estimating(rule, estimator, curvature_every, seed), momentum, learning_rate)
+    return with_limit_momentum_and_rate(
+        estimating(rule, estimator, curvature_every, seed), max_kl, momentum, learning_rate
+    )
 
 
 def _refresh_basis(

@@ -18,6 +18,7 @@ from curvax.kron.inverse import DAMPINGS, KronPower, Sandwich, diagonal_power, f
 from curvax.kron.spectrum import BlockSpectrum, factored_spectrum, spectral_spectrum
 from curvax.objective import Objective
 from curvax.optim.estimating import estimating
+from curvax.optim.kl_clip import kl_clip
 from curvax.optim.kronecker import Method, Pieces, scale_by_kron
 
 
@@ -94,11 +95,13 @@ def kfac(
     curvature_every: int | Int[Array, ""] = 1,
     inverse_every: int | Int[Array, ""] = 1,
     momentum: float | Float[Array, ""] = 0.9,
+    max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC: natural gradient with Kronecker factors of the Fisher, sampled from the model's own predictions.
 
-    `estimating(scale_by_kfac(layout, damping, inverse_every), kron_factors)`, then momentum, then the learning rate.
+    `estimating(scale_by_kfac(layout, damping, inverse_every), kron_factors)`, then the limit of `kl_clip`, momentum and the
+    learning rate.
 
     Args:
       learning_rate: number or schedule.
@@ -108,6 +111,9 @@ def kfac(
       curvature_every: steps between estimates of factors; step 0 estimates.
       inverse_every: steps between inversions; step 0 inverts.
       momentum: decay of the sum of past steps, as in `optax.trace`.
+      max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see `curvax.kl_clip`; None for
+        no limit. Without it, steps in directions that the sampled factors have hardly seen can be so long that training
+        diverges.
       seed: of the sampled targets.
 
     Returns:
@@ -142,7 +148,7 @@ def kfac(
       >>> rule = curvax.estimating(curvax.scale_by_kfac(layout, scheme="exact"), estimator)
       >>> tx = curvax.levenberg_marquardt(curvax.quadratic_model(rule, objective), objective, damping=1.0)
 
-      A bound on the step's Kullback-Leibler divergence, weight decay, and a given learning rate:
+      Weight decay comes between the limit and the learning rate:
       >>> tx = optax.chain(
       ...     curvax.kl_clip(rule, learning_rate=0.1), optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(0.1))
 
@@ -150,16 +156,23 @@ def kfac(
     """
     estimator = lambda key, params, batch: kron_factors(objective, layout, params, batch, key)
     rule = scale_by_kfac(layout, damping, inverse_every)
-    return with_momentum_and_rate(estimating(rule, estimator, curvature_every, seed), momentum, learning_rate)
+    return with_limit_momentum_and_rate(
+        estimating(rule, estimator, curvature_every, seed), max_kl, momentum, learning_rate
+    )
 
 
-def with_momentum_and_rate(
-    rule: optax.GradientTransformation, momentum: Any, learning_rate: optax.ScalarOrSchedule
+def with_limit_momentum_and_rate(
+    rule: optax.GradientTransformation,
+    max_kl: float | None,
+    momentum: Any,
+    learning_rate: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
-    """Finish a rule as optimizer: momentum (none, and no buffer, where it is the number 0), then the learning rate."""
+    """Finish a rule as an optimizer: limit its step, add momentum (no buffer where it is 0), apply the learning rate."""
     check_decay(momentum=momentum)
-    still = isinstance(momentum, int | float) and momentum == 0
-    return optax.chain(rule, *([] if still else [optax.trace(momentum)]), optax.scale_by_learning_rate(learning_rate))
+    limited = rule if max_kl is None else kl_clip(rule, learning_rate, max_kl)
+    without_momentum = isinstance(momentum, int | float) and momentum == 0
+    sum_of_steps = [] if without_momentum else [optax.trace(momentum)]
+    return optax.chain(limited, *sum_of_steps, optax.scale_by_learning_rate(learning_rate))
 
 
 def _nothing(scheme: str, own: Layout, params: Params) -> Pieces:

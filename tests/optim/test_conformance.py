@@ -66,8 +66,8 @@ KRON = {
     "hyperparameter": "damping",
     "decay": "decay",
     "averages": ("curvature", "pieces"),
-    "plain": (("momentum", 0.0),),
-    "more": (("momentum", 0.5),),
+    "plain": (("momentum", 0.0), ("max_kl", None)),
+    "more": (("momentum", 0.5), ("max_kl", None)),
     "then": optax.trace(0.5),
     "labels": lambda: {"a": "rule", "c": "adam"},
 }

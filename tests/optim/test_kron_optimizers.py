@@ -206,7 +206,7 @@ def test_rows_of_ekfac_give_the_moments():
 def test_momentum_and_learning_rate():
     """A sum of past steps that decays, times a rate that may be a schedule; without momentum, no buffer."""
     rate, batch = lambda count: 0.5**count, (normal(0, 9, 3), normal(1, 9, 2))
-    build = functools.partial(curvax.kfac, objective=LINEAR, layout=LINEAR_LAYOUT, damping=DAMPING, seed=3)
+    build = functools.partial(curvax.kfac, objective=LINEAR, layout=LINEAR_LAYOUT, damping=DAMPING, max_kl=None, seed=3)
     still, tx = build(-1.0, momentum=0.0), build(rate, momentum=0.7)
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
     updates = [jax.jit(lambda g, s, rule=rule: rule.update(g, s, params, batch=batch)) for rule in (still, tx)]
@@ -567,7 +567,7 @@ def test_kl_clip_shortens_by_its_formula():
     dot = factor * 14.0  # of the gradient with the step
     rate = lambda count: 0.5 / (count + 1)
     for schedule, rates in ((rate, (0.5, 0.25, 0.5 / 3)), (0.5, (0.5, 0.5, 0.5))):
-        tx = curvax.kl_clip(optax.scale(factor), schedule, max_norm=1.0)
+        tx = curvax.kl_clip(optax.scale(factor), schedule, max_kl=1.0)
         update, state = jax.jit(tx.update), tx.init(g)
         for lr in rates:
             steps, state = update(g, state)
@@ -579,8 +579,28 @@ def test_kl_clip_shortens_by_its_formula():
     assert state.scale < 1 and rates[0] ** 2 * dot * state.scale**2 == pytest.approx(1)
     nothing, state = update(optax.tree.zeros_like(g), state)
     assert optax.tree.norm(nothing) == 0 and state.scale == 1 and state.count == 4
-    same, _ = curvax.kl_clip(optax.identity(), 0.01, max_norm=1.0).update(g, tx.init(g))
+    same, _ = curvax.kl_clip(optax.identity(), 0.01, max_kl=1.0).update(g, tx.init(g))
     chex.assert_trees_all_equal(same, g)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_one_liner_limits_the_step_before_momentum(name):
+    """`max_kl` is `kl_clip` with the optimizer's own rate, a schedule too; the momentum comes after."""
+    scale_by = {"kfac": curvax.scale_by_kfac, "ekfac": curvax.scale_by_ekfac}[name]
+    rate = lambda count: 3.0 / (count + 1)
+    one_liner = getattr(curvax, name)(rate, OBJECTIVE, LAYOUT, DAMPING, momentum=0.7, max_kl=1e-3, seed=3)
+    rule = curvax.estimating(scale_by(LAYOUT, DAMPING), ESTIMATORS[name], seed=3)
+    composed = optax.chain(
+        curvax.kl_clip(rule, rate, max_kl=1e-3), optax.trace(0.7), optax.scale_by_learning_rate(rate)
+    )
+    states, scales = [tx.init(PARAMS) for tx in (one_liner, composed)], []
+    updates = [jax.jit(lambda g, s, b, tx=tx: tx.update(g, s, PARAMS, batch=b)) for tx in (one_liner, composed)]
+    for g, batch in zip(GRADIENTS, BATCHES, strict=True):
+        results = [update(g, state, batch) for update, state in zip(updates, states, strict=True)]
+        chex.assert_trees_all_close(*(steps for steps, _ in results), rtol=1e-9)
+        states = [state for _, state in results]
+        scales.append(optax.tree.get(states[0], "scale").item())
+    assert max(scales) < 1  # every step was shortened
 
 
 def test_on_fraction_takes_rows_at_equal_distances():
@@ -701,8 +721,8 @@ def test_errors_of_curvature_and_wrappers():
             curvax.levenberg_marquardt(rule, OBJECTIVE, **{"damping": 1.0, **wrong})
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         curvax.levenberg_marquardt(rule, OBJECTIVE, 1.0, every=0)
-    with pytest.raises(ValueError, match="max_norm must be at least 0, got -1"):
-        curvax.kl_clip(rule, 0.1, max_norm=-1)
+    with pytest.raises(ValueError, match="max_kl must be at least 0, got -1"):
+        curvax.kl_clip(rule, 0.1, max_kl=-1)
     for fraction in (0, 1.5, -0.1):
         with pytest.raises(ValueError, match=rf"fraction must lie in \(0, 1\], got {fraction}"):
             curvax.on_fraction(sampled_factors, fraction)
