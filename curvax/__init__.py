@@ -1,80 +1,118 @@
-"""curvax: second-order optimization and curvature for JAX. This page is the whole public surface."""
+"""curvax: second-order optimization and curvature for JAX.
 
-from curvax import apps as apps
-from curvax import estimate as estimate
-from curvax import kron as kron
-from curvax import losses as losses
-from curvax import optim as optim
-from curvax import products as products
-from curvax import solve as solve
-from curvax import spectra as spectra
-from curvax._batch import Shared as Shared
-from curvax.apps import implicit_gradient as implicit_gradient
-from curvax.apps import sharpness_report as sharpness_report
-from curvax.estimate import Estimate as Estimate
-from curvax.estimate import empirical_fisher_diagonal as empirical_fisher_diagonal
-from curvax.estimate import gauss_newton_bartlett as gauss_newton_bartlett
-from curvax.estimate import ggn_diagonal as ggn_diagonal
-from curvax.estimate import hutchinson_diagonal as hutchinson_diagonal
-from curvax.estimate import hutchinson_trace as hutchinson_trace
-from curvax.estimate import per_example_grads as per_example_grads
-from curvax.kron import Layout as Layout
-from curvax.kron import eigen_curvature as eigen_curvature
-from curvax.kron import kron_basis as kron_basis
-from curvax.kron import kron_factors as kron_factors
-from curvax.kron import kron_inverse as kron_inverse
-from curvax.kron import kron_layout as kron_layout
-from curvax.kron import kron_moments as kron_moments
-from curvax.kron import merge as merge
-from curvax.kron import sample_space as sample_space
-from curvax.objective import Objective as Objective
-from curvax.optim import adahessian as adahessian
-from curvax.optim import block_average as block_average
-from curvax.optim import egn as egn
-from curvax.optim import ekfac as ekfac
-from curvax.optim import estimating as estimating
-from curvax.optim import gauss_newton as gauss_newton
-from curvax.optim import gradient_regularized_newton as gradient_regularized_newton
-from curvax.optim import kfac as kfac
-from curvax.optim import kl_clip as kl_clip
-from curvax.optim import lazy_newton as lazy_newton
-from curvax.optim import levenberg_marquardt as levenberg_marquardt
-from curvax.optim import mfac as mfac
-from curvax.optim import newton_cg as newton_cg
-from curvax.optim import on_fraction as on_fraction
-from curvax.optim import quadratic_model as quadratic_model
-from curvax.optim import saddle_free_newton as saddle_free_newton
-from curvax.optim import scale_by_adahessian as scale_by_adahessian
-from curvax.optim import scale_by_ekfac as scale_by_ekfac
-from curvax.optim import scale_by_gradient_regularized_newton as scale_by_gradient_regularized_newton
-from curvax.optim import scale_by_kfac as scale_by_kfac
-from curvax.optim import scale_by_lazy_newton as scale_by_lazy_newton
-from curvax.optim import scale_by_mfac as scale_by_mfac
-from curvax.optim import scale_by_newton as scale_by_newton
-from curvax.optim import scale_by_sophia as scale_by_sophia
-from curvax.optim import sophia_g as sophia_g
-from curvax.optim import sophia_h as sophia_h
-from curvax.optim import spatial_average as spatial_average
-from curvax.products import empirical_fishervp as empirical_fishervp
-from curvax.products import fishervp as fishervp
-from curvax.products import ggnvp as ggnvp
-from curvax.products import hvp as hvp
-from curvax.products import streamed as streamed
-from curvax.products import to_dense as to_dense
-from curvax.solve import SolveInfo as SolveInfo
-from curvax.solve import Window as Window
-from curvax.solve import cg as cg
-from curvax.solve import fisher_window as fisher_window
-from curvax.solve import inverse_diagonal as inverse_diagonal
-from curvax.solve import minres as minres
-from curvax.solve import neumann as neumann
-from curvax.solve import window_inverse as window_inverse
-from curvax.solve import window_of as window_of
-from curvax.solve import woodbury as woodbury
-from curvax.spectra import eigsh as eigsh
-from curvax.spectra import hutchpp as hutchpp
-from curvax.spectra import logdet as logdet
-from curvax.spectra import spectral_density as spectral_density
-from curvax.spectra import xtrace as xtrace
+This page is what a training loop or the first page of a notebook calls. Everything else is one level down, in
+`curvax.kron`, `curvax.solve`, `curvax.spectra`, `curvax.optim`, `curvax.apps`, `curvax.capture` and `curvax.plot`.
+"""
+
+from curvax import apps, capture, estimate, kron, losses, optim, products, solve, spectra
+from curvax._shared import Shared
+from curvax.estimate import (
+    Estimate,
+    empirical_fisher_diagonal,
+    gauss_newton_bartlett,
+    ggn_diagonal,
+    hutchinson_diagonal,
+    hutchinson_trace,
+    per_example_grads,
+)
+from curvax.kron import kron_factors, kron_inverse, kron_layout
+from curvax.objective import Objective
+from curvax.optim import (
+    adahessian,
+    egn,
+    ekfac,
+    estimating,
+    gauss_newton,
+    gradient_regularized_newton,
+    kfac,
+    kl_clip,
+    lazy_newton,
+    levenberg_marquardt,
+    mfac,
+    newton_cg,
+    on_fraction,
+    quadratic_model,
+    saddle_free_newton,
+    scale_by_adahessian,
+    scale_by_ekfac,
+    scale_by_gradient_regularized_newton,
+    scale_by_kfac,
+    scale_by_lazy_newton,
+    scale_by_mfac,
+    scale_by_newton,
+    scale_by_sophia,
+    sophia_g,
+    sophia_h,
+)
+from curvax.products import empirical_fishervp, fishervp, ggnvp, hvp, streamed, to_dense
+from curvax.solve import cg
+from curvax.spectra import eigsh, spectral_density
 
 __version__ = "0.1.0"
+
+__all__ = [
+    # Objectives
+    "Objective",
+    "Shared",
+    "losses",
+    # Products: `v -> C v`, linearized once
+    "hvp",
+    "ggnvp",
+    "fishervp",
+    "empirical_fishervp",
+    "streamed",
+    "to_dense",
+    # Estimates of diagonals and traces, gradients of examples
+    "Estimate",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "gauss_newton_bartlett",
+    "ggn_diagonal",
+    "empirical_fisher_diagonal",
+    "per_example_grads",
+    # Optimizers
+    "adahessian",
+    "sophia_h",
+    "sophia_g",
+    "kfac",
+    "ekfac",
+    "mfac",
+    "gauss_newton",
+    "egn",
+    "newton_cg",
+    "saddle_free_newton",
+    "lazy_newton",
+    "gradient_regularized_newton",
+    # Their rules, which take curvature as data
+    "scale_by_adahessian",
+    "scale_by_sophia",
+    "scale_by_kfac",
+    "scale_by_ekfac",
+    "scale_by_mfac",
+    "scale_by_newton",
+    "scale_by_lazy_newton",
+    "scale_by_gradient_regularized_newton",
+    # Wrappers around rules and optimizers
+    "estimating",
+    "on_fraction",
+    "kl_clip",
+    "levenberg_marquardt",
+    "quadratic_model",
+    # Kronecker-factored curvature
+    "kron_layout",
+    "kron_factors",
+    "kron_inverse",
+    # Solves and spectra
+    "cg",
+    "eigsh",
+    "spectral_density",
+    # Packages
+    "apps",
+    "capture",
+    "estimate",
+    "kron",
+    "optim",
+    "products",
+    "solve",
+    "spectra",
+]

@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
 from curvax._checks import describe
-from curvax._control import body
+from curvax._shared import is_shared
 from curvax._types import Batch, at_least_float32
+from curvax._xla import fast_convs_in_loops
 
 ENTRIES_AT_A_TIME = 2**24
 """Entries of a work array that are held at a time, where it would grow with the batch: 64 MB in float32."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Shared:
-    """Mark a part of `inputs` (or `targets`) that has no batch axis, such as a dropout key or running statistics.
-
-    The model receives `value` itself, unwrapped. Where curvax works by example or by chunk, every example and every
-    chunk gets all of it: with a dropout key, examples taken one at a time all draw the same mask.
-
-    Args:
-      value: any pytree of arrays, keys included.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, curvax
-      >>> def model(params, inputs):
-      ...     keep = jax.random.bernoulli(inputs["dropout"], 0.5, inputs["x"].shape)
-      ...     return (inputs["x"] * keep) @ params
-      >>> objective = curvax.Objective(model, curvax.losses.squared_error())
-      >>> inputs = {"x": jnp.ones((4, 3)), "dropout": curvax.Shared(jax.random.key(0))}
-      >>> objective(jnp.zeros((3, 1)), (inputs, jnp.ones((4, 1)))).item()
-      0.5
-    """
-
-    value: Any
-
-
-def is_shared(x: Any) -> bool:
-    """Tell whether `x` is a part without batch axis."""
-    return isinstance(x, Shared)
-
-
-def unwrap(tree: PyTree) -> PyTree:
-    """Replace every `Shared(value)` in `tree` by `value`."""
-    return jax.tree.map(lambda x: x.value if is_shared(x) else x, tree, is_leaf=is_shared)
 
 
 def map_rows(fn: Callable[[Array], Array], rows: PyTree) -> PyTree:
@@ -127,11 +91,13 @@ def sum_over_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: in
     n, take, rest = _chunks(rows, microbatch)
     if n == 0 or (n == 1 and rest is None):
         return fn(rows)
-    fn = body(fn)
+    fn = fast_convs_in_loops(fn)
     shapes = jax.eval_shape(lambda: fn(take(jnp.int32(0))))
     widen = lambda s: jnp.zeros_like(s, jnp.promote_types(s.dtype, jnp.float32))
     add = lambda total, chunk: jax.tree.map(lambda t, x: t + at_least_float32(x), total, fn(chunk))
-    total, _ = lax.scan(lambda t, i: (add(t, take(i)), None), jax.tree.map(widen, shapes), jnp.arange(n))
+    total, _ = lax.scan(
+        lambda t, i: (add(t, take(i)), None), jax.tree.map(widen, shapes), jnp.arange(n)
+    )
     if rest is not None:
         total = add(total, rest)
     return jax.tree.map(lambda t, s: t.astype(s.dtype), total, shapes)
@@ -142,27 +108,8 @@ def map_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: int) ->
     n, take, rest = _chunks(rows, microbatch)
     if n == 0 or (n == 1 and rest is None):
         return fn(rows)
-    stacked = lax.map(lambda i: body(fn)(take(i)), jnp.arange(n))
+    stacked = lax.map(lambda i: fast_convs_in_loops(fn)(take(i)), jnp.arange(n))
     done = jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(n * microbatch, *y.shape[2:]), stacked)
     if rest is None:
         return done
     return jax.tree.map(lambda y, r: jnp.concatenate([y, r]), done, fn(rest))
-
-
-def check_rereadable(batches: Iterable[Batch]) -> None:
-    """Raise if `batches` is an iterator."""
-    if iter(batches) is batches:
-        raise TypeError(
-            f"batches is an iterator ({type(batches).__name__}), which can be gone through but once; here they are read "
-            "again and again. Give a list, a DataLoader, or an object whose __iter__ begins anew."
-        )
-
-
-def on_device(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Go through batches of NumPy, JAX or PyTorch arrays as JAX arrays."""
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"batches must hold pairs (inputs, targets), got {describe(batch)}.")
-        arrays: Batch = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)), tuple(batch))
-        check_batch(arrays)
-        yield arrays

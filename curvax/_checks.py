@@ -30,9 +30,13 @@ def check_params(params: PyTree) -> None:
     """Raise unless `params` is a non-empty pytree of floating-point arrays (`MaskedNode`s aside)."""
     leaves = jax.tree.leaves_with_path(params)
     if params is None:
-        raise ValueError("params are missing: got None; pass the pytree of float arrays, e.g. update(..., params).")
+        raise ValueError(
+            "params are missing: got None; pass the pytree of float arrays, e.g. update(..., params)."
+        )
     if not leaves and not any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
-        raise ValueError(f"params is an empty pytree ({type(params).__name__}); pass at least one float array.")
+        raise ValueError(
+            f"params is an empty pytree ({type(params).__name__}); pass at least one float array."
+        )
     advice = "Keep what is not trained out of params: close over it, or pass it in inputs as curvax.Shared(tree)."
     check_floats(params, "params", advice)
 
@@ -43,7 +47,9 @@ def check_floats(tree: PyTree, name: str, advice: str) -> None:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             where = f"{name}{jax.tree_util.keystr(path)}"
-            raise TypeError(f"{name} must hold float arrays: got {describe(leaf)} at {where}. {advice}")
+            raise TypeError(
+                f"{name} must hold float arrays: got {describe(leaf)} at {where}. {advice}"
+            )
 
 
 def check_no_masked(params: PyTree) -> None:
@@ -89,7 +95,9 @@ def check_like(tree: PyTree, reference: PyTree, name: str, reference_name: str) 
             )
     ours, theirs = str(jax.tree.structure(tree)), str(jax.tree.structure(reference))
     if not masked and ours != theirs:
-        raise ValueError(f"{name} and {reference_name} hold the same leaves in different containers: {ours} and {theirs}.")
+        raise ValueError(
+            f"{name} and {reference_name} hold the same leaves in different containers: {ours} and {theirs}."
+        )
 
 
 def check_scalar(value: Array, name: str) -> Array:
@@ -127,7 +135,9 @@ def check_count(minimum: int, **values: Any) -> None:
     """Raise unless every named value is a concrete integer of at least `minimum`."""
     for name, value in values.items():
         if not isinstance(value, int | np.integer):
-            raise TypeError(f"{name} must be a Python integer, known when the function is traced; got {describe(value)}.")
+            raise TypeError(
+                f"{name} must be a Python integer, known when the function is traced; got {describe(value)}."
+            )
     check_at_least(minimum, **values)
 
 
@@ -144,7 +154,9 @@ def check_decay(**values: Any) -> None:
     """Raise if a named decay rate is a function, or a concrete number outside [0, 1)."""
     for name, value in values.items():
         if callable(value):
-            raise TypeError(f"{name} must be a number, got a function; let optax.inject_hyperparams follow the schedule.")
+            raise TypeError(
+                f"{name} must be a number, got a function; let optax.inject_hyperparams follow the schedule."
+            )
         if isinstance(value, int | float | np.number) and not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value}.")
 
@@ -162,5 +174,9 @@ def check_precision(**values: Any) -> None:
 
 def check_damping(damping: Any, allow_zero: bool = False) -> None:
     """Raise if a concrete damping is not positive."""
-    if isinstance(damping, int | float | np.number) and not (damping > 0 or (allow_zero and damping == 0)):
-        raise ValueError(f"damping must be positive, got {damping}: a matrix without full rank has no inverse.")
+    if isinstance(damping, int | float | np.number) and not (
+        damping > 0 or (allow_zero and damping == 0)
+    ):
+        raise ValueError(
+            f"damping must be positive, got {damping}: a matrix without full rank has no inverse."
+        )

@@ -45,7 +45,7 @@ def primitives(fn: Callable[..., Any], *args: Any) -> set[str]:
     return set(names(jax.make_jaxpr(fn)(*args).eqns))
 
 
-def trace(fn: Callable[..., Any], *args: Any) -> Any:
+def trace_model(fn: Callable[..., Any], *args: Any) -> Any:
     """Return the program of `fn(*args)`, with its constants, and the shapes of its results."""
     return jax.make_jaxpr(fn, return_shape=True)(*args)
 
@@ -95,7 +95,9 @@ def interpret(
 
 def _concerned(eqn: Any, rules: Mapping[str, Rule]) -> bool:
     inner = inner_program(eqn)
-    return eqn.primitive.name in rules or (inner is not None and any(_concerned(e, rules) for e in inner.jaxpr.eqns))
+    return eqn.primitive.name in rules or (
+        inner is not None and any(_concerned(e, rules) for e in inner.jaxpr.eqns)
+    )
 
 
 def _evaluate(closed: Any, args: Sequence[Any], rules: Mapping[str, Rule]) -> list[Any]:
@@ -104,17 +106,29 @@ def _evaluate(closed: Any, args: Sequence[Any], rules: Mapping[str, Rule]) -> li
         if eqn.primitive.name in rules:
             return [rules[eqn.primitive.name](*operands, **eqn.params)]
         if eqn.params.get("prevent_cse") and eqn.params["differentiated"]:
-            operands = lax.optimization_barrier(operands)  # as remat does: compute again, keep nothing
+            operands = lax.optimization_barrier(
+                operands
+            )  # as remat does: compute again, keep nothing
         return _evaluate(inner_program(eqn), operands, rules)
 
     return interpret(closed, args, lambda index, eqn: _concerned(eqn, rules), rule)
 
 
-def _run(jaxpr: Any, eqns: list[Any], values: Mapping[Any, Any], needed: set[Any]) -> dict[Any, Any]:
+def _run(
+    jaxpr: Any, eqns: list[Any], values: Mapping[Any, Any], needed: set[Any]
+) -> dict[Any, Any]:
     """Evaluate consecutive equations as a program of their own; return the values that are needed elsewhere."""
     made = dict.fromkeys(variable for eqn in eqns for variable in eqn.outvars)
     read = dict.fromkeys(atom for eqn in eqns for atom in eqn.invars if not is_constant(atom))
     inputs = [variable for variable in read if variable not in made]
     outputs = [variable for variable in made if variable in needed]
-    program = core.ClosedJaxpr(jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=eqns), [])
-    return dict(zip(outputs, core.jaxpr_as_fun(program)(*(values[variable] for variable in inputs)), strict=True))
+    program = core.ClosedJaxpr(
+        jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=eqns), []
+    )
+    return dict(
+        zip(
+            outputs,
+            core.jaxpr_as_fun(program)(*(values[variable] for variable in inputs)),
+            strict=True,
+        )
+    )

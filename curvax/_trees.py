@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jax.tree_util import keystr
+from jaxtyping import Array, Bool, Float, PyTree
 
-from curvax._control import in_auto_mode
 from curvax._types import Params, Scalar, at_least_float32
+from curvax._xla import with_auto_sharding
+
+T = TypeVar("T")
 
 
 def inner_product(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
     """Sum the products of all entries, in at least float32."""
     # Not a product of flattened leaves, which would gather those that are sharded.
-    each = [jnp.sum(at_least_float32(x) * at_least_float32(y)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
+    each = [
+        jnp.sum(at_least_float32(x) * at_least_float32(y))
+        for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    ]
     return jnp.asarray(sum(each))
 
 
@@ -36,7 +43,7 @@ def row_products(rows: PyTree[Array], v: Params) -> Float[Array, " m"]:
     def products(rows: list[Array], v: list[Array]) -> Array:
         return jnp.asarray(sum(leaf_products(x, y) for x, y in zip(rows, v, strict=True)))
 
-    return in_auto_mode(products, jax.tree.leaves(rows), jax.tree.leaves(v))
+    return with_auto_sharding(products, jax.tree.leaves(rows), jax.tree.leaves(v))
 
 
 def combine_rows(coefficients: Float[Array, " m"], rows: PyTree[Array]) -> Params:
@@ -46,7 +53,7 @@ def combine_rows(coefficients: Float[Array, " m"], rows: PyTree[Array]) -> Param
 
 def leaf_products(rows: Float[Array, "m ..."], v: Float[Array, "..."]) -> Float[Array, " m"]:
     """Do `row_products` for one leaf."""
-    if rows.dtype == wide(rows):
+    if rows.dtype == wide_dtype(rows):
         return jnp.tensordot(rows, v.astype(rows.dtype), v.ndim, precision=lax.Precision.HIGHEST)
     # A matrix product would first widen all rows in memory; a sum of products widens as it reads.
     return jnp.sum(at_least_float32(rows) * at_least_float32(v), axis=tuple(range(1, rows.ndim)))
@@ -54,14 +61,14 @@ def leaf_products(rows: Float[Array, "m ..."], v: Float[Array, "..."]) -> Float[
 
 def leaf_combination(c: Float[Array, " m"], rows: Float[Array, "m ..."]) -> Float[Array, "..."]:
     """Do `combine_rows` for one leaf."""
-    if rows.dtype == wide(rows):
+    if rows.dtype == wide_dtype(rows):
         return jnp.tensordot(c.astype(rows.dtype), rows, 1, precision=lax.Precision.HIGHEST)
 
     def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, None]:  # row by row, likewise
         row = lax.bitcast_convert_type(term[1], rows.dtype)
         return total + term[0].astype(total.dtype) * row.astype(total.dtype), None
 
-    return lax.scan(add, jnp.zeros(rows.shape[1:], wide(rows)), (c, bits(rows)))[0]
+    return lax.scan(add, jnp.zeros(rows.shape[1:], wide_dtype(rows)), (c, bits(rows)))[0]
 
 
 def bits(x: Array) -> Array:
@@ -69,6 +76,29 @@ def bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
-def wide(x: Any) -> Any:
+def wide_dtype(x: Any) -> Any:
     """Return the dtype of x, or float32 if that has more bits."""
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def dimension(params: Params) -> int:
+    """Return the number of entries of all leaves."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Return the leaves of a tree by path, as `jax.tree_util.keystr` prints it."""
+    return {keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every entry is a finite number."""
+    return functools.reduce(
+        jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], jnp.array(True)
+    )
+
+
+def keep_unless(good: Bool[Array, ""], new: T, old: T) -> T:
+    """Return `new` if it is good, else `old`."""
+    kept: T = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    return kept

@@ -8,11 +8,12 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from curvax._batch import check_batch, sum_over_chunks, unwrap
+from curvax._batch import check_batch, sum_over_chunks
 from curvax._checks import check_scalar, describe
+from curvax._shared import unwrap
 from curvax._types import Batch, Outputs, Params, Scalar
 from curvax.losses import Loss, as_loss
-from curvax.losses.shares import share_of, term_counts
+from curvax.losses._shares import share_of, term_counts
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,31 @@ class Objective:
         if not self.has_aux:
             return result, None
         if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(f"with has_aux=True the model must return (outputs, aux), got {describe(result)}.")
+            raise TypeError(
+                f"with has_aux=True the model must return (outputs, aux), got {describe(result)}."
+            )
         return result
 
 
-def total_terms(objective: Objective, params: Params, batch: Batch, microbatch: int | None) -> PyTree[Scalar]:
+def total_terms(
+    objective: Objective, params: Params, batch: Batch, microbatch: int | None
+) -> PyTree[Scalar]:
     """Count the terms that the mean over the whole batch is over, `microbatch` rows at a time."""
     count = lambda chunk: _terms(objective, params, chunk)
     return count(batch) if microbatch is None else sum_over_chunks(count, batch, microbatch)
 
 
-def share(objective: Objective, params: Params, chunk: Batch, totals: PyTree[Scalar]) -> Objective:
+def scaled_to_share(
+    objective: Objective, params: Params, chunk: Batch, totals: PyTree[Scalar]
+) -> Objective:
     """Return `objective` scaled on `chunk` to its share of the batch's mean: the shares of all chunks sum to the whole.
 
     With `totals = total_terms(batch)` that holds for any partition, down to single examples, masked terms and heads with
     counts of their own included. The forward pass that the count runs is dead code unless the count depends on it.
     """
-    return replace(objective, loss=share_of(objective.loss, _terms(objective, params, chunk), totals))
+    return replace(
+        objective, loss=share_of(objective.loss, _terms(objective, params, chunk), totals)
+    )
 
 
 def _terms(objective: Objective, params: Params, chunk: Batch) -> PyTree[Scalar]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.estimate.hutchinson import Estimate
-from curvax.spectra.density import Density, smooth_density
+from curvax.estimate._hutchinson import Estimate
+from curvax.spectra._density import Density, smooth_density
 
 try:
     from matplotlib import pyplot
@@ -19,8 +19,8 @@ except ImportError as error:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from curvax.apps._sharpness import SharpnessReport
     from curvax.apps.quantization import Allocation
-    from curvax.apps.sharpness import SharpnessReport
 
 
 def spectral_density(
@@ -91,7 +91,9 @@ def eigenvalues(values: Any, *, label: str | None = None, ax: Axes | None = None
     return ax
 
 
-def sensitivities(values: Mapping[str, Any], *, label: str | None = None, ax: Axes | None = None) -> Axes:
+def sensitivities(
+    values: Mapping[str, Any], *, label: str | None = None, ax: Axes | None = None
+) -> Axes:
     """Draw a number for each layer as horizontal bars, the first layer on top; with the standard error of an estimate.
 
     Args:
@@ -159,7 +161,7 @@ def sharpness(reports: Mapping[int, SharpnessReport], *, ax: Axes | None = None)
     """Draw how near training is to the edge of stability: both ratios of sharpness reports, by step.
 
     Args:
-      reports: of `curvax.sharpness_report`, by step.
+      reports: of `curvax.apps.sharpness_report`, by step.
       ax: to draw into; None: a new figure.
 
     Returns:
@@ -168,13 +170,18 @@ def sharpness(reports: Mapping[int, SharpnessReport], *, ax: Axes | None = None)
     Example:
       >>> import jax.numpy as jnp, curvax, curvax.plot
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-      >>> report = curvax.sharpness_report(objective, jnp.ones(2), [(jnp.eye(2), jnp.zeros(2))], learning_rate=0.5)
+      >>> report = curvax.apps.sharpness_report(objective, jnp.ones(2), [(jnp.eye(2), jnp.zeros(2))], learning_rate=0.5)
       >>> curvax.plot.sharpness({0: report}).lines[0].get_ydata().tolist()
       [0.125]
     """
     ax = _axes(ax)
     steps = list(reports)
-    ax.plot(steps, [float(report.gradient_descent) for report in reports.values()], "o-", label="gradient descent")
+    ax.plot(
+        steps,
+        [float(report.gradient_descent) for report in reports.values()],
+        "o-",
+        label="gradient descent",
+    )
     ax.plot(steps, [float(report.sgd) for report in reports.values()], "o-", label="SGD")
     ax.axhline(1, color="gray", linewidth=1)
     ax.set(xlabel="step", ylabel="learning rate / largest stable one")

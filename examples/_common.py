@@ -22,7 +22,9 @@ def load_images(folder: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
         return (digits.images / 16).astype(np.float32), digits.target.astype(np.int32)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    images, labels = (_read_all(folder, kind) for kind in ("images*idx3-ubyte", "labels*idx1-ubyte"))
+    images, labels = (
+        _read_all(folder, kind) for kind in ("images*idx3-ubyte", "labels*idx1-ubyte")
+    )
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images but {len(labels)} labels in {folder}")
     return (images / 255).astype(np.float32), labels.astype(np.int32)
@@ -35,7 +37,9 @@ def load_split(folder: Path | None) -> tuple[np.ndarray, np.ndarray, int]:
     except (OSError, ValueError) as error:
         raise SystemExit(f"--data: {error}") from error
     num_train = int(0.8 * len(images))
-    print(f"{num_train} train, {len(images) - num_train} test images of {images.shape[1]}x{images.shape[2]} pixels")
+    print(
+        f"{num_train} train, {len(images) - num_train} test images of {images.shape[1]}x{images.shape[2]} pixels"
+    )
     return images, labels, num_train
 
 
@@ -44,11 +48,15 @@ def read_idx(path: Path) -> np.ndarray:
     packed = path.read_bytes()
     content = gzip.decompress(packed) if path.suffix == ".gz" else packed
     if content[:3] != b"\0\0\x08" or len(content) < 4:
-        raise ValueError(f"{path} is not an idx file of unsigned bytes: it begins with '{content[:4].hex(' ')}'")
+        raise ValueError(
+            f"{path} is not an idx file of unsigned bytes: it begins with '{content[:4].hex(' ')}'"
+        )
     header = 4 + 4 * content[3]
     shape = [int(size) for size in np.frombuffer(content[4:header], ">u4")]
     if len(content) != header + np.prod(shape):
-        raise ValueError(f"{path} should hold {shape} bytes after its header, got {len(content) - header}")
+        raise ValueError(
+            f"{path} should hold {shape} bytes after its header, got {len(content) - header}"
+        )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -56,9 +64,16 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """Print rows of cells under a header: the first column flush left, the others flush right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     line = lambda cells: "  ".join(
-        cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        cell.rjust(width) if i else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
     )
-    print(f"\n{title}", line(header), "  ".join("-" * width for width in widths), *map(line, rows), sep="\n")
+    print(
+        f"\n{title}",
+        line(header),
+        "  ".join("-" * width for width in widths),
+        *map(line, rows),
+        sep="\n",
+    )
 
 
 def _read_all(folder: Path, kind: str) -> np.ndarray:

@@ -44,9 +44,11 @@ class Task(NamedTuple):
     evaluate: Callable[[Any, Batch], jax.Array]
 
     @property
-    def layout(self) -> curvax.Layout:
+    def layout(self) -> curvax.kron.Layout:
         """The Kronecker blocks of the model."""
-        return curvax.kron_layout(self.objective, self.params, jax.tree.map(lambda x: x[:2], self.train))
+        return curvax.kron_layout(
+            self.objective, self.params, jax.tree.map(lambda x: x[:2], self.train)
+        )
 
 
 class Method(NamedTuple):
@@ -89,19 +91,33 @@ class Result(NamedTuple):
 
 def grid(**choices: Sequence[float]) -> tuple[Setting, ...]:
     """Return all combinations."""
-    return tuple(dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
+    return tuple(
+        dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
+    )
 
 
-def parser(doc: str, methods: Mapping[str, Method], steps: int, batch: int) -> argparse.ArgumentParser:
+def parser(
+    doc: str, methods: Mapping[str, Method], steps: int, batch: int
+) -> argparse.ArgumentParser:
     """The flags that every comparison has."""
     flags = argparse.ArgumentParser(description=doc.splitlines()[0])
-    flags.add_argument("--optimizers", default=",".join(methods), help="separated by commas; the first is the reference")
-    flags.add_argument("--steps", type=int, default=steps, help=f"of each run, rounded up to a multiple of {CHUNK}")
+    flags.add_argument(
+        "--optimizers",
+        default=",".join(methods),
+        help="separated by commas; the first is the reference",
+    )
+    flags.add_argument(
+        "--steps", type=int, default=steps, help=f"of each run, rounded up to a multiple of {CHUNK}"
+    )
     flags.add_argument("--batch", type=int, default=batch, help="rows in a batch")
-    flags.add_argument("--seed", type=int, default=0, help="of the initial parameters and the batches")
+    flags.add_argument(
+        "--seed", type=int, default=0, help="of the initial parameters and the batches"
+    )
     flags.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     flags.add_argument(
-        "--smoke", action="store_true", help="30 steps with one setting each, compiled fast rather than well"
+        "--smoke",
+        action="store_true",
+        help="30 steps with one setting each, compiled fast rather than well",
     )
     return flags
 
@@ -112,14 +128,18 @@ def parse(flags: argparse.ArgumentParser, methods: Mapping[str, Method]) -> argp
     names = dict.fromkeys(name for name in args.optimizers.split(",") if name)
     unknown = [name for name in names if name not in methods]
     if unknown or not names:
-        flags.error(f"--optimizers: got {', '.join(unknown) or 'none'}; choose from {', '.join(methods)}")
+        flags.error(
+            f"--optimizers: got {', '.join(unknown) or 'none'}; choose from {', '.join(methods)}"
+        )
     for flag in ("steps", "batch"):
         if getattr(args, flag) < 1:
             flags.error(f"--{flag}: at least 1, got {getattr(args, flag)}")
     args.methods = {name: methods[name] for name in names}
     if args.smoke:
         args.steps = 3 * CHUNK
-        args.methods = {name: Method(build, settings[1:2]) for name, (build, settings) in args.methods.items()}
+        args.methods = {
+            name: Method(build, settings[1:2]) for name, (build, settings) in args.methods.items()
+        }
     args.num_chunks = -(-args.steps // CHUNK)
     return args
 
@@ -127,7 +147,9 @@ def parse(flags: argparse.ArgumentParser, methods: Mapping[str, Method]) -> argp
 def compare(tasks: Sequence[Task], args: argparse.Namespace, picture: str) -> None:
     """Train on all tasks, print what comes out, and draw it."""
     began = time.perf_counter()
-    print(f"{args.num_chunks * CHUNK} steps with batches of {args.batch} on {jax.devices()[0].device_kind}")
+    print(
+        f"{args.num_chunks * CHUNK} steps with batches of {args.batch} on {jax.devices()[0].device_kind}"
+    )
     results = [run_all(task, args) for task in tasks]
     for result in results:
         report(result)
@@ -158,7 +180,9 @@ def run_all(task: Task, args: argparse.Namespace) -> Result:
     return Result(task, runs, chosen, time_steps(steps, rounds=3 if args.smoke else 15))
 
 
-def compile_chunk(method: Method, task: Task, rows: jax.Array, level: int) -> Callable[..., tuple[Any, jax.Array]]:
+def compile_chunk(
+    method: Method, task: Task, rows: jax.Array, level: int
+) -> Callable[..., tuple[Any, jax.Array]]:
     """Compile `(carry, setting, data, rows [CHUNK, batch]) -> (carry, losses [CHUNK])`, and run it once to warm up.
 
     The numbers of a setting are arguments, so that one compilation serves the whole grid. With a low `level` of
@@ -198,7 +222,12 @@ def draw_batches(num_examples: int, args: argparse.Namespace) -> jax.Array:
 
 
 def train(
-    name: str, setting: Setting, method: Method, task: Task, chunk: Callable[..., Any], batches: jax.Array
+    name: str,
+    setting: Setting,
+    method: Method,
+    task: Task,
+    chunk: Callable[..., Any],
+    batches: jax.Array,
 ) -> tuple[Run, Any]:
     """Train once, with a progress bar; also return the last (params, state)."""
     carry, losses, means, seconds = start(method, task, setting), [], [], 0.0
@@ -245,14 +274,29 @@ def report(result: Result) -> None:
         row = [name, describe(run.setting), f"{run.losses[-1]:.4g}", f"{run.test:.4g}"]
         for values, form in ((steps, "d"), (seconds, ".2f")):
             reached = name in values and reference in values
-            row += [format(values[name], form), f"{values[name] / values[reference]:.2f}"] if reached else ["-", "-"]
+            row += (
+                [format(values[name], form), f"{values[name] / values[reference]:.2f}"]
+                if reached
+                else ["-", "-"]
+            )
         step_time = result.step_times[name]
-        rows.append([*row, f"{1e3 * step_time:.2f}", f"{step_time / result.step_times[reference]:.2f}"])
+        rows.append(
+            [*row, f"{1e3 * step_time:.2f}", f"{step_time / result.step_times[reference]:.2f}"]
+        )
     share = f"/ {reference}"
-    header = ("optimizer", "setting", "train loss", result.task.measure, "steps", share, "seconds", share, "ms/step", share)
-    title = (
-        f"{result.task.name}: steps and seconds to train loss {result.target:.4g} (final, of the best run of {reference})"
+    header = (
+        "optimizer",
+        "setting",
+        "train loss",
+        result.task.measure,
+        "steps",
+        share,
+        "seconds",
+        share,
+        "ms/step",
+        share,
     )
+    title = f"{result.task.name}: steps and seconds to train loss {result.target:.4g} (final, of the best run of {reference})"
     print_table(title, header, rows)
     print(f"best by steps: {lowest(steps)}; best by seconds: {lowest(seconds)}")
 
@@ -271,7 +315,11 @@ def plot(results: Sequence[Result], path: Path) -> None:
             for run in runs:
                 chosen = run is result.chosen[name]
                 label = f"{name}, {describe(run.setting)}" if chosen else None
-                style = {"color": f"C{i}", "alpha": 1 if chosen else 0.25, "linewidth": 1.8 if chosen else 0.9}
+                style = {
+                    "color": f"C{i}",
+                    "alpha": 1 if chosen else 0.25,
+                    "linewidth": 1.8 if chosen else 0.9,
+                }
                 steps = CHUNK * np.arange(1, len(run.losses) + 1)
                 row[0].plot(steps, run.losses, label=label, **style)
                 row[1].plot(steps * result.step_times[name], run.losses, **style)

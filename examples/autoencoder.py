@@ -27,20 +27,28 @@ import curvax
 def kfac(task: Task, rate: float, damping: float) -> optax.GradientTransformation:
     """K-FAC with a fixed rate. Damping comes down to its value in fifty steps: sooner, the first steps go too far."""
     schedule = lambda step: damping * (1 + 99 * 0.9**step)
-    return curvax.kfac(rate, task.objective, task.layout, schedule, curvature_every=5, inverse_every=10)
+    return curvax.kfac(
+        rate, task.objective, task.layout, schedule, curvature_every=5, inverse_every=10
+    )
 
 
 def kfac_lm(task: Task, damping: float) -> optax.GradientTransformation:
     """K-FAC as in the paper: rate and momentum minimize the quadratic model, damping adapts to how well that predicts."""
     objective, layout = task.objective, task.layout
-    estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key)
-    rule = curvax.estimating(curvax.scale_by_kfac(layout, inverse_every=10), estimator, curvature_every=5)
-    return curvax.levenberg_marquardt(curvax.quadratic_model(rule, objective), objective, damping, bounds=(1e-2, 1e8))
+    estimator = curvax.kron.estimator(objective, layout)
+    rule = curvax.estimating(
+        curvax.scale_by_kfac(layout, inverse_every=10), estimator, curvature_every=5
+    )
+    return curvax.levenberg_marquardt(
+        curvax.quadratic_model(rule, objective), objective, damping, bounds=(1e-2, 1e8)
+    )
 
 
 METHODS = {
     "adam": Method(lambda task, rate: optax.adam(rate), grid(rate=(3e-4, 1e-3, 3e-3, 1e-2))),
-    "sgd": Method(lambda task, rate: optax.sgd(rate, momentum=0.9), grid(rate=(1e-3, 3e-3, 1e-2, 3e-2))),
+    "sgd": Method(
+        lambda task, rate: optax.sgd(rate, momentum=0.9), grid(rate=(1e-3, 3e-3, 1e-2, 3e-2))
+    ),
     "kfac": Method(kfac, grid(rate=(0.03, 0.1), damping=(0.3, 1.0, 3.0))),
     "kfac_lm": Method(kfac_lm, grid(damping=(1.0, 10.0))),
 }
@@ -60,7 +68,9 @@ def autoencoder(images: np.ndarray, num_train: int, widths: list[int], seed: int
     objective = curvax.Objective(model.apply, curvax.losses.sigmoid_cross_entropy())
 
     def squared_error(params: Any, batch: Batch) -> jax.Array:
-        return jnp.mean(jnp.sum((nn.sigmoid(objective.outputs(params, batch[0])) - batch[1]) ** 2, axis=-1))
+        return jnp.mean(
+            jnp.sum((nn.sigmoid(objective.outputs(params, batch[0])) - batch[1]) ** 2, axis=-1)
+        )
 
     train, test = (pixels[:num_train],) * 2, (pixels[num_train:],) * 2
     params = model.init(jax.random.key(seed), pixels[:1])
@@ -69,8 +79,12 @@ def autoencoder(images: np.ndarray, num_train: int, widths: list[int], seed: int
 
 def main() -> None:
     flags = parser(__doc__, METHODS, steps=500, batch=512)
-    flags.add_argument("--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits")
-    flags.add_argument("--widths", default="1000,500,250,30", help="of the encoder; the last is the code")
+    flags.add_argument(
+        "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
+    )
+    flags.add_argument(
+        "--widths", default="1000,500,250,30", help="of the encoder; the last is the code"
+    )
     args = parse(flags, METHODS)
     widths = [64, 8] if args.smoke else [int(width) for width in args.widths.split(",")]
     images, _, num_train = load_split(args.data)

@@ -39,7 +39,9 @@ class Layer(nn.Module):
     def __call__(self, h, mask):
         norm = nn.LayerNorm(dtype=self.dtype)(h)
         h = h + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(norm, mask=mask)
-        wide = nn.gelu(nn.Dense(4 * h.shape[-1], dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(h)))
+        wide = nn.gelu(
+            nn.Dense(4 * h.shape[-1], dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(h))
+        )
         return h + nn.Dense(h.shape[-1], dtype=self.dtype)(wide), None
 
 
@@ -56,20 +58,30 @@ class Transformer(nn.Module):
         h = nn.Embed(CHARACTERS, self.width, dtype=self.dtype)(tokens)
         h = h + nn.Embed(LENGTH, self.width, dtype=self.dtype)(jnp.arange(tokens.shape[1]))
         scanned = nn.scan(
-            Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.layers
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.layers,
         )
         h, _ = scanned(self.heads, self.dtype)(h, nn.make_causal_mask(tokens))
-        return nn.Dense(CHARACTERS, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(h)).astype(jnp.float32)
+        return nn.Dense(CHARACTERS, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(h)).astype(
+            jnp.float32
+        )
 
 
 def kfac(task: Task, rate: float, damping: float) -> optax.GradientTransformation:
     """K-FAC whose damping comes down to its value in fifty steps."""
-    return curvax.kfac(rate, task.objective, task.layout, falling(damping), curvature_every=2, inverse_every=10)
+    return curvax.kfac(
+        rate, task.objective, task.layout, falling(damping), curvature_every=2, inverse_every=10
+    )
 
 
 def ekfac(task: Task, rate: float, damping: float) -> optax.GradientTransformation:
     """EK-FAC, likewise."""
-    return curvax.ekfac(rate, task.objective, task.layout, falling(damping), curvature_every=2, inverse_every=10)
+    return curvax.ekfac(
+        rate, task.objective, task.layout, falling(damping), curvature_every=2, inverse_every=10
+    )
 
 
 def falling(damping: Any) -> optax.Schedule:
@@ -78,7 +90,9 @@ def falling(damping: Any) -> optax.Schedule:
 
 METHODS = {
     "adamw": Method(lambda task, rate: optax.adamw(rate), grid(rate=(1e-3, 3e-3, 1e-2))),
-    "sophia_g": Method(lambda task, rate: curvax.sophia_g(rate, task.objective), grid(rate=(3e-4, 1e-3, 3e-3))),
+    "sophia_g": Method(
+        lambda task, rate: curvax.sophia_g(rate, task.objective), grid(rate=(3e-4, 1e-3, 3e-3))
+    ),
     "kfac": Method(kfac, grid(rate=(0.01, 0.03), damping=(1e-3, 3e-3, 1e-2))),
     "ekfac": Method(ekfac, grid(rate=(0.01, 0.03), damping=(1e-2,))),
 }
@@ -111,16 +125,22 @@ def language_model(codes: np.ndarray, model: Transformer, seed: int) -> Task:
 
 def main() -> None:
     flags = parser(__doc__, METHODS, steps=500, batch=32)
-    flags.add_argument("--data", type=Path, help="a text file; default: sources of Python's standard library")
+    flags.add_argument(
+        "--data", type=Path, help="a text file; default: sources of Python's standard library"
+    )
     flags.add_argument("--width", type=int, default=128)
     flags.add_argument("--layers", type=int, default=2)
     flags.add_argument("--heads", type=int, default=4)
     fast = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    flags.add_argument("--dtype", default=fast, choices=("float32", "bfloat16"), help="that layers compute in")
+    flags.add_argument(
+        "--dtype", default=fast, choices=("float32", "bfloat16"), help="that layers compute in"
+    )
     args = parse(flags, METHODS)
     width = 16 if args.smoke else args.width
     model = Transformer(width, args.layers, args.heads, jnp.dtype(args.dtype))
-    task = language_model(read_text(args.data, 100_000 if args.smoke else 1_000_000), model, args.seed)
+    task = language_model(
+        read_text(args.data, 100_000 if args.smoke else 1_000_000), model, args.seed
+    )
     print(task.layout)
     compare([task], args, "char_lm.png")
 

@@ -68,8 +68,12 @@ def train(training: Training, data: Data, key: jax.Array, there: jax.Array) -> A
     tx = optax.adam(optax.cosine_decay_schedule(training.rate, training.steps))
 
     def loss(params: Any, rows: jax.Array) -> jax.Array:
-        each = optax.softmax_cross_entropy_with_integer_labels(MODEL.apply(params, inputs[rows]), labels[rows])
-        return jnp.mean(there[rows] * each) + training.decay / 2 * optax.tree.norm(params, squared=True)
+        each = optax.softmax_cross_entropy_with_integer_labels(
+            MODEL.apply(params, inputs[rows]), labels[rows]
+        )
+        return jnp.mean(there[rows] * each) + training.decay / 2 * optax.tree.norm(
+            params, squared=True
+        )
 
     def step(carry: Any, key: jax.Array) -> Any:
         params, state = carry
@@ -78,14 +82,16 @@ def train(training: Training, data: Data, key: jax.Array, there: jax.Array) -> A
         return (optax.apply_updates(params, updates), state), None
 
     params = MODEL.init(start, inputs[:1])
-    return jax.lax.scan(step, (params, tx.init(params)), jax.random.split(draws, training.steps))[0][0]
+    return jax.lax.scan(step, (params, tx.init(params)), jax.random.split(draws, training.steps))[
+        0
+    ][0]
 
 
 def cut(data: Data, size: int = 512) -> list[Data]:
     return [tuple(x[i : i + size] for x in data) for i in range(0, len(data[1]), size)]
 
 
-def layout_of(params: Any, data: Data) -> curvax.Layout:
+def layout_of(params: Any, data: Data) -> curvax.kron.Layout:
     return curvax.kron_layout(OBJECTIVE, params, tuple(x[:8] for x in data))
 
 
@@ -98,10 +104,16 @@ def wrong_labels(data: Data, training: Training, seeds: int) -> None:
         other = (data[1] + jax.random.randint(shift, data[1].shape, 1, 10)) % 10
         flipped = data[0], jnp.where(wrong, other, data[1])
         params = train(training, flipped, train_key, jnp.ones(len(data[1])))
-        losses = optax.softmax_cross_entropy_with_integer_labels(MODEL.apply(params, data[0]), flipped[1])
-        fitted = influence.fit(OBJECTIVE, layout_of(params, data), params, cut(flipped), train_key, progress=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            MODEL.apply(params, data[0]), flipped[1]
+        )
+        fitted = influence.fit(
+            OBJECTIVE, layout_of(params, data), params, cut(flipped), train_key, progress=False
+        )
         rankings = {
-            "self-influence, EK-FAC": influence.self_influence(fitted, OBJECTIVE, params, cut(flipped)),
+            "self-influence, EK-FAC": influence.self_influence(
+                fitted, OBJECTIVE, params, cut(flipped)
+            ),
             "self-influence, gradient": influence.self_influence(
                 fitted, OBJECTIVE, params, cut(flipped), method="identity"
             ),
@@ -109,12 +121,24 @@ def wrong_labels(data: Data, training: Training, seeds: int) -> None:
         }
         for name, ranking in rankings.items():
             order = np.argsort(-np.asarray(ranking))
-            found = [np.mean(np.asarray(wrong)[order[: int(share * len(order))]]) * share / 0.1 for share in looked_at]
+            found = [
+                np.mean(np.asarray(wrong)[order[: int(share * len(order))]]) * share / 0.1
+                for share in looked_at
+            ]
             precision = average_precision_score(np.asarray(wrong), np.asarray(ranking))
             table.setdefault(name, []).append([100 * x for x in (*found, precision)])
-    rows = [[name, *(spread(column, 1) for column in np.transpose(values))] for name, values in table.items()]
-    header = ("ranked by", *(f"in the first {share:.0%}" for share in looked_at), "average precision")
-    print_table("percent of the wrong labels found; chance finds as many as are looked at", header, rows)
+    rows = [
+        [name, *(spread(column, 1) for column in np.transpose(values))]
+        for name, values in table.items()
+    ]
+    header = (
+        "ranked by",
+        *(f"in the first {share:.0%}" for share in looked_at),
+        "average precision",
+    )
+    print_table(
+        "percent of the wrong labels found; chance finds as many as are looked at", header, rows
+    )
 
 
 def pictures(data: Data, test: Data, training: Training, path: Path) -> None:
@@ -130,7 +154,9 @@ def pictures(data: Data, test: Data, training: Training, path: Path) -> None:
     draw(hardest, np.argmax(MODEL.apply(params, hardest[0]), -1), data, helpful, harmful, path)
 
 
-def draw(queries: Data, said: np.ndarray, data: Data, helpful: Any, harmful: Any, path: Path) -> None:
+def draw(
+    queries: Data, said: np.ndarray, data: Data, helpful: Any, harmful: Any, path: Path
+) -> None:
     side = round(queries[0].shape[1] ** 0.5)
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots(len(queries[1]), 11)
@@ -140,12 +166,20 @@ def draw(queries: Data, said: np.ndarray, data: Data, helpful: Any, harmful: Any
         row[0].imshow(queries[0][q].reshape(side, side), cmap="gray_r")
         row[0].set_title(f"is {queries[1][q]}, said {said[q]}", fontsize=8)
         for found, color, start in ((helpful, "tab:blue", 1), (harmful, "tab:red", 6)):
-            for ax, which, change in zip(row[start:], found.examples[q], found.change_if_removed[q], strict=False):
+            for ax, which, change in zip(
+                row[start:], found.examples[q], found.change_if_removed[q], strict=False
+            ):
                 ax.imshow(data[0][which].reshape(side, side), cmap="gray_r")
                 ax.set_title(f"{data[1][which]}  {change:+.2g}", fontsize=7, color=color)
-    axes[0, 3].text(0.5, 1.5, "helpful", transform=axes[0, 3].transAxes, ha="center", color="tab:blue")
-    axes[0, 8].text(0.5, 1.5, "harmful", transform=axes[0, 8].transAxes, ha="center", color="tab:red")
-    figure.suptitle("test digits, and training digits with the change of the test digit's loss if they were removed")
+    axes[0, 3].text(
+        0.5, 1.5, "helpful", transform=axes[0, 3].transAxes, ha="center", color="tab:blue"
+    )
+    axes[0, 8].text(
+        0.5, 1.5, "harmful", transform=axes[0, 8].transAxes, ha="center", color="tab:red"
+    )
+    figure.suptitle(
+        "test digits, and training digits with the change of the test digit's loss if they were removed"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"picture: {path}")
@@ -157,15 +191,19 @@ def margin(params: Any, query: Data) -> jax.Array:
     return logits[label] - jax.nn.logsumexp(jnp.where(jnp.arange(10) == label, -jnp.inf, logits))
 
 
-def scores_by_method(params: Any, data: Data, queries: Data, window_size: int) -> dict[str, jax.Array]:
+def scores_by_method(
+    params: Any, data: Data, queries: Data, window_size: int
+) -> dict[str, jax.Array]:
     """Return `change_if_removed` of the queries' margins by every method."""
     layout, key = layout_of(params, data), jax.random.key(1)
-    fit = functools.partial(influence.fit, OBJECTIVE, layout, params, cut(data), key, progress=False)
+    fit = functools.partial(
+        influence.fit, OBJECTIVE, layout, params, cut(data), key, progress=False
+    )
     factored, diagonal = fit(), fit(method="diagonal")
     gradients = curvax.per_example_grads(OBJECTIVE, params, tuple(x[:window_size] for x in data))
-    window = influence.of_window(layout, curvax.window_of(gradients), terms=len(data[1]))
+    window = influence.of_window(layout, curvax.solve.window_of(gradients), terms=len(data[1]))
     run: Callable[..., Any] = lambda fitted, batches, **options: influence.influence(
-        fitted, OBJECTIVE, margin, params, queries, batches, **options
+        fitted, OBJECTIVE, params, queries, batches, measurement=margin, **options
     )
     solver = functools.partial(curvax.cg, tol=1e-2, max_steps=100)
     found = {
@@ -182,10 +220,12 @@ def scores_by_method(params: Any, data: Data, queries: Data, window_size: int) -
 def datamodeling(data: Data, test: Data, training: Training, args: argparse.Namespace) -> None:
     """Retrain on random halves, and compare with every method's scores, of single networks and averaged over them."""
     queries = tuple(x[: args.queries] for x in test)
-    measure = lambda params: jax.lax.map(lambda query: margin(params, jax.tree.map(lambda x: x[None], query)), queries)
-    subsets = influence.random_subsets(jax.random.key(2), len(data[1]), args.subsets)
+    measure = lambda params: jax.lax.map(
+        lambda query: margin(params, jax.tree.map(lambda x: x[None], query)), queries
+    )
+    subsets = influence.random_subsets(len(data[1]), args.subsets, jax.random.key(2))
     own = functools.partial(train, training, data)
-    measured = influence.retrain(own, measure, jax.random.key(3), subsets, num_seeds=args.seeds)
+    measured = influence.retrain(own, measure, subsets, jax.random.key(3), num_seeds=args.seeds)
     everything = jnp.ones((args.networks, len(data[1])))
     networks = jax.vmap(own)(jax.random.split(jax.random.key(4), args.networks), everything)
     each = [
@@ -195,17 +235,25 @@ def datamodeling(data: Data, test: Data, training: Training, args: argparse.Name
     mean = jnp.mean(measured, axis=0)
     rows = []
     for name in each[0]:
-        one = [influence.linear_datamodeling_score(scores[name], subsets, mean).mean for scores in each]
+        one = [
+            influence.linear_datamodeling_score(scores[name], subsets, mean).mean for scores in each
+        ]
         together = sum(scores[name] / args.networks for scores in each)
         whole = influence.linear_datamodeling_score(together, subsets, mean)
         rows.append([name, spread(one, 3), f"{whole.mean:.3f} ± {whole.sem:.3f}"])
     half = args.seeds // 2
     first, second = jnp.mean(measured[:half], axis=0), jnp.mean(measured[half:], axis=0)
     ranks = lambda x: jnp.argsort(jnp.argsort(x, axis=0), axis=0)
-    halves = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(ranks(first).T, ranks(second).T, strict=True)])
+    halves = np.array(
+        [np.corrcoef(a, b)[0, 1] for a, b in zip(ranks(first).T, ranks(second).T, strict=True)]
+    )
     rows.append(["ceiling", "", spread(np.sqrt(np.maximum(2 * halves / (1 + halves), 0)), 3)])
     title = f"linear datamodeling score: {args.subsets} halves, {args.seeds} seeds each, {args.queries} test digits"
-    print_table(title, ("method", "one network (± over networks)", f"mean of {args.networks} (± over digits)"), rows)
+    print_table(
+        title,
+        ("method", "one network (± over networks)", f"mean of {args.networks} (± over digits)"),
+        rows,
+    )
 
 
 def spread(values: Any, digits: int) -> str:
@@ -216,20 +264,33 @@ def spread(values: Any, digits: int) -> str:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits")
+    flags.add_argument(
+        "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
+    )
     flags.add_argument("--steps", type=int, default=1500, help="of training")
     flags.add_argument("--subsets", type=int, default=100, help="random halves to retrain on")
     flags.add_argument("--seeds", type=int, default=6, help="trainings of each half")
-    flags.add_argument("--networks", type=int, default=5, help="trained on all data, to compute scores with")
+    flags.add_argument(
+        "--networks", type=int, default=5, help="trained on all data, to compute scores with"
+    )
     flags.add_argument("--queries", type=int, default=100, help="test digits to predict")
     flags.add_argument("--window", type=int, default=512, help="gradients of M-FAC")
     flags.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    flags.add_argument("--smoke", action="store_true", help="few steps, few subsets; figures mean nothing")
+    flags.add_argument(
+        "--smoke", action="store_true", help="few steps, few subsets; figures mean nothing"
+    )
     args = flags.parse_args()
     images, labels, num_train = load_split(args.data)
     if args.smoke:
         jax.config.update("jax_disable_most_optimizations", True)  # compile fast rather than well
-        args.steps, args.subsets, args.seeds, args.networks, args.queries, args.window = 20, 4, 2, 2, 5, 16
+        args.steps, args.subsets, args.seeds, args.networks, args.queries, args.window = (
+            20,
+            4,
+            2,
+            2,
+            5,
+            16,
+        )
         num_train = 200
     inputs = jnp.asarray(images.reshape(len(images), -1))
     data, test = (

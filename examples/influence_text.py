@@ -89,7 +89,9 @@ def split(codes: np.ndarray) -> tuple[Batch, Batch]:
     return tuple(x[:num_train] for x in pairs), tuple(x[count * 9 // 10 :] for x in pairs)
 
 
-def trained(model: Transformer, objective: curvax.Objective, train: Batch, steps: int, seed: int, path: Path) -> Any:
+def trained(
+    model: Transformer, objective: curvax.Objective, train: Batch, steps: int, seed: int, path: Path
+) -> Any:
     """Train with AdamW, or read what was trained before: scores are of these weights, and so is the curvature."""
     params = jax.jit(model.init)(jax.random.key(seed), train[0][:2])
     if path.exists():
@@ -116,7 +118,7 @@ def trained(model: Transformer, objective: curvax.Objective, train: Batch, steps
     return params
 
 
-def layout_of(problem: Problem) -> curvax.Layout:
+def layout_of(problem: Problem) -> curvax.kron.Layout:
     """Hold norms and embeddings fixed.
 
     Grosse et al. follow influence through perceptrons only, because they hold most of the weights. Here that is all linear
@@ -145,7 +147,9 @@ def choose_queries(problem: Problem, number: int) -> Batch:
     """
     inputs, targets = problem.validation
     chunks = [(inputs[i : i + 256], targets[i : i + 256]) for i in range(0, len(inputs), 256)]
-    own = np.concatenate([of_targets(problem.model, problem.params, chunk) for chunk in chunks])[:, -MEASURED:].sum(axis=1)
+    own = np.concatenate([of_targets(problem.model, problem.params, chunk) for chunk in chunks])[
+        :, -MEASURED:
+    ].sum(axis=1)
     frequency = np.bincount(problem.train[1].ravel(), minlength=CHARACTERS) + 1
     by_frequency = np.log(frequency / frequency.sum())[targets[:, -MEASURED:]].sum(axis=1)
     chosen: list[int] = []
@@ -176,7 +180,9 @@ def candidates(queries: Batch, train: Batch, number: int | None) -> np.ndarray:
     """Return the numbers of training sequences to score: all, or those that BM25 finds for some query."""
     if number is None:
         return np.arange(len(train[0]))
-    found = influence.bm25([grams(text) for text in texts(queries)], map(grams, texts(train)), k=number)
+    found = influence.bm25(
+        [grams(text) for text in texts(queries)], map(grams, texts(train)), k=number
+    )
     return np.unique(found.documents)
 
 
@@ -184,39 +190,66 @@ def batches_of(batch: Batch, rows: np.ndarray) -> list[Batch]:
     return [tuple(x[rows[i : i + SCORING]] for x in batch) for i in range(0, len(rows), SCORING)]
 
 
-def prepare(problem: Problem, fitted: influence.Fitted, queries: Batch, rank: int) -> influence.Queries:
+def prepare(
+    problem: Problem, fitted: influence.Fitted, queries: Batch, rank: int
+) -> influence.Queries:
     """Divide the queries' gradients by the curvature, once for all training sequences."""
 
     def measure(params: Any, query: Batch) -> jax.Array:
         return of_targets(problem.model, params, query)[0, -MEASURED:].sum()
 
-    prepared, _ = influence.precondition(fitted, problem.objective, measure, problem.params, queries)
+    prepared, _ = influence.precondition(
+        fitted, problem.objective, measure, problem.params, queries
+    )
     if rank:
         prepared, info = COMPRESS(prepared, rank)
-        print(f"queries compressed to rank {rank}: relative error {info.error.min():.2f} to {info.error.max():.2f}")
+        print(
+            f"queries compressed to rank {rank}: relative error {info.error.min():.2f} to {info.error.max():.2f}"
+        )
     return prepared
 
 
-def search(problem: Problem, prepared: influence.Queries, queries: Batch, rows: np.ndarray, k: int) -> list[Answer]:
+def search(
+    problem: Problem, prepared: influence.Queries, queries: Batch, rows: np.ndarray, k: int
+) -> list[Answer]:
     """Score the training sequences in `rows`, then the k at both ends of every query by character and by layer."""
     bar = tqdm(batches_of(problem.train, rows), desc="scoring", unit="batch")
     ends = influence.top_k(prepared, problem.objective, problem.params, bar, k)
-    highest, lowest = (rows[np.asarray(end.examples)] for end in ends)  # numbers in the stream are places in rows
+    highest, lowest = (
+        rows[np.asarray(end.examples)] for end in ends
+    )  # numbers in the stream are places in rows
     both = np.unique([highest, lowest])
     batch = tuple(x[both] for x in problem.train)
     own = partial(SCORE, prepared, problem.objective, problem.params, batch)
-    by_token, by_layer, text = *(jax.device_get(own(by=by)) for by in ("token", "layer")), texts(batch)
+    by_token, by_layer, text = (
+        *(jax.device_get(own(by=by)) for by in ("token", "layer")),
+        texts(batch),
+    )
 
     def found(query: int, number: int, change: float) -> Found:
         at = int(np.searchsorted(both, number))
         parts = {short(name): float(x[query, at]) for name, x in by_layer.by_layer.items()}
-        return Found(number, text[at], change, by_token.by_token[query, at], float(by_token.rest[query, at]), parts)
+        return Found(
+            number,
+            text[at],
+            change,
+            by_token.by_token[query, at],
+            float(by_token.rest[query, at]),
+            parts,
+        )
 
-    log_probabilities = of_targets(problem.model, problem.params, queries)[:, -MEASURED:].sum(axis=1)
+    log_probabilities = of_targets(problem.model, problem.params, queries)[:, -MEASURED:].sum(
+        axis=1
+    )
     answers = []
-    for q, (asked, log_probability) in enumerate(zip(texts(queries), log_probabilities.tolist(), strict=True)):
+    for q, (asked, log_probability) in enumerate(
+        zip(texts(queries), log_probabilities.tolist(), strict=True)
+    ):
         pairs = [
-            [found(q, *pair) for pair in zip(numbers[q].tolist(), end.change_if_removed[q].tolist(), strict=True)]
+            [
+                found(q, *pair)
+                for pair in zip(numbers[q].tolist(), end.change_if_removed[q].tolist(), strict=True)
+            ]
             for numbers, end in zip((lowest, highest), reversed(ends), strict=True)
         ]
         answers.append(Answer(asked, log_probability, *pairs))
@@ -241,7 +274,9 @@ def report(answers: list[Answer]) -> None:
             for found in side[:3]
         ]
         title = f'"{escaped(context[-32:])}" then "{escaped(end)}", log-probability {answer.log_probability:.2f}'
-        print_table(title, ("around its strongest character", "", "sequence", "change if removed"), rows)
+        print_table(
+            title, ("around its strongest character", "", "sequence", "change if removed"), rows
+        )
     every = [found for answer in answers for found in (*answer.helpful, *answer.harmful)]
     gap = lambda parts, whole: abs(parts - whole) / abs(whole)
     characters = max(gap(found.by_character.sum() + found.rest, found.change) for found in every)
@@ -273,7 +308,9 @@ def check_meaning(answers: list[Answer], train: Batch) -> None:
     np.put_along_axis(scores, ranked.documents, ranked.scores, axis=1)
     rows = []
     for answer, score, order in zip(answers, scores, ranked.documents, strict=True):
-        helpful, harmful = ([found.number for found in side] for side in (answer.helpful, answer.harmful))
+        helpful, harmful = (
+            [found.number for found in side] for side in (answer.helpful, answer.harmful)
+        )
         best = np.isin([helpful, harmful], order[: -(-len(order) // 100)]).sum(axis=1)
         cells = [f"{score[numbers].mean():.2f}" for numbers in (helpful, harmful, slice(None))]
         counts = [f"{count} of {len(helpful)}" for count in best]
@@ -308,7 +345,9 @@ def page(answers: list[Answer], about: str) -> str:
         f"Scores: {SIGN}. In small print, the parts of layers in percent of the score."
     )
     sections = "\n".join(map(_section, answers))
-    head = f'<meta charset="utf-8"><title>Influence on a character model</title><style>{STYLE}</style>'
+    head = (
+        f'<meta charset="utf-8"><title>Influence on a character model</title><style>{STYLE}</style>'
+    )
     title = "<h1>Which training sequences made the model write this?</h1>"
     body = f"{title}<p>{legend}</p><p>{html.escape(about)}</p>{sections}"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
@@ -332,7 +371,9 @@ def _sequence(found: Found) -> str:
         span = f'<span style="background:{shade}" title="{change:+.1e}">{_shown(character)}</span>'
         spans.append(span if abs(change) > 0.02 * most else _shown(character))
     parts = sorted(found.by_layer.items(), key=lambda part: -abs(part[1]))
-    shares = ", ".join(f"{html.escape(name)} {100 * part / found.change:.0f}" for name, part in parts)
+    shares = ", ".join(
+        f"{html.escape(name)} {100 * part / found.change:.0f}" for name, part in parts
+    )
     score = f"<b>{found.change:+.4f}</b> if removed, sequence {found.number}"
     return f"<div>{score}</div><pre>{''.join(spans)}</pre><small>{shares}</small>"
 
@@ -343,15 +384,27 @@ def _shown(text: str) -> str:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--data", type=Path, help="a text file; default: sources of Python's standard library")
+    flags.add_argument(
+        "--data", type=Path, help="a text file; default: sources of Python's standard library"
+    )
     flags.add_argument("--width", type=int, default=64, help="of the model")
     flags.add_argument("--steps", type=int, default=1500, help="of training")
     flags.add_argument("--queries", type=int, default=6)
-    flags.add_argument("--candidates", type=int, help="sequences to score for each query, found by BM25; default: all")
-    flags.add_argument("--rank", type=int, default=32, help="of the queries' matrices; 0: as they are")
-    flags.add_argument("--top", type=int, default=5, help="helpful and harmful sequences to show for each query")
+    flags.add_argument(
+        "--candidates",
+        type=int,
+        help="sequences to score for each query, found by BM25; default: all",
+    )
+    flags.add_argument(
+        "--rank", type=int, default=32, help="of the queries' matrices; 0: as they are"
+    )
+    flags.add_argument(
+        "--top", type=int, default=5, help="helpful and harmful sequences to show for each query"
+    )
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--out", type=Path, default=Path("out"), help="folder for the page, weights and curvature")
+    flags.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for the page, weights and curvature"
+    )
     flags.add_argument("--smoke", action="store_true", help="a tiny model, few sequences and steps")
     args = flags.parse_args()
     limit = 1_000_000
@@ -361,19 +414,26 @@ def main() -> None:
     began = time.perf_counter()
     codes = read_text(args.data, limit)
     train, validation = split(codes)
-    settings = f"width{args.width}-steps{args.steps}-seed{args.seed}-text{zlib.crc32(codes.tobytes()):08x}"
+    settings = (
+        f"width{args.width}-steps{args.steps}-seed{args.seed}-text{zlib.crc32(codes.tobytes()):08x}"
+    )
     folder = args.out / f"influence_text-{settings}"
     model = Transformer(args.width, layers=2, heads=4, dtype=jnp.float32)
     objective = curvax.Objective(model.apply, curvax.losses.softmax_cross_entropy())
     params = trained(model, objective, train, args.steps, args.seed, folder / "weights.msgpack")
     problem = Problem(model, objective, params, train, validation)
-    losses = [-of_targets(model, params, tuple(x[::16] for x in batch)).mean() for batch in (train, validation)]
+    losses = [
+        -of_targets(model, params, tuple(x[::16] for x in batch)).mean()
+        for batch in (train, validation)
+    ]
     about = f"{len(train[0]):,} training sequences of {LENGTH} characters; loss {losses[0]:.3f}, validation {losses[1]:.3f}"
     print(about)
     layout = layout_of(problem)
     print(layout)
     whole, key = batches_of(train, np.arange(len(train[0]))), jax.random.key(args.seed)
-    fitted = influence.fit(objective, layout, params, whole, key, method="ekfac", folder=folder / "fit")
+    fitted = influence.fit(
+        objective, layout, params, whole, key, method="ekfac", folder=folder / "fit"
+    )
     queries = choose_queries(problem, args.queries)
     rows = candidates(queries, train, args.candidates)
     print(f"scoring {len(rows):,} of {len(train[0]):,} sequences")

@@ -41,10 +41,17 @@ def load(path):
 
 def regression(x, y, l2):
     """Return the objective `mean log-loss + l2 / 2 |w|^2` and its batch; the penalty is a head whose output is w."""
-    penalty = curvax.losses.from_function(lambda w, _: jnp.sum(w[0] ** 2) / 2, num_terms=lambda w, _: jnp.ones(()))
-    loss = curvax.losses.weighted_sum({"fit": (1.0, curvax.losses.sigmoid_cross_entropy()), "penalty": (l2, penalty)})
+    penalty = curvax.losses.from_function(
+        lambda w, _: jnp.sum(w[0] ** 2) / 2, num_terms=lambda w, _: jnp.ones(())
+    )
+    loss = curvax.losses.weighted_sum(
+        {"fit": (1.0, curvax.losses.sigmoid_cross_entropy()), "penalty": (l2, penalty)}
+    )
     model = lambda w, x: {"fit": (x @ w)[:, None], "penalty": w[None]}
-    batch = (jnp.asarray(x), {"fit": jnp.asarray(y)[:, None], "penalty": curvax.Shared(jnp.zeros(1))})
+    batch = (
+        jnp.asarray(x),
+        {"fit": jnp.asarray(y)[:, None], "penalty": curvax.Shared(jnp.zeros(1))},
+    )
     return curvax.Objective(model, loss), batch
 
 
@@ -73,24 +80,44 @@ def run(name, tx, objective, batch, num_steps, extra=lambda value, grad, value_f
             bar.update()
     seconds = time.perf_counter() - start
     value = objective(w, batch)
-    return [name, len(norms) - 1, f"{norms[-1]:.1e}", f"{seconds:.3f}", f"{compiled:.1f}", f"{value:.10f}"], norms
+    return [
+        name,
+        len(norms) - 1,
+        f"{norms[-1]:.1e}",
+        f"{seconds:.3f}",
+        f"{compiled:.1f}",
+        f"{value:.10f}",
+    ], norms
 
 
 def scikit_learn(x, y, l2, objective, batch):
     """Run scikit-learn's Newton-Cholesky on the same problem."""
-    model = LogisticRegression(solver="newton-cholesky", C=1 / (l2 * len(x)), fit_intercept=False, tol=1e-14, max_iter=100)
+    model = LogisticRegression(
+        solver="newton-cholesky", C=1 / (l2 * len(x)), fit_intercept=False, tol=1e-14, max_iter=100
+    )
     start = time.perf_counter()
     model.fit(x, y)
     seconds = time.perf_counter() - start
     w = jnp.asarray(model.coef_[0])
     norm = jnp.linalg.norm(jax.grad(objective)(w, batch))
     name = "scikit-learn newton-cholesky"
-    return [name, int(model.n_iter_[0]), f"{norm:.1e}", f"{seconds:.3f}", "", f"{objective(w, batch):.10f}"]
+    return [
+        name,
+        int(model.n_iter_[0]),
+        f"{norm:.1e}",
+        f"{seconds:.3f}",
+        "",
+        f"{objective(w, batch):.10f}",
+    ]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a LIBSVM file of two classes; by default scikit-learn's breast cancer data")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", help="a LIBSVM file of two classes; by default scikit-learn's breast cancer data"
+    )
     parser.add_argument("--l2", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=1000, help="limit of steps for each method")
     parser.add_argument("--plot", help="save a picture of the gradient norms")
@@ -104,7 +131,10 @@ def main():
     line_search = lambda value, grad, value_fn: {"value": value, "grad": grad, "value_fn": value_fn}
     methods = {
         "gradient-regularized Newton": (curvax.gradient_regularized_newton(objective), {}),
-        "the same, Hessian every 3 steps": (curvax.gradient_regularized_newton(objective, curvature_every=3), {}),
+        "the same, Hessian every 3 steps": (
+            curvax.gradient_regularized_newton(objective, curvature_every=3),
+            {},
+        ),
         "Newton-CG, Levenberg-Marquardt": (
             curvax.levenberg_marquardt(
                 curvax.newton_cg(1.0, objective, tol=1e-8, max_steps=500),
@@ -113,7 +143,7 @@ def main():
                 every=1,
                 factor=0.1,
                 bounds=(1e-12, 1e8),
-                product=curvax.hvp,
+                matvec_of=curvax.hvp,
             ),
             {},
         ),
@@ -122,7 +152,9 @@ def main():
     rows, curves = [], {}
     for name, (tx, how) in methods.items():
         tx = tx if not how else optax.with_extra_args_support(_without_batch(tx))
-        row, curves[name] = run(name, tx, objective, batch, 100 if args.smoke else args.steps, **how)
+        row, curves[name] = run(
+            name, tx, objective, batch, 100 if args.smoke else args.steps, **how
+        )
         rows.append(row)
     rows.append(scikit_learn(x, y, args.l2, objective, batch))
     header = ["method", "steps", "|gradient|", "seconds", "compilation", "loss"]
@@ -133,7 +165,9 @@ def main():
 
 def _without_batch(tx):
     """Keep `batch=` from optax's line search, which hands all that it gets to the function it evaluates."""
-    return optax.GradientTransformationExtraArgs(tx.init, lambda g, s, p, *, batch, **extra: tx.update(g, s, p, **extra))
+    return optax.GradientTransformationExtraArgs(
+        tx.init, lambda g, s, p, *, batch, **extra: tx.update(g, s, p, **extra)
+    )
 
 
 def picture(curves, path):

@@ -43,7 +43,15 @@ class Problem(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def fit(objective: curvax.Objective, params: Any, masks: Any, rate: float, data: Data, steps: int, seed: int) -> Any:
+def fit(
+    objective: curvax.Objective,
+    params: Any,
+    masks: Any,
+    rate: float,
+    data: Data,
+    steps: int,
+    seed: int,
+) -> Any:
     """Train what the masks keep, by Adam with batches of 64."""
     tx = optax.chain(optax.adam(rate), pruning.keep_pruned(masks))
 
@@ -54,19 +62,28 @@ def fit(objective: curvax.Objective, params: Any, masks: Any, rate: float, data:
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    return jax.lax.scan(step, (params, tx.init(params)), jax.random.split(jax.random.key(seed), steps))[0][0]
+    return jax.lax.scan(
+        step, (params, tx.init(params)), jax.random.split(jax.random.key(seed), steps)
+    )[0][0]
 
 
 MODEL = nn.Sequential([nn.Dense(128), nn.relu, nn.Dense(64), nn.relu, nn.Dense(10)])
 OBJECTIVE = curvax.Objective(MODEL.apply, curvax.losses.softmax_cross_entropy())
 
 
-def trained(images: np.ndarray, labels: np.ndarray, num_train: int, steps: int, seed: int) -> Problem:
+def trained(
+    images: np.ndarray, labels: np.ndarray, num_train: int, steps: int, seed: int
+) -> Problem:
     inputs, targets = jnp.asarray(images.reshape(len(images), -1)), jnp.asarray(labels, jnp.int32)
-    train, test = (inputs[:num_train], targets[:num_train]), (inputs[num_train:], targets[num_train:])
+    train, test = (
+        (inputs[:num_train], targets[:num_train]),
+        (inputs[num_train:], targets[num_train:]),
+    )
     params = MODEL.init(jax.random.key(seed), inputs[:1])
     params = fit(OBJECTIVE, params, everything(params), 1e-3, train, steps, seed)
-    order = np.random.default_rng(seed).permutation(num_train)[: num_train // 32 * 32].reshape(-1, 32)
+    order = (
+        np.random.default_rng(seed).permutation(num_train)[: num_train // 32 * 32].reshape(-1, 32)
+    )
     return Problem(params, train, test, [(inputs[rows], targets[rows]) for rows in order])
 
 
@@ -109,9 +126,13 @@ def accuracy(problem: Problem, params: Any) -> float:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits")
+    flags.add_argument(
+        "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
+    )
     flags.add_argument("--seeds", type=int, default=5, help="networks")
-    flags.add_argument("--steps", type=int, default=1000, help="of training; fine-tuning takes a fifth")
+    flags.add_argument(
+        "--steps", type=int, default=1000, help="of training; fine-tuning takes a fifth"
+    )
     flags.add_argument("--sparsities", default="0.5,0.75,0.9,0.95", help="separated by commas")
     flags.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     flags.add_argument("--smoke", action="store_true", help="one network, one sparsity, few steps")
@@ -133,24 +154,40 @@ def main() -> None:
                     bar.set_postfix_str(f"{name} {sparsity:g}")
                     params, masks = method(problem, sparsity)
                     pruned[i, j, seed] = accuracy(problem, params)
-                    params = fit(OBJECTIVE, params, masks, 3e-4, problem.train, args.steps // 5, seed + 1)
+                    params = fit(
+                        OBJECTIVE, params, masks, 3e-4, problem.train, args.steps // 5, seed + 1
+                    )
                     tuned[i, j, seed] = accuracy(problem, params)
                     bar.update()
     report(list(methods), sparsities, dense, pruned, tuned)
     plot(list(methods), sparsities, dense, pruned, tuned, args.out / "pruning.png")
 
 
-def report(names: list[str], sparsities: list[float], dense: list[float], pruned: np.ndarray, tuned: np.ndarray) -> None:
+def report(
+    names: list[str],
+    sparsities: list[float],
+    dense: list[float],
+    pruned: np.ndarray,
+    tuned: np.ndarray,
+) -> None:
     print(f"accuracy before pruning: {np.mean(dense):.2f} %, of {len(dense)} network(s)")
     error = lambda x: x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else 0.0
     header = ("method", *(f"{100 * s:g} % gone" for s in sparsities))
     for title, values in (("one-shot", pruned), ("fine-tuned", tuned)):
-        rows = [[name, *(f"{x.mean():.2f} ± {error(x):.2f}" for x in values[i])] for i, name in enumerate(names)]
+        rows = [
+            [name, *(f"{x.mean():.2f} ± {error(x):.2f}" for x in values[i])]
+            for i, name in enumerate(names)
+        ]
         print_table(f"test accuracy, {title}", header, rows)
 
 
 def plot(
-    names: list[str], sparsities: list[float], dense: list[float], pruned: np.ndarray, tuned: np.ndarray, path: Path
+    names: list[str],
+    sparsities: list[float],
+    dense: list[float],
+    pruned: np.ndarray,
+    tuned: np.ndarray,
+    path: Path,
 ) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     for ax, values, title in zip(

@@ -34,7 +34,9 @@ from curvax.apps import quantization
 
 Data = tuple[jax.Array, jax.Array]
 SCHEME = quantization.Scheme(axis=-1)  # a scale for each output unit
-MODEL = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(32), nn.relu, nn.Dense(32), nn.relu, nn.Dense(10)])
+MODEL = nn.Sequential(
+    [nn.Dense(64), nn.relu, nn.Dense(32), nn.relu, nn.Dense(32), nn.relu, nn.Dense(10)]
+)
 OBJECTIVE = curvax.Objective(MODEL.apply, curvax.losses.softmax_cross_entropy())
 
 
@@ -50,7 +52,9 @@ class Network(NamedTuple):
 def fit(params: Any, bits: Any, data: Data, steps: int, rate: float, seed: int) -> Any:
     """Train by Adam with batches of 64; where there are bits, the loss is that of the quantized network."""
     tx = optax.adam(rate)
-    loss = lambda params, batch: OBJECTIVE(quantization.quantize(params, bits, SCHEME) if bits else params, batch)
+    loss = lambda params, batch: OBJECTIVE(
+        quantization.quantize(params, bits, SCHEME) if bits else params, batch
+    )
 
     def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
         params, state = carry
@@ -58,11 +62,15 @@ def fit(params: Any, bits: Any, data: Data, steps: int, rate: float, seed: int) 
         updates, state = tx.update(jax.grad(loss)(params, (data[0][rows], data[1][rows])), state)
         return (optax.apply_updates(params, updates), state), None
 
-    return jax.lax.scan(step, (params, tx.init(params)), jax.random.split(jax.random.key(seed), steps))[0][0]
+    return jax.lax.scan(
+        step, (params, tx.init(params)), jax.random.split(jax.random.key(seed), steps)
+    )[0][0]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def measure(params: Any, train: Data, widths: tuple[int, ...], num_probes: int) -> dict[str, quantization.Table]:
+def measure(
+    params: Any, train: Data, widths: tuple[int, ...], num_probes: int
+) -> dict[str, quantization.Table]:
     """Return the sensitivities of every layer at every width, by method."""
     matvec, key = curvax.ggnvp(OBJECTIVE, params, train, microbatch=512), jax.random.key(0)
     return {
@@ -100,13 +108,17 @@ def allocation(network: Network, widths: Sequence[int]) -> quantization.Allocati
     """Return given widths with their size and HAWQ-V2's Omega."""
     bits = dict(zip(network.sizes, map(int, widths), strict=True))
     omega = sum(float(network.omegas["HAWQ-V2"][layer][width]) for layer, width in bits.items())
-    return quantization.Allocation(bits, sum(network.sizes[layer] * width for layer, width in bits.items()), omega)
+    return quantization.Allocation(
+        bits, sum(network.sizes[layer] * width for layer, width in bits.items()), omega
+    )
 
 
 def draws(num_layers: int, widths: tuple[int, ...], number: int, seed: int) -> np.ndarray:
     """Return random widths of the layers, all different, in random order."""
     rng = np.random.default_rng(seed)
-    return rng.permutation(np.unique(rng.choice(widths, size=(2 * number, num_layers)), axis=0))[:number]
+    return rng.permutation(np.unique(rng.choice(widths, size=(2 * number, num_layers)), axis=0))[
+        :number
+    ]
 
 
 def rank_correlation(network: Network, train: Data, widths: tuple[int, ...], number: int) -> float:
@@ -118,34 +130,66 @@ def rank_correlation(network: Network, train: Data, widths: tuple[int, ...], num
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits")
+    flags.add_argument(
+        "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
+    )
     flags.add_argument("--seeds", type=int, default=5, help="networks")
-    flags.add_argument("--steps", type=int, default=1000, help="of training; fine-tuning takes a fifth")
-    flags.add_argument("--widths", default="2,3,4,6,8", help="bits to choose from, separated by commas")
-    flags.add_argument("--averages", default="2.5,3.5,5", help="bits on average that mixed widths may take")
+    flags.add_argument(
+        "--steps", type=int, default=1000, help="of training; fine-tuning takes a fifth"
+    )
+    flags.add_argument(
+        "--widths", default="2,3,4,6,8", help="bits to choose from, separated by commas"
+    )
+    flags.add_argument(
+        "--averages", default="2.5,3.5,5", help="bits on average that mixed widths may take"
+    )
     flags.add_argument("--probes", type=int, default=200, help="of the traces")
-    flags.add_argument("--random", type=int, default=100, help="random allocations for the rank correlation")
+    flags.add_argument(
+        "--random", type=int, default=100, help="random allocations for the rank correlation"
+    )
     flags.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     flags.add_argument("--smoke", action="store_true", help="one network, three widths, few steps")
     args = flags.parse_args()
     if args.smoke:
-        args.seeds, args.steps, args.widths, args.averages, args.probes, args.random = 1, 100, "2,4,8", "3", 10, 60
-    widths, averages = tuple(map(int, args.widths.split(","))), list(map(float, args.averages.split(",")))
+        args.seeds, args.steps, args.widths, args.averages, args.probes, args.random = (
+            1,
+            100,
+            "2,4,8",
+            "3",
+            10,
+            60,
+        )
+    widths, averages = (
+        tuple(map(int, args.widths.split(","))),
+        list(map(float, args.averages.split(","))),
+    )
     images, labels, num_train = load_split(args.data)
     inputs, targets = jnp.asarray(images.reshape(len(images), -1)), jnp.asarray(labels, jnp.int32)
-    train, test = (inputs[:num_train], targets[:num_train]), (inputs[num_train:], targets[num_train:])
+    train, test = (
+        (inputs[:num_train], targets[:num_train]),
+        (inputs[num_train:], targets[num_train:]),
+    )
     results: dict[str, list[list[float]]] = {}
     correlations, first = [], None
     for seed in tqdm(range(args.seeds), unit="network", leave=False):
-        params = fit(MODEL.init(jax.random.key(seed), inputs[:1]), None, train, args.steps, 1e-3, seed)
-        network = Network(params, quantization.sizes(params, SCHEME), measure(params, train, widths, args.probes))
+        params = fit(
+            MODEL.init(jax.random.key(seed), inputs[:1]), None, train, args.steps, 1e-3, seed
+        )
+        network = Network(
+            params, quantization.sizes(params, SCHEME), measure(params, train, widths, args.probes)
+        )
         first = first or network
         for name, chosen in allocations(network, widths, averages, seed).items():
             bits = chosen.bits if chosen else {}
             accuracy, loss = evaluate(params, bits, test)
             tuned = fit(params, bits or None, train, args.steps // 5, 3e-4, seed + 1)
             size = chosen.size if chosen else 32 * sum(network.sizes.values())
-            row = [size / 8000, float(accuracy), float(loss), *map(float, evaluate(tuned, bits, test))]
+            row = [
+                size / 8000,
+                float(accuracy),
+                float(loss),
+                *map(float, evaluate(tuned, bits, test)),
+            ]
             results.setdefault(name, []).append(row)
         correlations.append(rank_correlation(network, train, widths, args.random))
     report(results, correlations)
@@ -162,12 +206,18 @@ def report(results: dict[str, list[list[float]]], correlations: list[float]) -> 
     rows = [[name, *map(cell, values, (2, 2, 3, 2, 3))] for name, values in columns.items()]
     print_table("test images, after quantization and after fine-tuning", header, rows)
     each = ", ".join(f"{x:.2f}" for x in correlations)
-    print(f"\nSpearman's rank correlation of Omega and the loss, by network: {each}; mean {np.mean(correlations):.3f}")
+    print(
+        f"\nSpearman's rank correlation of Omega and the loss, by network: {each}; mean {np.mean(correlations):.3f}"
+    )
 
 
 def plot(network: Network, chosen: dict[str, quantization.Allocation | None], path: Path) -> None:
     front = quantization.pareto(network.omegas["HAWQ-V2"], network.sizes)
-    others = {name: allocation(network, list(x.bits.values())) for name, x in chosen.items() if x and "V2" not in name}
+    others = {
+        name: allocation(network, list(x.bits.values()))
+        for name, x in chosen.items()
+        if x and "V2" not in name
+    }
     ax = Figure(figsize=(8, 5), layout="constrained").subplots()
     curvax.plot.pareto_front(front, marked=others, label="HAWQ-V2", ax=ax).legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,19 +29,28 @@ DAMPING = optax.exponential_decay(1.0, transition_steps=10, decay_rate=0.5, end_
 # To compare another method, add a row. Sophia's weight decay is off, since the others have none.
 METHODS = {
     "adam": Method(lambda task, rate: optax.adam(rate), grid(rate=(1e-3, 3e-3, 1e-2, 3e-2))),
-    "adahessian": Method(lambda task, rate: curvax.adahessian(rate, task.objective), grid(rate=(0.01, 0.03, 0.1, 0.3))),
+    "adahessian": Method(
+        lambda task, rate: curvax.adahessian(rate, task.objective),
+        grid(rate=(0.01, 0.03, 0.1, 0.3)),
+    ),
     "sophia_h": Method(
-        lambda task, rate: curvax.sophia_h(rate, task.objective, weight_decay=0.0), grid(rate=(1e-4, 3e-4, 1e-3, 3e-3))
+        lambda task, rate: curvax.sophia_h(rate, task.objective, weight_decay=0.0),
+        grid(rate=(1e-4, 3e-4, 1e-3, 3e-3)),
     ),
     "sophia_g": Method(
-        lambda task, rate: curvax.sophia_g(rate, task.objective, weight_decay=0.0), grid(rate=(1e-4, 3e-4, 1e-3, 3e-3))
+        lambda task, rate: curvax.sophia_g(rate, task.objective, weight_decay=0.0),
+        grid(rate=(1e-4, 3e-4, 1e-3, 3e-3)),
     ),
     "kfac": Method(
-        lambda task, rate: curvax.kfac(rate, task.objective, task.layout, DAMPING, inverse_every=10),
+        lambda task, rate: curvax.kfac(
+            rate, task.objective, task.layout, DAMPING, inverse_every=10
+        ),
         grid(rate=(0.01, 0.03, 0.1, 0.3)),
     ),
     "ekfac": Method(
-        lambda task, rate: curvax.ekfac(rate, task.objective, task.layout, DAMPING, inverse_every=10),
+        lambda task, rate: curvax.ekfac(
+            rate, task.objective, task.layout, DAMPING, inverse_every=10
+        ),
         grid(rate=(0.003, 0.01, 0.03, 0.1)),
     ),
     "mfac": Method(
@@ -66,7 +75,9 @@ def classifier(images: np.ndarray, labels: np.ndarray, num_train: int, key: jax.
 
     labels = jnp.asarray(labels)
     train, test = (pixels[:num_train], labels[:num_train]), (pixels[num_train:], labels[num_train:])
-    return Task("classifier", objective, model.init(key, pixels[:1]), train, test, "test accuracy", accuracy)
+    return Task(
+        "classifier", objective, model.init(key, pixels[:1]), train, test, "test accuracy", accuracy
+    )
 
 
 def autoencoder(images: np.ndarray, num_train: int, key: jax.Array) -> Task:
@@ -78,12 +89,16 @@ def autoencoder(images: np.ndarray, num_train: int, key: jax.Array) -> Task:
     model = nn.Sequential([*layers, nn.Dense(pixels.shape[1])])
     objective = curvax.Objective(model.apply, curvax.losses.squared_error())
     train, test = (pixels[:num_train],) * 2, (pixels[num_train:],) * 2
-    return Task("autoencoder", objective, model.init(key, pixels[:1]), train, test, "test loss", objective)
+    return Task(
+        "autoencoder", objective, model.init(key, pixels[:1]), train, test, "test loss", objective
+    )
 
 
 def main() -> None:
     flags = parser(__doc__, METHODS, steps=1000, batch=256)
-    flags.add_argument("--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits")
+    flags.add_argument(
+        "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
+    )
     args = parse(flags, METHODS)
     images, labels, num_train = load_split(args.data)
     keys = jax.random.split(jax.random.key(args.seed))

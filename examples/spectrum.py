@@ -67,11 +67,16 @@ value_and_grad = jax.jit(jax.value_and_grad(OBJECTIVE))
 def over_all(params: Any, batches: list[Batch]) -> tuple[float, Any]:
     """Return loss and gradient over all batches."""
     total = sum(len(labels) for _, labels in batches)
-    parts = [jax.tree.map(lambda x, b=b: x * len(b[1]) / total, value_and_grad(params, b)) for b in batches]
+    parts = [
+        jax.tree.map(lambda x, b=b: x * len(b[1]) / total, value_and_grad(params, b))
+        for b in batches
+    ]
     return jax.tree.map(lambda *x: sum(x), *parts)
 
 
-def measure(step: int, params: Any, batches: list[Batch], test: Batch, probes: int, steps: int) -> Spectrum:
+def measure(
+    step: int, params: Any, batches: list[Batch], test: Batch, probes: int, steps: int
+) -> Spectrum:
     key = jax.random.key(step)
     loss, gradient = over_all(params, batches)
     matvec = curvax.streamed(curvax.hvp, OBJECTIVE, params, batches)
@@ -83,14 +88,20 @@ def measure(step: int, params: Any, batches: list[Batch], test: Batch, probes: i
     fraction = float(spectra.fraction_in_subspace(first, gradient))
     accuracy = float(jnp.mean(jnp.argmax(OBJECTIVE.outputs(params, test[0]), -1) == test[1]))
     smallest = float(jnp.min(density.nodes))  # at its ends, nodes are eigenvalues
-    return Spectrum(step, float(loss), accuracy, np.asarray(top), smallest, fraction, first, density)
+    return Spectrum(
+        step, float(loss), accuracy, np.asarray(top), smallest, fraction, first, density
+    )
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits")
+    flags.add_argument(
+        "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
+    )
     flags.add_argument("--steps", type=int, default=2000, help="of training")
-    flags.add_argument("--rate", type=float, default=0.03, help="learning rate of SGD with momentum 0.9")
+    flags.add_argument(
+        "--rate", type=float, default=0.03, help="learning rate of SGD with momentum 0.9"
+    )
     flags.add_argument("--probes", type=int, default=4, help="of each density")
     flags.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     flags.add_argument("--smoke", action="store_true", help="few steps, short densities")
@@ -116,14 +127,42 @@ def main() -> None:
 
 
 def report(found: list[Spectrum], dimension: int) -> None:
-    header = ("step", "loss", "test acc.", "largest", "smallest", "outliers", "gradient in top 10", "overlap with before")
+    header = (
+        "step",
+        "loss",
+        "test acc.",
+        "largest",
+        "smallest",
+        "outliers",
+        "gradient in top 10",
+        "overlap with before",
+    )
     rows = []
     for before, now in zip([None, *found], found, strict=False):
-        overlap = "" if before is None else f"{float(spectra.subspace_overlap(before.vectors, now.vectors)):.2f}"
-        numbers = (f"{now.loss:.4f}", f"{100 * now.accuracy:.1f} %", f"{now.top[0]:.3g}", f"{now.smallest:.3g}")
-        rows.append((str(now.step), *numbers, str(outliers(now.top)), f"{100 * now.fraction:.1f} %", overlap))
+        overlap = (
+            ""
+            if before is None
+            else f"{float(spectra.subspace_overlap(before.vectors, now.vectors)):.2f}"
+        )
+        numbers = (
+            f"{now.loss:.4f}",
+            f"{100 * now.accuracy:.1f} %",
+            f"{now.top[0]:.3g}",
+            f"{now.smallest:.3g}",
+        )
+        rows.append(
+            (
+                str(now.step),
+                *numbers,
+                str(outliers(now.top)),
+                f"{100 * now.fraction:.1f} %",
+                overlap,
+            )
+        )
     print_table(f"Hessian of {dimension} parameters; {CLASSES} classes", header, rows)
-    print(f"a random subspace of {CLASSES} dimensions holds {100 * CLASSES / dimension:.2f} % of a gradient")
+    print(
+        f"a random subspace of {CLASSES} dimensions holds {100 * CLASSES / dimension:.2f} % of a gradient"
+    )
     print("top eigenvalues at the end:", ", ".join(f"{x:.3g}" for x in found[-1].top))
 
 

@@ -28,11 +28,13 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import curvax
-from curvax.apps.hypergradient import implicit_gradient
+from curvax.apps._hypergradient import implicit_gradient
 
 LOSS = curvax.losses.softmax_cross_entropy()
 SOLVER = functools.partial(curvax.cg, tol=1e-2, max_steps=200)
-GRID = np.arange(-6.0, -12.5, -0.5)  # h, from strong to weak: every fit starts where the last one ended
+GRID = np.arange(
+    -6.0, -12.5, -0.5
+)  # h, from strong to weak: every fit starts where the last one ended
 RATE = 0.1  # of Adam on the decays
 Data = tuple[jax.Array, jax.Array]
 
@@ -148,22 +150,40 @@ def at(every: Scores, steps: Any) -> Scores:
     return Scores(*(x[steps, np.arange(x.shape[1])] for x in every))
 
 
-def draw_splits(images: np.ndarray, labels: np.ndarray, num_train: int, args: argparse.Namespace) -> Splits:
+def draw_splits(
+    images: np.ndarray, labels: np.ndarray, num_train: int, args: argparse.Namespace
+) -> Splits:
     inputs, targets = jnp.asarray(images.reshape(len(images), -1)), jnp.asarray(labels)
     if num_train < args.fit + 2 * args.validation:
-        raise SystemExit(f"--fit and twice --validation need more than the {num_train} images for training")
-    rows = np.stack([np.random.default_rng(seed).permutation(num_train) for seed in range(args.splits)])
+        raise SystemExit(
+            f"--fit and twice --validation need more than the {num_train} images for training"
+        )
+    rows = np.stack(
+        [np.random.default_rng(seed).permutation(num_train) for seed in range(args.splits)]
+    )
     ends = (args.fit, args.fit + args.validation, args.fit + 2 * args.validation)
     parts = [rows[:, a:b] for a, b in zip((0, *ends[:2]), ends, strict=True)]
-    return Splits(*((inputs[part], targets[part]) for part in parts), (inputs[num_train:], targets[num_train:]))
+    return Splits(
+        *((inputs[part], targets[part]) for part in parts),
+        (inputs[num_train:], targets[num_train:]),
+    )
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits")
+    flags.add_argument(
+        "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
+    )
     flags.add_argument("--fit", type=int, default=600, help="rows that a model is fitted to")
-    flags.add_argument("--validation", type=int, default=400, help="rows for hypergradients, and as many for stopping")
-    flags.add_argument("--splits", type=int, default=10, help="random splits of the training images")
+    flags.add_argument(
+        "--validation",
+        type=int,
+        default=400,
+        help="rows for hypergradients, and as many for stopping",
+    )
+    flags.add_argument(
+        "--splits", type=int, default=10, help="random splits of the training images"
+    )
     flags.add_argument("--steps", type=int, default=60, help="of Adam on the decays")
     flags.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     flags.add_argument("--smoke", action="store_true", help="two splits, few steps")
@@ -182,11 +202,15 @@ def main() -> None:
     each = jax.vmap(same)(start)
     runs = {
         "one": run_hypergradients("one decay", same, start, params, splits, args.steps),
-        "many": run_hypergradients("a decay for every parameter", lambda h: h, each, params, splits, args.steps),
+        "many": run_hypergradients(
+            "a decay for every parameter", lambda h: h, each, params, splits, args.steps
+        ),
     }
     stop = np.argmin(runs["many"][0].stopping, axis=0)
     together = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *splits[:3])
-    share = np.log(args.fit / together[1].shape[1])  # of the rows: the penalty's weight in a sum over rows stays
+    share = np.log(
+        args.fit / together[1].shape[1]
+    )  # of the rows: the penalty's weight in a sum over rows stays
     all_rows = splits._replace(fit=together)
     rows = {
         "one, grid": at(gridded, chosen),
@@ -199,7 +223,12 @@ def main() -> None:
     gradient = max(x.gradient.max() for x in (*rows.values(), *(run for run, _ in runs.values())))
     print(f"largest norm of a gradient that a fit ended with: {gradient:.1e}")
     decays = jnp.stack([runs["many"][1][step]["w"][split] for split, step in enumerate(stop)])
-    plot(runs["many"][0], stop, np.mean(decays, (0, 2)).reshape(images[0].shape), args.out / "weight_decay.png")
+    plot(
+        runs["many"][0],
+        stop,
+        np.mean(decays, (0, 2)).reshape(images[0].shape),
+        args.out / "weight_decay.png",
+    )
 
 
 def report(rows: dict[str, Scores]) -> None:
@@ -207,11 +236,25 @@ def report(rows: dict[str, Scores]) -> None:
     table = []
     for name, row in rows.items():
         seen = "all rows" in name  # its losses are those of training
-        held_out = ["-", "-"] if seen else [f"{row.validation.mean():.4f}", f"{row.stopping.mean():.4f}"]
+        held_out = (
+            ["-", "-"] if seen else [f"{row.validation.mean():.4f}", f"{row.stopping.mean():.4f}"]
+        )
         pairs = ((row.test, grid.test, 3), (row.accuracy, grid.accuracy, 2))
-        own = [form(x, digits, sign) for ours, base, digits in pairs for x, sign in ((ours, ""), (ours - base, "+"))]
+        own = [
+            form(x, digits, sign)
+            for ours, base, digits in pairs
+            for x, sign in ((ours, ""), (ours - base, "+"))
+        ]
         table.append([name, *held_out, *own])
-    header = ("decays", "validation", "stopping", "test loss", "difference", "test accuracy", "difference")
+    header = (
+        "decays",
+        "validation",
+        "stopping",
+        "test loss",
+        "difference",
+        "test accuracy",
+        "difference",
+    )
     print_table("softmax regression: loss by rows, and test accuracy in percent", header, table)
 
 
@@ -223,7 +266,11 @@ def form(x: np.ndarray, digits: int, sign: str) -> str:
 def plot(run: Scores, stop: np.ndarray, decays: np.ndarray, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    for name, values in (("validation", run.validation), ("stopping", run.stopping), ("test", run.test)):
+    for name, values in (
+        ("validation", run.validation),
+        ("stopping", run.stopping),
+        ("test", run.test),
+    ):
         mean, spread = values.mean(1), values.std(1) / np.sqrt(values.shape[1])
         left.semilogy(mean, label=name)
         left.fill_between(range(len(mean)), mean - spread, mean + spread, alpha=0.2)

@@ -71,24 +71,37 @@ def once(build):
 
 
 def _linen(module, x, loss, targets):
-    moved = lambda p: p.astype(x.dtype) + 0.1 * jax.random.normal(jax.random.key(2), p.shape, x.dtype)
+    moved = lambda p: (
+        p.astype(x.dtype) + 0.1 * jax.random.normal(jax.random.key(2), p.shape, x.dtype)
+    )
     params = jax.jit(lambda x: jax.tree.map(moved, module.init(jax.random.key(1), x)["params"]))(x)
-    return Case(curvax.Objective(lambda p, x: module.apply({"params": p}, x), loss), params, (x, targets))
+    return Case(
+        curvax.Objective(lambda p, x: module.apply({"params": p}, x), loss), params, (x, targets)
+    )
 
 
 @once
 def mlp():
-    return _linen(Mlp(), _normal(0, 7, 3), losses.softmax_cross_entropy(label_smoothing=0.1), _labels(1, (7,), 3))
+    return _linen(
+        Mlp(),
+        _normal(0, 7, 3),
+        losses.softmax_cross_entropy(label_smoothing=0.1),
+        _labels(1, (7,), 3),
+    )
 
 
 @once
 def cnn():
-    return _linen(Cnn(), _normal(0, 5, 4, 4, 1), losses.softmax_cross_entropy(), _labels(1, (5,), 3))
+    return _linen(
+        Cnn(), _normal(0, 5, 4, 4, 1), losses.softmax_cross_entropy(), _labels(1, (5,), 3)
+    )
 
 
 @once
 def attention():
-    return _linen(Attention(), _normal(0, 4, 3, 3), losses.softmax_cross_entropy(), _labels(1, (4, 3), 3))
+    return _linen(
+        Attention(), _normal(0, 4, 3, 3), losses.softmax_cross_entropy(), _labels(1, (4, 3), 3)
+    )
 
 
 @once
@@ -105,7 +118,12 @@ def masked_sequence():
 @once
 def masked_regression():
     mask = jnp.array([[1, 1, 0.5], [1, 0, 0], [0, 0, 0], [2, 1, 1]])
-    return _linen(Mlp((4, 2)), _normal(0, 4, 3, 3), losses.masked(losses.squared_error()), (_normal(1, 4, 3, 2), mask))
+    return _linen(
+        Mlp((4, 2)),
+        _normal(0, 4, 3, 3),
+        losses.masked(losses.squared_error()),
+        (_normal(1, 4, 3, 2), mask),
+    )
 
 
 @once
@@ -119,7 +137,10 @@ def user_loss():
 @once
 def multi_head():
     loss = losses.weighted_sum(
-        {"label": (0.7, losses.softmax_cross_entropy(ignore_index=-1)), "box": (2.0, losses.squared_error())}
+        {
+            "label": (0.7, losses.softmax_cross_entropy(ignore_index=-1)),
+            "box": (2.0, losses.squared_error()),
+        }
     )
     targets = {"label": _labels(1, (5,), 3).at[jnp.array([1, 2])].set(-1), "box": _normal(2, 5, 2)}
     return _linen(TwoHeads(), _normal(0, 5, 3), loss, targets)
@@ -127,7 +148,9 @@ def multi_head():
 
 @once
 def sigmoid():
-    return _linen(Mlp((4, 2)), _normal(0, 5, 3), losses.sigmoid_cross_entropy(), _labels(1, (5, 2), 2))
+    return _linen(
+        Mlp((4, 2)), _normal(0, 5, 3), losses.sigmoid_cross_entropy(), _labels(1, (5, 2), 2)
+    )
 
 
 @once
@@ -152,7 +175,11 @@ def shared_statistics():
         return h @ params[1], {"activation": h.mean()}
 
     objective = curvax.Objective(model, losses.squared_error(), has_aux=True)
-    inputs = {"x": _normal(0, 5, 3), "mean": curvax.Shared(_normal(3, 3)), "key": curvax.Shared(jax.random.key(5))}
+    inputs = {
+        "x": _normal(0, 5, 3),
+        "mean": curvax.Shared(_normal(3, 3)),
+        "key": curvax.Shared(jax.random.key(5)),
+    }
     return Case(objective, [_normal(1, 3, 4), _normal(2, 4, 2)], (inputs, _normal(4, 5, 2)))
 
 
@@ -164,14 +191,30 @@ def shared_targets():
         return jnp.mean(jnp.sum(y["weights"] * (f - y["values"]) ** 2, axis=-1)) / 2
 
     def sample(key, f, y):
-        return {**y, "values": f + jax.random.normal(key, f.shape, f.dtype) / jnp.sqrt(y["weights"])}
+        return {
+            **y,
+            "values": f + jax.random.normal(key, f.shape, f.dtype) / jnp.sqrt(y["weights"]),
+        }
 
     targets = {"values": _normal(1, 2, 2), "weights": curvax.Shared(jnp.array([1.0, 9.0]))}
-    return _linen(Mlp((4, 2)), _normal(0, 2, 3), losses.from_function(value, sample=sample), targets)
+    return _linen(
+        Mlp((4, 2)), _normal(0, 2, 3), losses.from_function(value, sample=sample), targets
+    )
 
 
 CASES = {
     f.__name__: f
-    for f in (mlp, cnn, attention, lstm, masked_sequence, masked_regression, user_loss, multi_head, sigmoid, poisson)
+    for f in (
+        mlp,
+        cnn,
+        attention,
+        lstm,
+        masked_sequence,
+        masked_regression,
+        user_loss,
+        multi_head,
+        sigmoid,
+        poisson,
+    )
 } | {f.__name__: f for f in (gaussian, shared_statistics, shared_targets)}
 SAMPLED = [name for name in CASES if name != "user_loss"]

@@ -9,7 +9,7 @@ import numpy as np
 from cases import CASES
 from jax.flatten_util import ravel_pytree
 
-from curvax._batch import unwrap
+from curvax._shared import unwrap
 
 
 class Matrices(NamedTuple):
@@ -56,14 +56,18 @@ def targets(case):
 def jacobian(case):
     """[outputs, params], rows in the order of the flattened outputs."""
     flat_params, unravel = ravel_pytree(case.params)
-    return jax.jit(jax.jacobian(lambda p: flat(case.objective.outputs(unravel(p), case.batch[0]))))(flat_params)
+    return jax.jit(jax.jacobian(lambda p: flat(case.objective.outputs(unravel(p), case.batch[0]))))(
+        flat_params
+    )
 
 
 def output_curvature(case):
     """[outputs, outputs]: the Hessian of the loss in its outputs; for gaussian the Fisher, written out."""
     if isinstance(outputs(case), tuple):
         mean, log_variance = outputs(case)
-        return jnp.diag(jnp.concatenate([jnp.exp(-log_variance).ravel(), jnp.full(mean.size, 0.5)])) / len(mean)
+        return jnp.diag(
+            jnp.concatenate([jnp.exp(-log_variance).ravel(), jnp.full(mean.size, 0.5)])
+        ) / len(mean)
     f, unravel = ravel_pytree(outputs(case))
     return jax.jit(jax.hessian(lambda f: case.objective.loss(unravel(f), targets(case))))(f)
 
@@ -75,8 +79,12 @@ def ggn(case):
 
 def sum_over_examples(matrices, r):
     """`sum_b (J_b' r_b)(J_b' r_b)'` for a cotangent r of the outputs."""
-    number = lambda f: np.broadcast_to(np.arange(len(f)).reshape(-1, *(1,) * (f.ndim - 1)), f.shape).ravel()
-    example = np.concatenate([number(f) for f in jax.tree.leaves(matrices.outputs)])  # of each flattened output
+    number = lambda f: np.broadcast_to(
+        np.arange(len(f)).reshape(-1, *(1,) * (f.ndim - 1)), f.shape
+    ).ravel()
+    example = np.concatenate(
+        [number(f) for f in jax.tree.leaves(matrices.outputs)]
+    )  # of each flattened output
     r = np.concatenate([np.ravel(x) for x in jax.tree.leaves(r)])
     r = r * (example == np.arange(example.max() + 1)[:, None])  # [examples, outputs]
     gradients = r @ matrices.jacobian

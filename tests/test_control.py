@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 
 import curvax
-from curvax._control import body
 from curvax._jaxpr import replacing
+from curvax._xla import fast_convs_in_loops
 
 
 class Convolutions(nn.Module):
@@ -30,7 +30,11 @@ class Convolutions(nn.Module):
 
 def convolutions(text):
     """Layouts of the convolutions of a program, as the compiler prints them."""
-    return {line.split("dim_labels=")[1].split(",")[0] for line in text.splitlines() if "dim_labels=" in line}
+    return {
+        line.split("dim_labels=")[1].split(",")[0]
+        for line in text.splitlines()
+        if "dim_labels=" in line
+    }
 
 
 @functools.cache
@@ -46,11 +50,13 @@ def convolutional():
 def test_a_body_is_the_same_function_with_convolutions_in_the_standard_layout(wrap):
     module, params, batch, plain = convolutional()
     objective = curvax.Objective(wrap(module.apply), curvax.losses.squared_error())
-    fast = jax.jit(body(jax.grad(objective)))
+    fast = jax.jit(fast_convs_in_loops(jax.grad(objective)))
     chex.assert_trees_all_close(fast(params, batch), plain, rtol=1e-5, atol=1e-6)
     lowered = fast.lower(params, batch).as_text()
     layouts = {
-        line.split("dim_numbers = ")[1].split(",window")[0] for line in lowered.splitlines() if "dim_numbers =" in line
+        line.split("dim_numbers = ")[1].split(",window")[0]
+        for line in lowered.splitlines()
+        if "dim_numbers =" in line
     }
     assert {layout.replace(" ", "").split("window")[0].rstrip(",") for layout in layouts} == {
         "[b,0,f]x[0,i,o]->[b,0,f]",
@@ -100,6 +106,10 @@ def test_replacing_enters_jit_and_remat_and_leaves_the_rest_alone():
     assert constant == 5.0
     chex.assert_trees_all_close(replacing(fun, {"no_such": None})(x), fun(x))
     np.testing.assert_allclose(jax.grad(lambda x: replaced(x)[0].sum())(x), 30, rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(lambda s: replaced(s * x)[0])(jnp.arange(2.0))[1], total, rtol=1e-6)
-    closed_over = jax.vmap(lambda s: replacing(lambda x: jnp.sin(s * x), {"sin": lambda x, **_: x})(x))(jnp.arange(2.0))
+    np.testing.assert_allclose(
+        jax.vmap(lambda s: replaced(s * x)[0])(jnp.arange(2.0))[1], total, rtol=1e-6
+    )
+    closed_over = jax.vmap(
+        lambda s: replacing(lambda x: jnp.sin(s * x), {"sin": lambda x, **_: x})(x)
+    )(jnp.arange(2.0))
     np.testing.assert_allclose(closed_over[1], x)

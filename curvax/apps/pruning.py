@@ -63,7 +63,9 @@ def diagonal_fisher(objective: Objective, params: Params, batch: Batch) -> Param
     return jax.tree.map(lambda w, f: f * at_least_float32(w) ** 2 / 2, params, diagonal)
 
 
-def surgeon(params: Params, window: Window, damping: Any, *, block_size: int | None = 128) -> Params:
+def surgeon(
+    params: Params, window: Window, damping: Any, *, block_size: int | None = 128
+) -> Params:
     """Score by `w_q^2 / (2 [F^-1]_qq)`, the increase of the loss if q goes and the others make up for it.
 
     With F the damped Fisher of a window of gradients, in blocks of `block_size` entries (None: without blocks).
@@ -71,7 +73,7 @@ def surgeon(params: Params, window: Window, damping: Any, *, block_size: int | N
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> from curvax.apps import pruning
-      >>> window = curvax.window_of(jnp.array([[2.0, 0.0], [0.0, 0.0]]))  # F = 0.5 + diag(2, 0)
+      >>> window = curvax.solve.window_of(jnp.array([[2.0, 0.0], [0.0, 0.0]]))  # F = 0.5 + diag(2, 0)
       >>> [round(x, 6) for x in pruning.surgeon(jnp.array([2.0, 2.0]), window, 0.5).tolist()]
       [5.0, 1.0]
 
@@ -87,7 +89,9 @@ def apoptosis(objective: Objective, params: Params, batch: Batch) -> Params:
     References: Sun et al. (2025), Optimal Brain Apoptosis, the variant with one Hessian-vector product.
     """
     products = hvp(objective.value, params, batch)(params)
-    return jax.tree.map(lambda w, h: jnp.abs(at_least_float32(w) * at_least_float32(h)), params, products)
+    return jax.tree.map(
+        lambda w, h: jnp.abs(at_least_float32(w) * at_least_float32(h)), params, products
+    )
 
 
 # Patterns: what may be removed together.
@@ -100,10 +104,22 @@ def unstructured(prunable: Prunable = kernels) -> Pattern:
     def pattern(scores: Params, masks: Masks, sparsity: Any) -> Masks:
         chosen = [x for path, x in _paths(scores) if prunable(path, x)]
         total = sum(x.size for x in chosen)
-        still = [m for (path, x), m in zip(_paths(scores), jax.tree.leaves(masks), strict=True) if prunable(path, x)]
-        present = [jnp.where(m, x, -jnp.inf).ravel() for x, m in zip(chosen, still, strict=True)]  # what is gone goes first
-        flat = _ranks(jnp.concatenate(present) if present else jnp.zeros(0)) >= jnp.round(sparsity * total)
-        parts = iter(jnp.split(flat, list(itertools.accumulate(x.size for x in chosen))[:-1]) if chosen else [])
+        still = [
+            m
+            for (path, x), m in zip(_paths(scores), jax.tree.leaves(masks), strict=True)
+            if prunable(path, x)
+        ]
+        present = [
+            jnp.where(m, x, -jnp.inf).ravel() for x, m in zip(chosen, still, strict=True)
+        ]  # what is gone goes first
+        flat = _ranks(jnp.concatenate(present) if present else jnp.zeros(0)) >= jnp.round(
+            sparsity * total
+        )
+        parts = iter(
+            jnp.split(flat, list(itertools.accumulate(x.size for x in chosen))[:-1])
+            if chosen
+            else []
+        )
         keep = lambda path, x, m: next(parts).reshape(x.shape) & m if prunable(path, x) else m
         return _map(keep, scores, masks)
 
@@ -130,7 +146,9 @@ def n_of_m(n: int, m: int, axis: int = -2, prunable: Prunable = kernels) -> Patt
         if not prunable(path, x):
             return mask
         if x.shape[axis] % m:
-            raise ValueError(f"{m} does not divide axis {axis} of {path}, which has {x.shape[axis]} entries.")
+            raise ValueError(
+                f"{m} does not divide axis {axis} of {path}, which has {x.shape[axis]} entries."
+            )
         groups = jnp.moveaxis(jnp.where(mask, x, -jnp.inf), axis, -1)
         split = groups.reshape(*groups.shape[:-1], -1, m)
         return jnp.moveaxis((_ranks(split) >= m - n).reshape(groups.shape), -1, axis) & mask
@@ -179,7 +197,7 @@ def remove(
     Example: the second weight makes up for the first, with which it is correlated.
       >>> import jax.numpy as jnp, curvax
       >>> from curvax.apps import pruning
-      >>> window = curvax.window_of(jnp.array([[1.0, 1.0]]))                # F = 1 + [[1, 1], [1, 1]]
+      >>> window = curvax.solve.window_of(jnp.array([[1.0, 1.0]]))                # F = 1 + [[1, 1], [1, 1]]
       >>> params, increase = pruning.remove(jnp.array([1.0, 1.0]), jnp.array([False, True]), window, 1.0)
       >>> [round(x, 6) for x in params.tolist()], round(float(increase), 6)
       ([0.0, 1.5], 0.75)
@@ -190,7 +208,9 @@ def remove(
     wide = jax.tree.map(lambda w: at_least_float32(w), params)
     gone = jax.tree.map(lambda m, w: (~m).astype(w.dtype), masks, wide)
 
-    def multipliers(inverse: Array, w: Array, q: Array) -> Array:  # (E'F^-1 E)^-1 w_Q, and zero elsewhere
+    def multipliers(
+        inverse: Array, w: Array, q: Array
+    ) -> Array:  # (E'F^-1 E)^-1 w_Q, and zero elsewhere
         system = jnp.outer(q, q) * inverse + jnp.diag(1 - q)
         return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(system, lower=True), q * w)
 
@@ -287,7 +307,9 @@ def keep_pruned(masks: Masks) -> optax.GradientTransformation:
       >>> updates["w"].tolist()[1]
       0.0
     """
-    return optax.stateless(lambda updates, params: jax.tree.map(lambda u, m: jnp.where(m, u, 0), updates, masks))
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda u, m: jnp.where(m, u, 0), updates, masks)
+    )
 
 
 def density(masks: Masks, prunable: Prunable = kernels) -> float:
@@ -298,7 +320,13 @@ def density(masks: Masks, prunable: Prunable = kernels) -> float:
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _round(
-    params: Params, masks: Masks, window: Window, damping: Any, sparsity: Any, block_size: int, pattern: Pattern
+    params: Params,
+    masks: Masks,
+    window: Window,
+    damping: Any,
+    sparsity: Any,
+    block_size: int,
+    pattern: Pattern,
 ) -> tuple[Params, Masks, Array]:
     own = window._replace(rows=jax.tree.map(lambda g, m: g * m, window.rows, masks))
     masks = pattern(surgeon(params, own, damping, block_size=block_size), masks, sparsity)
@@ -317,4 +345,6 @@ def _paths(tree: PyTree) -> list[tuple[str, Array]]:
 
 def _map(fn: Callable[[str, Array, Array], Array], scores: Params, masks: Masks) -> Masks:
     check_like(masks, scores, "masks", "scores")
-    return jax.tree.map_with_path(lambda path, x, m: fn(jax.tree_util.keystr(path), x, m), scores, masks)
+    return jax.tree.map_with_path(
+        lambda path, x, m: fn(jax.tree_util.keystr(path), x, m), scores, masks
+    )

@@ -1,20 +1,41 @@
 """Kronecker-factored curvature: layout, factors, and inverse."""
 
-from curvax.kron.factors import BlockFactors as BlockFactors
-from curvax.kron.factors import Factor as Factor
-from curvax.kron.factors import Factors as Factors
-from curvax.kron.factors import kron_factors as kron_factors
-from curvax.kron.factors import moving_average as moving_average
-from curvax.kron.inverse import KronPower as KronPower
-from curvax.kron.inverse import kron_inverse as kron_inverse
-from curvax.kron.layout import Block as Block
-from curvax.kron.layout import Layout as Layout
-from curvax.kron.layout import Leaf as Leaf
-from curvax.kron.layout import kron_layout as kron_layout
-from curvax.kron.merging import merge as merge
-from curvax.kron.moments import EigenCurvature as EigenCurvature
-from curvax.kron.moments import EigenFactors as EigenFactors
-from curvax.kron.moments import eigen_curvature as eigen_curvature
-from curvax.kron.moments import kron_basis as kron_basis
-from curvax.kron.moments import kron_moments as kron_moments
-from curvax.kron.sample_space import sample_space as sample_space
+from curvax.kron._estimator import estimator
+from curvax.kron._factors import BlockFactors, Factors, WeightedMean, kron_factors, moving_average
+from curvax.kron._inverse import EigenPower, FactoredPower, KronPower, kron_inverse
+from curvax.kron._layout import Block, Layout, Leaf, kron_layout
+from curvax.kron._merging import merge
+from curvax.kron._moments import (
+    Basis,
+    EigenCurvature,
+    EigenFactors,
+    eigen_curvature,
+    kron_basis,
+    kron_moments,
+)
+from curvax.kron._sample_space import sample_space
+
+__all__ = [
+    "Basis",
+    "Block",
+    "BlockFactors",
+    "EigenCurvature",
+    "EigenFactors",
+    "EigenPower",
+    "FactoredPower",
+    "Factors",
+    "KronPower",
+    "Layout",
+    "Leaf",
+    "WeightedMean",
+    "eigen_curvature",
+    "estimator",
+    "kron_basis",
+    "kron_factors",
+    "kron_inverse",
+    "kron_layout",
+    "kron_moments",
+    "merge",
+    "moving_average",
+    "sample_space",
+]

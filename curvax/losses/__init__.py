@@ -4,14 +4,21 @@ A term is what the mean is taken over: a label for `softmax_cross_entropy`, a ro
 losses, a position of the mask under `masked`. Losses *sum* over the components of a term and take the *mean* over terms.
 """
 
-from curvax.losses.combine import masked as masked
-from curvax.losses.combine import weighted_sum as weighted_sum
-from curvax.losses.likelihoods import gaussian as gaussian
-from curvax.losses.likelihoods import poisson as poisson
-from curvax.losses.likelihoods import sigmoid_cross_entropy as sigmoid_cross_entropy
-from curvax.losses.likelihoods import squared_error as squared_error
-from curvax.losses.loss import Loss as Loss
-from curvax.losses.loss import as_loss as as_loss
-from curvax.losses.loss import from_function as from_function
-from curvax.losses.loss import pseudo_gradient as pseudo_gradient
-from curvax.losses.softmax import softmax_cross_entropy as softmax_cross_entropy
+from curvax.losses._combine import masked, weighted_sum
+from curvax.losses._likelihoods import gaussian, poisson, sigmoid_cross_entropy, squared_error
+from curvax.losses._loss import Loss, as_loss, from_function, pseudo_gradient
+from curvax.losses._softmax import softmax_cross_entropy
+
+__all__ = [
+    "Loss",
+    "as_loss",
+    "from_function",
+    "gaussian",
+    "masked",
+    "poisson",
+    "pseudo_gradient",
+    "sigmoid_cross_entropy",
+    "softmax_cross_entropy",
+    "squared_error",
+    "weighted_sum",
+]

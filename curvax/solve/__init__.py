@@ -1,29 +1,57 @@
 """Solves with curvature on pytrees: each returns a solution and what can be said of it."""
 
-from curvax.solve.cg import cg as cg
-from curvax.solve.collect import fisher_window as fisher_window
-from curvax.solve.damped import check_symmetric as check_symmetric
-from curvax.solve.direct import Dense as Dense
-from curvax.solve.direct import SampleSpace as SampleSpace
-from curvax.solve.direct import direct as direct
-from curvax.solve.eigen import Eigen as Eigen
-from curvax.solve.eigen import absolute as absolute
-from curvax.solve.eigen import decompose as decompose
-from curvax.solve.elements import Whitened as Whitened
-from curvax.solve.elements import inverse_diagonal as inverse_diagonal
-from curvax.solve.elements import inverse_element as inverse_element
-from curvax.solve.elements import map_inverse_blocks as map_inverse_blocks
-from curvax.solve.elements import whiten as whiten
-from curvax.solve.lineax import from_lineax as from_lineax
-from curvax.solve.lineax import to_lineax as to_lineax
-from curvax.solve.minres import minres as minres
-from curvax.solve.neumann import neumann as neumann
-from curvax.solve.result import Result as Result
-from curvax.solve.result import SolveInfo as SolveInfo
-from curvax.solve.window import Window as Window
-from curvax.solve.window import empty_window as empty_window
-from curvax.solve.window import insert as insert
-from curvax.solve.window import window_inverse as window_inverse
-from curvax.solve.window import window_of as window_of
-from curvax.solve.window import window_product as window_product
-from curvax.solve.woodbury import woodbury as woodbury
+from curvax.solve._cg import cg
+from curvax.solve._collect import fisher_window
+from curvax.solve._damped import check_symmetric
+from curvax.solve._direct import Dense, SampleSpace, direct
+from curvax.solve._eigen import EigenDecomposition, absolute, decompose
+from curvax.solve._elements import (
+    Whitened,
+    inverse_diagonal,
+    inverse_element,
+    map_inverse_blocks,
+    whiten,
+)
+from curvax.solve._lineax_adapter import from_lineax, to_lineax
+from curvax.solve._minres import minres
+from curvax.solve._neumann import neumann
+from curvax.solve._result import Result, SolveInfo
+from curvax.solve._window import (
+    Window,
+    init_window,
+    insert,
+    window_inverse,
+    window_of,
+    window_product,
+)
+from curvax.solve._woodbury import woodbury
+
+__all__ = [
+    "Dense",
+    "EigenDecomposition",
+    "Result",
+    "SampleSpace",
+    "SolveInfo",
+    "Whitened",
+    "Window",
+    "absolute",
+    "cg",
+    "check_symmetric",
+    "decompose",
+    "direct",
+    "fisher_window",
+    "from_lineax",
+    "init_window",
+    "insert",
+    "inverse_diagonal",
+    "inverse_element",
+    "map_inverse_blocks",
+    "minres",
+    "neumann",
+    "to_lineax",
+    "whiten",
+    "window_inverse",
+    "window_of",
+    "window_product",
+    "woodbury",
+]

@@ -65,7 +65,12 @@ def problems(smoke: bool) -> list[Problem]:
     def problem(name: str, module: nn.Module, inputs: jax.Array, labels: jax.Array) -> Problem:
         params = jax.jit(module.init)(key, inputs)["params"]
         model = lambda params, x: module.apply({"params": params}, x)
-        return Problem(name, curvax.Objective(model, curvax.losses.softmax_cross_entropy()), params, (inputs, labels))
+        return Problem(
+            name,
+            curvax.Objective(model, curvax.losses.softmax_cross_entropy()),
+            params,
+            (inputs, labels),
+        )
 
     mlp = problem("mlp", Mlp(), jax.random.normal(key, (size, 64)), jnp.arange(size) % 10)
     if smoke:
@@ -93,9 +98,16 @@ def seconds(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
     flags = argparse.ArgumentParser(description=description)
-    flags.add_argument("--rounds", type=int, default=30, help="times that each measurement is repeated, interleaved")
+    flags.add_argument(
+        "--rounds",
+        type=int,
+        default=30,
+        help="times that each measurement is repeated, interleaved",
+    )
     flags.add_argument("--json", type=Path, help="also write the rows to this file")
-    flags.add_argument("--smoke", action="store_true", help="one small problem, two rounds; figures mean nothing")
+    flags.add_argument(
+        "--smoke", action="store_true", help="one small problem, two rounds; figures mean nothing"
+    )
     return flags
 
 
@@ -106,7 +118,9 @@ def report(title: str, rows: list[dict[str, Any]]) -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print(f"\n{title}")
     for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
 
 
 def write_json(path: Path | None, results: Mapping[str, Any]) -> None:

@@ -39,7 +39,9 @@ class Stream(NamedTuple):
 
     def __iter__(self) -> Iterator[Any]:
         for number in range(self.length):
-            yield jax.tree.map(lambda x, number=number: np.roll(np.asarray(x), number, axis=0), self.batch)
+            yield jax.tree.map(
+                lambda x, number=number: np.roll(np.asarray(x), number, axis=0), self.batch
+            )
 
 
 def passes(problem: Problem, num_queries: int, rounds: int) -> list[dict[str, Any]]:
@@ -50,25 +52,44 @@ def passes(problem: Problem, num_queries: int, rounds: int) -> list[dict[str, An
     queries = jax.tree.map(lambda x: x[:num_queries], batch)
     prepared, _ = influence.precondition(fitted, objective, objective, params, queries)
     small, _ = influence.compress(prepared, RANK)
-    score = jax.jit(lambda prepared, params, batch: influence.score(prepared, objective, params, batch))
-    by_token = jax.jit(lambda prepared, params, batch: influence.score(prepared, objective, params, batch, by="token"))
+    score = jax.jit(
+        lambda prepared, params, batch: influence.score(prepared, objective, params, batch)
+    )
+    by_token = jax.jit(
+        lambda prepared, params, batch: influence.score(
+            prepared, objective, params, batch, by="token"
+        )
+    )
     factors = lambda params, batch: curvax.kron_factors(objective, layout, params, batch, KEY)
-    moments = lambda params, batch: curvax.kron_moments(objective, layout, fitted.eigen.basis, params, batch, KEY)
+    moments = lambda params, batch: curvax.kron.kron_moments(
+        objective, layout, fitted.eigen.basis, params, batch, KEY
+    )
     compiled: dict[str, tuple[Any, ...]] = {
         "gradient": (jax.jit(jax.grad(objective)), params, batch),
         "covariances": (jax.jit(lambda params, batch: factors(params, batch)), params, batch),
-        "eigenvalues": (jax.jit(lambda params, batch: moments(params, batch).moments), params, batch),
+        "eigenvalues": (
+            jax.jit(lambda params, batch: moments(params, batch).moments),
+            params,
+            batch,
+        ),
         "scores": (score, prepared, params, batch),
         f"scores, rank {RANK}": (score, small, params, batch),
     }
     if problem.name == "transformer":
         compiled[f"by token, rank {RANK}"] = (by_token, small, params, batch)
-    calls: dict[str, Callable[[], Any]] = {name: lambda f=f, a=a: f(*a) for name, (f, *a) in compiled.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda f=f, a=a: f(*a) for name, (f, *a) in compiled.items()
+    }
     calls["self"] = lambda: influence.self_influence(fitted, objective, params, [batch])
     times = seconds(calls, rounds)
     rows = []
     for name, time in times.items():
-        row = {"model": problem.name, "what": name, "ms": 1e3 * time, "gradients": time / times["gradient"]}
+        row = {
+            "model": problem.name,
+            "what": name,
+            "ms": 1e3 * time,
+            "gradients": time / times["gradient"],
+        }
         bound = BOUNDS.get(name) if problem.name == "transformer" else None
         rows.append({**row, "by count": operations(compiled, name), "bound": bound or "-"})
     return rows
@@ -78,7 +99,9 @@ def operations(compiled: dict[str, tuple[Any, ...]], name: str) -> Any:
     """Return what the compiler counts, in gradients; it counts the body of a loop once, so not where there are loops."""
     if name not in compiled:
         return "-"
-    traces = {key: f.trace(*args) for key, (f, *args) in compiled.items() if key in (name, "gradient")}
+    traces = {
+        key: f.trace(*args) for key, (f, *args) in compiled.items() if key in (name, "gradient")
+    }
     if "scan[" in str(traces[name].jaxpr):
         return "-"
     count = {key: trace.lower().compile().cost_analysis()["flops"] for key, trace in traces.items()}
@@ -94,7 +117,12 @@ def memory(problem: Problem, length: int) -> dict[str, Any]:
     prepared, _ = influence.precondition(fitted, objective, objective, params, queries)
     influence.top_k(prepared, objective, params, stream, k=10)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {"model": problem.name, "batches": length, "examples": length * len(problem.batch[1]), "peak MB": held}
+    return {
+        "model": problem.name,
+        "batches": length,
+        "examples": length * len(problem.batch[1]),
+        "peak MB": held,
+    }
 
 
 def main() -> None:
@@ -104,7 +132,9 @@ def main() -> None:
     rounds, chosen = (2, 8) if args.smoke else (args.rounds, 64)
     found = problems(args.smoke)
     lengths = (2, 16) if args.smoke else (8, 64)
-    results = {"memory": [memory(found[0], length) for length in lengths]}  # first: a peak does not come down again
+    results = {
+        "memory": [memory(found[0], length) for length in lengths]
+    }  # first: a peak does not come down again
     report("memory of the process over streams", results["memory"])
     results["passes"] = [row for problem in found for row in passes(problem, chosen, rounds)]
     report(f"a batch, with {chosen} queries", results["passes"])

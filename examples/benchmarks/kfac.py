@@ -24,7 +24,7 @@ import optax
 from _harness import Problem, Transformer, parser, report, seconds, write_json
 
 import curvax
-from curvax.kron.tapping import record
+from curvax.kron._tapping import record
 
 CYCLE = 10
 
@@ -70,7 +70,11 @@ SETTINGS = {
         Setting("kfac", 1, 10, 0.25, 2.9),
         Setting("ekfac", 1, 10, 1.0, None),
     ],
-    "cnn": [Setting("kfac", 1, 10, 1.0, 2.2), Setting("kfac", 10, 10, 1.0, None), Setting("ekfac", 1, 10, 1.0, None)],
+    "cnn": [
+        Setting("kfac", 1, 10, 1.0, 2.2),
+        Setting("kfac", 10, 10, 1.0, None),
+        Setting("ekfac", 1, 10, 1.0, None),
+    ],
     "transformer": [
         Setting("kfac", 1, 1, 1.0, 2.3),
         Setting("kfac", 1, 10, 1.0, 1.8),
@@ -84,13 +88,17 @@ def problems(smoke: bool) -> list[Problem]:
     """The autoencoder of the K-FAC paper on 8x8 images, a small convolutional network, a character transformer."""
     key = jax.random.key(0)
 
-    def problem(name: str, module: nn.Module, loss: Any, inputs: jax.Array, targets: jax.Array) -> Problem:
+    def problem(
+        name: str, module: nn.Module, loss: Any, inputs: jax.Array, targets: jax.Array
+    ) -> Problem:
         params = jax.jit(module.init)(key, inputs)
         return Problem(name, curvax.Objective(module.apply, loss), params, (inputs, targets))
 
     size = 64 if smoke else 512
     pixels = jax.random.uniform(key, (size, 64))
-    autoencoder = problem("autoencoder", Autoencoder(), curvax.losses.sigmoid_cross_entropy(), pixels, pixels)
+    autoencoder = problem(
+        "autoencoder", Autoencoder(), curvax.losses.sigmoid_cross_entropy(), pixels, pixels
+    )
     if smoke:
         return [autoencoder]
     labels = curvax.losses.softmax_cross_entropy()
@@ -102,17 +110,21 @@ def problems(smoke: bool) -> list[Problem]:
     ]
 
 
-def optimizer(setting: Setting, problem: Problem, layout: curvax.Layout) -> optax.GradientTransformationExtraArgs:
+def optimizer(
+    setting: Setting, problem: Problem, layout: curvax.kron.Layout
+) -> optax.GradientTransformationExtraArgs:
     """Compose the optimizer of a setting, without momentum (which Adam has two buffers of)."""
     objective = problem.objective
     rule, estimate = {
         "kfac": (curvax.scale_by_kfac, curvax.kron_factors),
-        "ekfac": (curvax.scale_by_ekfac, curvax.eigen_curvature),
+        "ekfac": (curvax.scale_by_ekfac, curvax.kron.eigen_curvature),
     }[setting.method]
-    estimator = lambda key, params, batch: estimate(objective, layout, params, batch, key)
+    estimator = lambda params, batch, key: estimate(objective, layout, params, batch, key)
     if setting.fraction < 1:
         estimator = curvax.on_fraction(estimator, setting.fraction)
-    tx = curvax.estimating(rule(layout, 1e-2, setting.inverse_every), estimator, setting.curvature_every)
+    tx = curvax.estimating(
+        rule(layout, 1e-2, setting.inverse_every), estimator, setting.curvature_every
+    )
     return optax.chain(tx, optax.scale_by_learning_rate(1e-3))
 
 
@@ -141,7 +153,7 @@ def cycle(tx: Any, problem: Problem) -> tuple[Callable[[], Any], float, int, flo
     return run, first, size, compiled.cost_analysis()["flops"]
 
 
-def limit(setting: Setting, problem: Problem, layout: curvax.Layout, adam: float) -> float:
+def limit(setting: Setting, problem: Problem, layout: curvax.kron.Layout, adam: float) -> float:
     """Ratio of the operations that a step needs to those of Adam's step."""
     recorded = lambda p, x: record(problem.objective, layout, p, x, by_example=False).inputs
     inputs = jax.eval_shape(recorded, problem.params, problem.batch[0])
@@ -150,11 +162,23 @@ def limit(setting: Setting, problem: Problem, layout: curvax.Layout, adam: float
         stack, rows, columns = block.shape
         square = lambda size, structure: size**2 if structure == "full" else size
         for use in inputs[block.name]:
-            products += math.prod(use.shape[:3]) * (square(rows, block.inputs) + square(columns, block.outputs))
+            products += math.prod(use.shape[:3]) * (
+                square(rows, block.a_structure) + square(columns, block.g_structure)
+            )
         power += (
-            2 * stack * rows * columns * sum(n for n, s in ((rows, block.inputs), (columns, block.outputs)) if s == "full")
+            2
+            * stack
+            * rows
+            * columns
+            * sum(
+                n
+                for n, s in ((rows, block.a_structure), (columns, block.g_structure))
+                if s == "full"
+            )
         )
-        inverse += stack * (rows**3 * (block.inputs == "full") + columns**3 * (block.outputs == "full"))
+        inverse += stack * (
+            rows**3 * (block.a_structure == "full") + columns**3 * (block.g_structure == "full")
+        )
     backward = adam / 3 if setting.fraction == 1 and setting.curvature_every == 1 else 2 * adam / 3
     estimate = setting.fraction * (backward + products) / setting.curvature_every
     return (adam + estimate + power + inverse / setting.inverse_every) / adam
@@ -164,7 +188,10 @@ def measure(problem: Problem, rounds: int, smoke: bool) -> list[dict[str, Any]]:
     """Time all settings of a problem (with `smoke` the first) and Adam, taking turns."""
     layout = curvax.kron_layout(problem.objective, problem.params, problem.batch)
     settings = {str(setting): setting for setting in SETTINGS[problem.name][: 1 if smoke else None]}
-    built = {name: cycle(optimizer(setting, problem, layout), problem) for name, setting in settings.items()}
+    built = {
+        name: cycle(optimizer(setting, problem, layout), problem)
+        for name, setting in settings.items()
+    }
     built["adam"] = cycle(optax.adam(1e-3), problem)
     times = seconds({name: run for name, (run, *_) in built.items()}, rounds)
     flops = built["adam"][3]

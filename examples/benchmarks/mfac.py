@@ -27,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 
 import curvax
-from curvax.solve import empty_window, insert
+from curvax.solve import init_window, insert
 
 SIZES = ((1_000_000, 128), (1_000_000, 256), (10_000_000, 64))  # d, m
 
@@ -56,7 +56,9 @@ def speed(d: int, m: int, rounds: int) -> dict[str, Any]:
     total = jax.jit(jnp.sum).lower(flat).compile()
     gram = state.curvature.gram[0] + jnp.eye(m)
     right = jnp.ones(m)
-    solve = jax.jit(lambda S, b: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(S, lower=True), b))
+    solve = jax.jit(
+        lambda S, b: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(S, lower=True), b)
+    )
     solve = solve.lower(gram, right).compile()
     calls = {
         "step": run,
@@ -102,29 +104,42 @@ def accuracy(m: int, steps: int) -> list[dict[str, Any]]:
     tx, rng = optax.adam(1e-3), np.random.default_rng(0)
     params = model.init(jax.random.key(0), inputs[:1])
     state = tx.init(params)
-    gradient = jax.jit(lambda params, rows: jax.grad(objective)(params, (inputs[rows], labels[rows])))
+    gradient = jax.jit(
+        lambda params, rows: jax.grad(objective)(params, (inputs[rows], labels[rows]))
+    )
     for _ in range(steps):
         updates, state = tx.update(gradient(params, rng.integers(0, 1500, 64)), state)
         params = optax.apply_updates(params, updates)
-    window, add = empty_window(params, m), jax.jit(insert)
+    window, add = init_window(params, m), jax.jit(insert)
     for _ in range(m):
         window = add(window, gradient(params, rng.integers(0, 1500, 32)))
     v = gradient(params, jnp.arange(1500, 1797))
     newest = jax.tree.map(lambda x: x[-1], window.rows)
-    G = np.stack([np.asarray(ravel_pytree(jax.tree.map(lambda x, i=i: x[i], window.rows))[0]) for i in range(m)])
+    G = np.stack(
+        [
+            np.asarray(ravel_pytree(jax.tree.map(lambda x, i=i: x[i], window.rows))[0])
+            for i in range(m)
+        ]
+    )
     wide = G.astype(np.float64)
     largest = np.linalg.eigvalsh(wide @ wide.T)[-1] / m
-    older = curvax.solve.Window(window.rows, window.gram, window.count - 1)  # about to take the newest row once more
+    older = curvax.solve.Window(
+        window.rows, window.gram, window.count - 1
+    )  # about to take the newest row once more
 
     def residual(got: Any, v: Any, damping: float) -> float:
         x = np.asarray(ravel_pytree(got)[0], np.float64)
         want = np.asarray(ravel_pytree(v)[0], np.float64)
-        return float(np.linalg.norm(damping * x + wide.T @ (wide @ x) / m - want) / np.linalg.norm(want))
+        return float(
+            np.linalg.norm(damping * x + wide.T @ (wide @ x) / m - want) / np.linalg.norm(want)
+        )
 
     rows = []
     for relative in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
         damping = relative * largest
-        ours = jax.jit(lambda v, damping=damping: curvax.window_inverse(window, damping)(v))(v)
+        ours = jax.jit(lambda v, damping=damping: curvax.solve.window_inverse(window, damping)(v))(
+            v
+        )
         step = curvax.scale_by_mfac(m, damping)
         state = step.init(params)._replace(curvature=older)
         theirs = recurrence(G, np.float32(damping), np.asarray(ravel_pytree(v)[0]))

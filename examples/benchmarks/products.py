@@ -47,19 +47,36 @@ def product_rows(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     adahessian = curvax.adahessian(0.1, objective)
     calls = {
         "gradient": compile(jax.value_and_grad(objective), params, batch),
-        "hvp, built and applied once": compile(lambda p, b, v: curvax.hvp(objective, p, b)(v), params, batch, v),
+        "hvp, built and applied once": compile(
+            lambda p, b, v: curvax.hvp(objective, p, b)(v), params, batch, v
+        ),
         "one more matvec": compile(lambda mv, v: mv(v), matvec, v),
-        "ggnvp, built and applied once": compile(lambda p, b, v: curvax.ggnvp(objective, p, b)(v), params, batch, v),
-        "adahessian step, interval 1": (train_step(problem, adahessian), (params, adahessian.init(params), batch)),
-        "hvp rev_over_rev": compile(lambda p, b, v: curvax.hvp(objective, p, b, mode="rev_over_rev")(v), params, batch, v),
+        "ggnvp, built and applied once": compile(
+            lambda p, b, v: curvax.ggnvp(objective, p, b)(v), params, batch, v
+        ),
+        "adahessian step, interval 1": (
+            train_step(problem, adahessian),
+            (params, adahessian.init(params), batch),
+        ),
+        "hvp rev_over_rev": compile(
+            lambda p, b, v: curvax.hvp(objective, p, b, mode="rev_over_rev")(v), params, batch, v
+        ),
     }
-    times = seconds({name: lambda f=f, args=args: f(*args) for name, (f, args) in calls.items()}, rounds)
+    times = seconds(
+        {name: lambda f=f, args=args: f(*args) for name, (f, args) in calls.items()}, rounds
+    )
     rows = []
     for name, (compiled, _) in calls.items():
         time_ratio = times[name] / times["gradient"]
         flop_ratio = flops(compiled) / flops(calls["gradient"][0])
         bound = "" if name in ("gradient", "hvp rev_over_rev") else 1.15
-        row = {"model": problem.name, "call": name, "ms": 1e3 * times[name], "time": time_ratio, "FLOPs": flop_ratio}
+        row = {
+            "model": problem.name,
+            "call": name,
+            "ms": 1e3 * times[name],
+            "time": time_ratio,
+            "FLOPs": flop_ratio,
+        }
         rows.append(row | {"time/FLOPs": time_ratio / flop_ratio, "bound": bound})
     return rows
 
@@ -71,7 +88,10 @@ def step_rows(problem: Problem, rounds: int) -> list[dict[str, Any]]:
         "sophia_g, interval 10": (curvax.sophia_g(1e-3, problem.objective), 1.2),
         "sophia_h, interval 10": (curvax.sophia_h(1e-3, problem.objective), 1.4),
     }
-    steps = {name: (train_step(problem, tx), tx.init(problem.params)) for name, (tx, _) in optimizers.items()}
+    steps = {
+        name: (train_step(problem, tx), tx.init(problem.params))
+        for name, (tx, _) in optimizers.items()
+    }
 
     def ten_steps(step: Any, state: Any) -> Any:
         params = problem.params
@@ -79,9 +99,17 @@ def step_rows(problem: Problem, rounds: int) -> list[dict[str, Any]]:
             params, state = step(params, state, problem.batch)
         return params
 
-    times = seconds({name: lambda s=s: ten_steps(*s) for name, s in steps.items()}, max(rounds // 2, 1))
+    times = seconds(
+        {name: lambda s=s: ten_steps(*s) for name, s in steps.items()}, max(rounds // 2, 1)
+    )
     return [
-        {"model": problem.name, "step": name, "ms": 100 * times[name], "time": times[name] / times["adam"], "bound": bound}
+        {
+            "model": problem.name,
+            "step": name,
+            "ms": 100 * times[name],
+            "time": times[name] / times["adam"],
+            "bound": bound,
+        }
         for name, (_, bound) in optimizers.items()
     ]
 
@@ -106,7 +134,14 @@ def memory_rows(problem: Problem) -> list[dict[str, Any]]:
         "ggnvp in 8 chunks / whole": (product(curvax.ggnvp, 8), product(curvax.ggnvp, None), 0.4),
     }
     return [
-        {"model": problem.name, "temporary memory": name, "MB": a / 1e6, "of MB": b / 1e6, "ratio": a / b, "bound": bound}
+        {
+            "model": problem.name,
+            "temporary memory": name,
+            "MB": a / 1e6,
+            "of MB": b / 1e6,
+            "ratio": a / b,
+            "bound": bound,
+        }
         for name, (a, b, bound) in pairs.items()
     ]
 

@@ -37,17 +37,23 @@ PRODUCTS = {"ggn": curvax.ggnvp, "hessian": curvax.hvp}
 def perceptron(widths: tuple[int, ...], batch_size: int) -> Problem:
     """Return a network on random images with labels."""
     key = jax.random.key(0)
-    module = nn.Sequential([*(layer for w in widths for layer in (nn.Dense(w), nn.tanh)), nn.Dense(10)])
+    module = nn.Sequential(
+        [*(layer for w in widths for layer in (nn.Dense(w), nn.tanh)), nn.Dense(10)]
+    )
     batch = (jax.random.normal(key, (batch_size, 784)), jnp.arange(batch_size) % 10)
     params = jax.jit(module.init)(key, batch[0])
-    return Problem("mlp", curvax.Objective(module.apply, curvax.losses.softmax_cross_entropy()), params, batch)
+    return Problem(
+        "mlp", curvax.Objective(module.apply, curvax.losses.softmax_cross_entropy()), params, batch
+    )
 
 
 def num_params(params: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def time(name: str, widths: tuple[int, ...], batch_size: int, steps: int, rounds: int) -> dict[str, Any]:
+def time(
+    name: str, widths: tuple[int, ...], batch_size: int, steps: int, rounds: int
+) -> dict[str, Any]:
     """Time Lanczos and as many products, called one after the other; both start from the linearization."""
     problem = perceptron(widths, batch_size)
     matvec = PRODUCTS[name](problem.objective, problem.params, problem.batch)
@@ -82,7 +88,9 @@ def time(name: str, widths: tuple[int, ...], batch_size: int, steps: int, rounds
     }
 
 
-def memory(name: str, widths: tuple[int, ...], batch_size: int, probes: int, steps: int) -> dict[str, Any]:
+def memory(
+    name: str, widths: tuple[int, ...], batch_size: int, probes: int, steps: int
+) -> dict[str, Any]:
     """Compile a density, from parameters and batch to nodes and weights, and read what it needs."""
     problem = perceptron(widths, batch_size)
 
@@ -118,18 +126,26 @@ def exact_step(batch_size: int, rounds: int) -> dict[str, Any]:
 
     def training(tx: Any) -> tuple[Callable[..., Any], Any]:
         def step(params: Any, state: Any, batch: Any) -> Any:
-            updates, state = tx.update(jax.grad(objective)(params, batch), state, params, batch=batch)
+            updates, state = tx.update(
+                jax.grad(objective)(params, batch), state, params, batch=batch
+            )
             return optax.apply_updates(params, updates), state
 
         state = tx.init(params)
         return jax.jit(step).lower(params, state, batch).compile(), state
 
-    methods = {"egn": curvax.egn(1.0, objective), "adam": optax.with_extra_args_support(optax.adam(1e-3))}
+    methods = {
+        "egn": curvax.egn(1.0, objective),
+        "adam": optax.with_extra_args_support(optax.adam(1e-3)),
+    }
     programs = {name: training(tx) for name, tx in methods.items()}
     n = 10 * batch_size
     matrix = jnp.eye(n) + jnp.ones((n, n)) / n
     factorize = jax.jit(jnp.linalg.cholesky).lower(matrix).compile()
-    runs = {name: lambda run=run, state=state: run(params, state, batch) for name, (run, state) in programs.items()}
+    runs = {
+        name: lambda run=run, state=state: run(params, state, batch)
+        for name, (run, state) in programs.items()
+    }
     times = seconds(runs | {"cholesky": lambda: factorize(matrix)}, rounds)
     return {
         "d": num_params(params),

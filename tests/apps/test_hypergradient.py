@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import curvax
-from curvax.apps.hypergradient import implicit_gradient
+from curvax.apps._hypergradient import implicit_gradient
 from curvax.solve import Result, SolveInfo
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("x64")
 exact = functools.partial(curvax.cg, tol=1e-13)
 SOLVERS = {
     "cg": exact,
-    "minres": functools.partial(curvax.minres, tol=1e-13),
-    "neumann": functools.partial(curvax.neumann, tol=1e-12, max_steps=2000),
+    "minres": functools.partial(curvax.solve.minres, tol=1e-13),
+    "neumann": functools.partial(curvax.solve.neumann, tol=1e-12, max_steps=2000),
 }
 
 
@@ -43,7 +43,11 @@ def flat(tree):
 def inner(params, hyper):
     X, y, _, _ = data()
     w = flat(params)
-    penalty = jnp.broadcast_to(hyper["log_penalty"], w.shape) if hyper["log_penalty"].ndim == 0 else hyper["log_penalty"]
+    penalty = (
+        jnp.broadcast_to(hyper["log_penalty"], w.shape)
+        if hyper["log_penalty"].ndim == 0
+        else hyper["log_penalty"]
+    )
     return jnp.mean((X @ w - y) ** 2) / 2 + jnp.sum(jnp.exp(penalty) * w**2) / 2
 
 
@@ -78,7 +82,9 @@ PENALTIES = {"scalar": np.asarray(-1.0), "by parameter": np.array([-2.0, -1.0, 0
 
 @functools.partial(jax.jit, static_argnums=0)
 def ridge(solver, w, h, damping=0.0):
-    return implicit_gradient(outer, inner, tree(w), {"log_penalty": h}, solver=solver, damping=damping)
+    return implicit_gradient(
+        outer, inner, tree(w), {"log_penalty": h}, solver=solver, damping=damping
+    )
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -95,11 +101,13 @@ def test_ridge_regression_in_closed_form(name, h):
 def test_a_truncated_series_is_that_many_steps_of_gradient_descent(terms):
     h, alpha = PENALTIES["by parameter"], 0.3
     w = solved(h)
-    solver = functools.partial(curvax.neumann, scale=1 / alpha, max_steps=terms, tol=0)
+    solver = functools.partial(curvax.solve.neumann, scale=1 / alpha, max_steps=terms, tol=0)
     gradient, info = ridge(solver, w, h)
     H, v = hessian(h), validation_gradient(w)
     left = np.linalg.matrix_power(np.eye(5) - alpha * H, terms) @ np.linalg.solve(H, v)
-    np.testing.assert_allclose(gradient["log_penalty"], closed_form(h, w, np.linalg.solve(H, v) - left), rtol=1e-12)
+    np.testing.assert_allclose(
+        gradient["log_penalty"], closed_form(h, w, np.linalg.solve(H, v) - left), rtol=1e-12
+    )
     assert info.steps == terms and info.code == Result.MAX_STEPS
 
     @jax.jit
@@ -107,11 +115,15 @@ def test_a_truncated_series_is_that_many_steps_of_gradient_descent(terms):
     def unrolled(hyper):
         params = tree(jnp.asarray(w))
         for _ in range(terms):
-            params = jax.tree.map(lambda p, g: p - alpha * g, params, jax.grad(inner)(params, hyper))
+            params = jax.tree.map(
+                lambda p, g: p - alpha * g, params, jax.grad(inner)(params, hyper)
+            )
         return outer(tree(jnp.asarray(w)), hyper) + outer(params, {"log_penalty": jnp.zeros(5)})
 
     np.testing.assert_allclose(
-        gradient["log_penalty"], unrolled({"log_penalty": jnp.asarray(h)})["log_penalty"], rtol=1e-12
+        gradient["log_penalty"],
+        unrolled({"log_penalty": jnp.asarray(h)})["log_penalty"],
+        rtol=1e-12,
     )
 
 
@@ -129,7 +141,9 @@ def test_damping_is_added_to_the_hessian_and_a_singular_one_needs_it():
     @functools.partial(jax.jit, static_argnums=0)
     def compute(damping):
         hyper = {"log_penalty": jnp.asarray(-1.0)}
-        return implicit_gradient(outer, singular, tree(jnp.asarray(w)), hyper, solver=exact, damping=damping)
+        return implicit_gradient(
+            outer, singular, tree(jnp.asarray(w)), hyper, solver=exact, damping=damping
+        )
 
     gradient, info = compute(0.2)
     x = np.linalg.solve(H + 0.2 * np.eye(5), validation_gradient(w))
@@ -145,13 +159,19 @@ def test_damping_is_added_to_the_hessian_and_a_singular_one_needs_it():
 
 def classifier(params, hyper):
     X, y, _, _ = data()
-    each = jax.nn.softplus(-jnp.sign(y) * jnp.tanh(X[:, :2] @ params["a"] + X[:, 2:] @ params["b"][0]))
-    return jnp.mean(jax.nn.softmax(hyper["weights"]) * each) + jnp.exp(hyper["log_penalty"]) * jnp.sum(flat(params) ** 2)
+    each = jax.nn.softplus(
+        -jnp.sign(y) * jnp.tanh(X[:, :2] @ params["a"] + X[:, 2:] @ params["b"][0])
+    )
+    return jnp.mean(jax.nn.softmax(hyper["weights"]) * each) + jnp.exp(
+        hyper["log_penalty"]
+    ) * jnp.sum(flat(params) ** 2)
 
 
 def validation(params, hyper):
     _, _, X, y = data()
-    return jnp.mean(jax.nn.softplus(-jnp.sign(y) * (X @ flat(params)))) * jnp.exp(0.3 * hyper["log_penalty"])
+    return jnp.mean(jax.nn.softplus(-jnp.sign(y) * (X @ flat(params)))) * jnp.exp(
+        0.3 * hyper["log_penalty"]
+    )
 
 
 @jax.jit
@@ -169,7 +189,9 @@ def of_classifier(params, hyper):
 
 def differences(fun, at, width=1e-3):
     """Central differences of fourth order, entry by entry."""
-    along = lambda e: (8 * (fun(at + e) - fun(at - e)) - (fun(at + 2 * e) - fun(at - 2 * e))) / (12 * width)
+    along = lambda e: (
+        (8 * (fun(at + e) - fun(at - e)) - (fun(at + 2 * e) - fun(at - 2 * e))) / (12 * width)
+    )
     return np.stack([along(e) for e in width * np.eye(at.size)])
 
 
@@ -182,7 +204,9 @@ def test_finite_differences_of_the_solved_problem(tilt):
     hyper, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(jnp.float64), HYPER))
     tilts = tilt * jnp.arange(1.0, 6)
     w = minimize(unravel(hyper), tilts, jnp.zeros(5))
-    np.testing.assert_allclose(flat(jax.jit(jax.grad(classifier))(tree(w), unravel(hyper))), tilts, atol=1e-14)
+    np.testing.assert_allclose(
+        flat(jax.jit(jax.grad(classifier))(tree(w), unravel(hyper))), tilts, atol=1e-14
+    )
     loss = jax.jit(lambda h: validation(tree(minimize(unravel(h), tilts, w)), unravel(h)))
     gradient, info = of_classifier(tree(w), unravel(hyper))
     np.testing.assert_allclose(flat(gradient), differences(loss, hyper), rtol=1e-7, atol=1e-11)
@@ -197,13 +221,21 @@ def test_other_matrices_solvers_and_inverses():
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def compute(solver, damping, matvec):
         return implicit_gradient(
-            outer, inner, tree(jnp.asarray(w)), {"log_penalty": h}, solver=solver, damping=damping, matvec=matvec
+            outer,
+            inner,
+            tree(jnp.asarray(w)),
+            {"log_penalty": h},
+            solver=solver,
+            damping=damping,
+            matvec=matvec,
         )
 
     doubled = jax.tree_util.Partial(lambda H, v: tree(2 * H @ flat(v)), jnp.asarray(H))
     direct, _ = compute(curvax.solve.direct, 0.5, curvax.solve.Dense(jnp.asarray(H)))
     twice, _ = compute(exact, 0.0, doubled)
-    own, info = compute(lambda matvec, b, *, damping: (tree(jnp.linalg.inv(H) @ flat(b)), None), 0.0, None)
+    own, info = compute(
+        lambda matvec, b, *, damping: (tree(jnp.linalg.inv(H) @ flat(b)), None), 0.0, None
+    )
     damped = np.linalg.solve(H + 0.5 * np.eye(5), validation_gradient(w))
     for got, want in ((direct, damped), (twice, x / 2), (own, x)):
         np.testing.assert_allclose(got["log_penalty"], closed_form(h, w, want), rtol=1e-8)
@@ -215,7 +247,7 @@ def test_what_the_solver_tells_comes_back():
     w = jnp.asarray(solved(h))
     _, info = ridge(functools.partial(curvax.cg, max_steps=2, tol=1e-10), w, h)
     assert info.code == Result.MAX_STEPS and not info.converged and info.residual > 1e-10
-    _, info = ridge(functools.partial(curvax.neumann, scale=0.1), w, h)
+    _, info = ridge(functools.partial(curvax.solve.neumann, scale=0.1), w, h)
     assert info.code == Result.DIVERGED
     concave = lambda p, h: -inner(p, h)
     _, info = jax.jit(lambda w: implicit_gradient(outer, concave, tree(w), {"log_penalty": h}))(w)
@@ -224,7 +256,9 @@ def test_what_the_solver_tells_comes_back():
 
 def test_an_outer_loss_of_hyper_alone_needs_no_solve():
     alone = lambda p, h: jnp.sum(h**2)
-    gradient, info = implicit_gradient(alone, lambda p, h: jnp.sum((p - h) ** 2), jnp.ones(2), jnp.array([1.0, 2.0]))
+    gradient, info = implicit_gradient(
+        alone, lambda p, h: jnp.sum((p - h) ** 2), jnp.ones(2), jnp.array([1.0, 2.0])
+    )
     np.testing.assert_array_equal(gradient, [2.0, 4.0])
     assert info.converged and info.steps == 0
 
@@ -234,7 +268,9 @@ def test_vmap_over_hyper_equals_one_by_one():
     w = np.stack([solved(h) for h in np.asarray(many)])
     together, info = jax.jit(jax.vmap(functools.partial(ridge, exact)))(w, many)
     for i in range(3):
-        np.testing.assert_allclose(together["log_penalty"][i], ridge(exact, w[i], many[i])[0]["log_penalty"], rtol=1e-10)
+        np.testing.assert_allclose(
+            together["log_penalty"][i], ridge(exact, w[i], many[i])[0]["log_penalty"], rtol=1e-10
+        )
     assert info.converged.shape == (3,) and info.converged.all()
 
 
@@ -243,31 +279,45 @@ def test_params_and_hyper_in_bfloat16():
     exactly = np.asarray(h, np.float64)
     w = solved(exactly)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree(jnp.asarray(w)))
-    gradient, info = jax.jit(lambda p, h: implicit_gradient(outer, inner, p, {"log_penalty": h}))(params, h)
+    gradient, info = jax.jit(lambda p, h: implicit_gradient(outer, inner, p, {"log_penalty": h}))(
+        params, h
+    )
     want = closed_form(exactly, w, np.linalg.solve(hessian(exactly), validation_gradient(w)))
     assert gradient["log_penalty"].dtype == jnp.bfloat16
     assert info.residual < jnp.finfo(jnp.bfloat16).eps  # of b's own rounding
-    assert np.linalg.norm(gradient["log_penalty"].astype(jnp.float64) - want) < 0.02 * np.linalg.norm(want)
+    assert np.linalg.norm(
+        gradient["log_penalty"].astype(jnp.float64) - want
+    ) < 0.02 * np.linalg.norm(want)
 
 
 def test_hyper_may_be_a_python_float():
     loss, held_out = (lambda p, h, f=f: f(p, {"log_penalty": h}) for f in (inner, outer))
-    gradient, _ = implicit_gradient(held_out, loss, tree(jnp.asarray(solved(-1.0))), -1.0, solver=exact)
+    gradient, _ = implicit_gradient(
+        held_out, loss, tree(jnp.asarray(solved(-1.0))), -1.0, solver=exact
+    )
     want, _ = ridge(exact, solved(-1.0), PENALTIES["scalar"])
     np.testing.assert_allclose(gradient, want["log_penalty"], rtol=1e-10)
 
 
 def test_errors_say_what_and_where():
     w, h = tree(jnp.ones(5)), {"log_penalty": jnp.zeros([])}
-    with pytest.raises(TypeError, match=r"hyper must hold float arrays: got int64\[\] at hyper\['size'\]\. Close over"):
+    with pytest.raises(
+        TypeError,
+        match=r"hyper must hold float arrays: got int64\[\] at hyper\['size'\]\. Close over",
+    ):
         implicit_gradient(outer, inner, w, {**h, "size": 3})
-    with pytest.raises(TypeError, match=r"params must hold float arrays: got int\d+\[2\] at params\['a'\]"):
+    with pytest.raises(
+        TypeError, match=r"params must hold float arrays: got int\d+\[2\] at params\['a'\]"
+    ):
         implicit_gradient(outer, inner, {**w, "a": jnp.arange(2)}, h)
     with pytest.raises(TypeError, match=r"outer must return a real scalar, got float64\[5\]"):
         implicit_gradient(lambda p, h: flat(p), inner, w, h)
     with pytest.raises(TypeError, match=r"inner must return a real scalar, got float64\[5\]"):
         implicit_gradient(outer, lambda p, h: flat(p), w, h)
-    with pytest.raises(TypeError, match=r"solver must be a function \(matvec, b, \*, damping\) -> \(x, info\).*got 'cg'"):
+    with pytest.raises(
+        TypeError,
+        match=r"solver must be a function \(matvec, b, \*, damping\) -> \(x, info\).*got 'cg'",
+    ):
         implicit_gradient(outer, inner, w, h, solver="cg")
     with pytest.raises(ValueError, match="damping must be positive, got -1"):
         implicit_gradient(outer, inner, w, h, damping=-1)

@@ -13,7 +13,7 @@ from jax.tree_util import keystr
 
 import curvax
 from curvax.apps import influence
-from curvax.kron import gradient_products
+from curvax.kron import _gradient_products
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -29,8 +29,10 @@ def layout_of(name):
 @functools.cache
 def fitted(name, method="ekfac"):
     case = CASES[name]()
-    options = {"method": method, "estimator": "exact", "progress": False}
-    return influence.fit(case.objective, layout_of(name), case.params, [case.batch], jax.random.key(0), **options)
+    options = {"method": method, "fisher": "exact", "progress": False}
+    return influence.fit(
+        case.objective, layout_of(name), case.params, [case.batch], jax.random.key(0), **options
+    )
 
 
 def rows(batch, start=None, stop=None):
@@ -49,14 +51,20 @@ def indices(block, params):
         for (path, x), start in zip(jax.tree.leaves_with_path(params), starts, strict=False)
     }
     kernel = block.kernel.read(leaves)
-    return kernel if block.bias is None else np.concatenate([kernel, block.bias.read(leaves)[:, None]], axis=1)
+    return (
+        kernel
+        if block.bias is None
+        else np.concatenate([kernel, block.bias.read(leaves)[:, None]], axis=1)
+    )
 
 
 @functools.cache
 def gradients(name):
     """Dense rows: the gradients of every example's own mean loss, and of its part of the mean over all."""
     case = CASES[name]()
-    parts = jax.jit(lambda p, batch: curvax.per_example_grads(case.objective, p, batch))(case.params, case.batch)
+    parts = jax.jit(lambda p, batch: curvax.per_example_grads(case.objective, p, batch))(
+        case.params, case.batch
+    )
     of_row = jax.grad(lambda p, row: case.objective.value(p, row))
     own = jax.jit(lambda p, batch: [of_row(p, rows(batch, i, i + 1)) for i in range(size(batch))])
     own = own(case.params, case.batch)
@@ -84,8 +92,10 @@ def ekfac_inverse(name, damping):
     basis = fitted(name).eigen.basis
 
     def build(block, s, dense):
-        vectors = np.kron(basis[block].inputs[s], basis[block].outputs[s])
-        values = np.diag(vectors.T @ dense @ vectors)  # examples do not mix: their second moments add up to it
+        vectors = np.kron(basis[block].a[s], basis[block].g[s])
+        values = np.diag(
+            vectors.T @ dense @ vectors
+        )  # examples do not mix: their second moments add up to it
         strength = 0.1 * values.mean() if damping is None else damping
         return vectors / (values + strength) @ vectors.T
 
@@ -96,7 +106,7 @@ def kfac_inverse(name, damping):
     factors = fitted(name).factors.blocks
 
     def build(block, s, dense):
-        both = np.kron(factors[block].inputs.mean[s], factors[block].outputs.mean[s])
+        both = np.kron(factors[block].a.mean[s], factors[block].g.mean[s])
         strength = 0.1 * np.trace(both) / len(both) if damping is None else damping
         return np.linalg.inv(both + strength * np.eye(len(both)))
 
@@ -123,7 +133,9 @@ def test_scores_and_self_influence_equal_the_dense_formula(name, damping):
     close(result.change_if_removed, want)
     close(sum(result.by_layer.values()), want)
     assert len(result.by_layer) == len(info.damping if damping is None else result.by_layer)
-    diagonal = influence.self_influence(fitted(name), case.objective, case.params, [case.batch], damping=damping)
+    diagonal = influence.self_influence(
+        fitted(name), case.objective, case.params, [case.batch], damping=damping
+    )
     close(diagonal, np.diag(want))
 
 
@@ -159,11 +171,19 @@ def test_methods_equal_their_dense_formulas():
         ridge[indices(block, case.params).ravel()] = damped[1].damping[block.name][0]
     close(damped[0].change_if_removed, both(np.linalg.inv(ggn + np.diag(ridge))))
     rows_ = curvax.per_example_grads(case.objective, case.params, case.batch)
-    window = influence.of_window(layout_of("mlp"), curvax.window_of(rows_, size=9), terms=size(case.batch))
+    window = influence.of_window(
+        layout_of("mlp"), curvax.solve.window_of(rows_, size=9), terms=size(case.batch)
+    )
     fisher = size(case.batch) * parts.T @ parts
-    close(run("mlp", fit=window, damping=1e-2)[0].change_if_removed, both(np.linalg.inv(fisher + 1e-2 * np.eye(d))))
+    close(
+        run("mlp", fit=window, damping=1e-2)[0].change_if_removed,
+        both(np.linalg.inv(fisher + 1e-2 * np.eye(d))),
+    )
     strength = 0.1 * np.trace(fisher) / d
-    close(run("mlp", fit=window)[0].change_if_removed, both(np.linalg.inv(fisher + strength * np.eye(d))))
+    close(
+        run("mlp", fit=window)[0].change_if_removed,
+        both(np.linalg.inv(fisher + strength * np.eye(d))),
+    )
 
 
 @pytest.mark.parametrize("name", ["attention", "lstm", "masked_sequence"])
@@ -176,18 +196,31 @@ def test_tokens_and_layers_sum_to_the_whole(name):
     assert set(by_layer.by_layer) == {b.name for b in layout_of(name).blocks} | {
         leaf.path for leaf in layout_of(name).leaves if leaf.outside
     }
-    assert by_token.by_token.shape == (size(case.batch), *jax.tree.leaves(case.batch[0])[0].shape[:2])
+    assert by_token.by_token.shape == (
+        size(case.batch),
+        *jax.tree.leaves(case.batch[0])[0].shape[:2],
+    )
     close(by_token.by_token.sum(2) + by_token.rest, whole.change_if_removed, 1e-12)
-    if name == "masked_sequence":  # the model acts on each position by itself: those without a loss have no influence
-        assert not by_token.rest.any() and not by_token.by_token[:, 2].any() and not by_token.by_token[:, 0, 1:].any()
+    if (
+        name == "masked_sequence"
+    ):  # the model acts on each position by itself: those without a loss have no influence
+        assert (
+            not by_token.rest.any()
+            and not by_token.by_token[:, 2].any()
+            and not by_token.by_token[:, 0, 1:].any()
+        )
         assert by_token.by_token[0, jnp.array([0, 1, 3, 4]), 0].all()
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 def test_low_rank_scores_converge_to_full_rank(name):
     case = CASES[name]()
-    prepared, _ = influence.precondition(fitted(name), case.objective, case.objective, case.params, case.batch)
-    scores = lambda prepared, **options: influence.score(prepared, case.objective, case.params, case.batch, **options)
+    prepared, _ = influence.precondition(
+        fitted(name), case.objective, case.objective, case.params, case.batch
+    )
+    scores = lambda prepared, **options: influence.score(
+        prepared, case.objective, case.params, case.batch, **options
+    )
     full, errors, told = scores(prepared).change_if_removed, [], []
     for rank in (1, 2, 3, 4):
         small, info = influence.compress(prepared, rank)
@@ -198,27 +231,37 @@ def test_low_rank_scores_converge_to_full_rank(name):
         close(scores(again).change_if_removed, got.change_if_removed, 1e-10)
         assert max(more.error) < 1e-7
     assert (np.diff(errors) <= 1e-9).all() and errors[0] > 1e-2 and errors[-1] < 1e-9
-    assert (np.diff(told, axis=0) <= 1e-12).all() and (np.asarray(told[0]) > 1e-2).all() and not np.any(told[-1])
+    assert (
+        (np.diff(told, axis=0) <= 1e-12).all()
+        and (np.asarray(told[0]) > 1e-2).all()
+        and not np.any(told[-1])
+    )
     # what is told is what is left out
     small, info = influence.compress(prepared, 1)
     for name, v in small.blocks.items():
         v = v if isinstance(v, jax.Array) else v.left @ v.right
         norms = lambda x: np.linalg.norm(np.asarray(x).reshape(len(x), -1), axis=1)
-        close(info.by_layer[name], norms(prepared.blocks[name] - v) / norms(prepared.blocks[name]), 1e-7)
+        close(
+            info.by_layer[name],
+            norms(prepared.blocks[name] - v) / norms(prepared.blocks[name]),
+            1e-7,
+        )
 
 
 @pytest.mark.parametrize("rank", [None, 1])
 def test_work_arrays_are_bounded_whatever_the_batch(monkeypatch, rank):
     """A few examples at a time where more do not fit, with the same result."""
     case = CASES["attention"]()
-    prepared, _ = influence.precondition(fitted("attention"), case.objective, case.objective, case.params, case.batch)
+    prepared, _ = influence.precondition(
+        fitted("attention"), case.objective, case.objective, case.params, case.batch
+    )
     prepared = prepared if rank is None else influence.compress(prepared, rank)[0]
     double = jax.tree.map(lambda x: jnp.concatenate([x, x]), case.batch)
     score = lambda by: influence.score(prepared, case.objective, case.params, double, by=by)
     loops = lambda by: str(jax.make_jaxpr(lambda: score(by))()).count("scan[")
     whole = {by: (score(by), loops(by)) for by in ("example", "token")}
     for limit in (2**10, 1):  # a few, one
-        monkeypatch.setattr(gradient_products, "ENTRIES_AT_A_TIME", limit)
+        monkeypatch.setattr(_gradient_products, "ENTRIES_AT_A_TIME", limit)
         for by, (want, without) in whole.items():
             close(score(by).change_if_removed, want.change_if_removed, 1e-12)
             assert limit > 1 or loops(by) > without
@@ -227,7 +270,9 @@ def test_work_arrays_are_bounded_whatever_the_batch(monkeypatch, rank):
 def test_top_k_is_that_of_the_whole_matrix():
     case = CASES["mlp"]()
     whole = np.asarray(run("mlp")[0].change_if_removed)
-    prepared, _ = influence.precondition(fitted("mlp"), case.objective, case.objective, case.params, case.batch)
+    prepared, _ = influence.precondition(
+        fitted("mlp"), case.objective, case.objective, case.params, case.batch
+    )
     batches = [rows(case.batch, 0, 2), rows(case.batch, 2, 3), rows(case.batch, 3)]
     for k in (1, 3, 100):
         highest, lowest = influence.top_k(prepared, case.objective, case.params, batches, k)
@@ -235,12 +280,18 @@ def test_top_k_is_that_of_the_whole_matrix():
         np.testing.assert_array_equal(highest.examples, order[:, ::-1][:, :k])
         np.testing.assert_array_equal(lowest.examples, order[:, :k])
         for best in (highest, lowest):
-            close(best.change_if_removed, np.take_along_axis(whole, np.asarray(best.examples), axis=1), 1e-12)
+            close(
+                best.change_if_removed,
+                np.take_along_axis(whole, np.asarray(best.examples), axis=1),
+                1e-12,
+            )
 
 
 def sampled_fit(batches, **options):
     case, key = CASES["attention"](), jax.random.key(3)
-    return influence.fit(case.objective, layout_of("attention"), case.params, batches, key, progress=False, **options)
+    return influence.fit(
+        case.objective, layout_of("attention"), case.params, batches, key, progress=False, **options
+    )
 
 
 @functools.cache
@@ -257,18 +308,33 @@ def test_nothing_depends_on_how_data_are_cut():
     cuts = [rows(case.batch, 0, 1), rows(case.batch, 1)]
     for fit in (sampled_fit(cuts), sampled_fit([case.batch], microbatch=3)):
         same(fit.factors, sampled().factors)
-        same(fit.eigen.moments, sampled().eigen.moments, 1e-7)  # of eigenvectors of nearly equal values
+        same(
+            fit.eigen.moments, sampled().eigen.moments, 1e-7
+        )  # of eigenvectors of nearly equal values
         close(fit.terms, sampled().terms)
     want = run("attention", fit=sampled())[0].change_if_removed
-    for options in ({"batches": cuts}, {"microbatch": 1}, {"microbatch": 3}, {"batches": cuts, "queries": case.batch}):
+    for options in (
+        {"batches": cuts},
+        {"microbatch": 1},
+        {"microbatch": 3},
+        {"batches": cuts, "queries": case.batch},
+    ):
         close(run("attention", fit=sampled(), **options)[0].change_if_removed, want, 1e-12)
     order = np.array([2, 0, 3, 1])
     shuffled = jax.tree.map(lambda x: x[order], case.batch)
-    close(run("attention", fit=sampled(), batches=[shuffled])[0].change_if_removed, want[:, order], 1e-12)
-    close(run("attention", fit=sampled(), queries=shuffled)[0].change_if_removed, want[order], 1e-12)
-    exact = lambda batches: sampled_fit(batches, estimator="exact")
+    close(
+        run("attention", fit=sampled(), batches=[shuffled])[0].change_if_removed,
+        want[:, order],
+        1e-12,
+    )
+    close(
+        run("attention", fit=sampled(), queries=shuffled)[0].change_if_removed, want[order], 1e-12
+    )
+    exact = lambda batches: sampled_fit(batches, fisher="exact")
     same(exact([shuffled]).factors, exact([case.batch]).factors)
-    own = lambda **options: influence.self_influence(sampled(), case.objective, case.params, **options)
+    own = lambda **options: influence.self_influence(
+        sampled(), case.objective, case.params, **options
+    )
     whole = own(batches=[case.batch])
     close(own(batches=cuts), whole, 1e-12)
     close(own(batches=[case.batch], microbatch=1), whole, 1e-12)
@@ -276,23 +342,38 @@ def test_nothing_depends_on_how_data_are_cut():
 
 
 @pytest.mark.parametrize(
-    ("name", "estimator"), [("multi_head", "mc"), ("multi_head", "exact"), ("masked_sequence", "empirical")]
+    ("name", "fisher"),
+    [("multi_head", "mc"), ("multi_head", "exact"), ("masked_sequence", "empirical")],
 )
-def test_batches_with_other_shares_of_terms_add_up_to_the_whole(name, estimator):
+def test_batches_with_other_shares_of_terms_add_up_to_the_whole(name, fisher):
     """Heads that are masked in some examples, and the empirical Fisher of examples with different numbers of terms."""
     case, key = CASES[name](), jax.random.key(3)
     own = lambda batches: influence.fit(
-        case.objective, layout_of(name), case.params, batches, key, estimator=estimator, progress=False
+        case.objective,
+        layout_of(name),
+        case.params,
+        batches,
+        key,
+        fisher=fisher,
+        progress=False,
     )
     cuts = [rows(case.batch, 0, 2), rows(case.batch, 2, 3), rows(case.batch, 3)]
     whole, parts = own([case.batch]), own(cuts)
-    means = lambda tree: jax.tree.map(lambda x: x.mean, tree, is_leaf=lambda x: isinstance(x, curvax.kron.Factor))
+    means = lambda tree: jax.tree.map(
+        lambda x: x.mean, tree, is_leaf=lambda x: isinstance(x, curvax.kron.Factor)
+    )
     same(means(parts.factors), means(whole.factors))
     same(means(parts.eigen.moments), means(whole.eigen.moments), 1e-7)
     same(parts.terms, whole.terms)
-    close(run(name, fit=parts, batches=cuts)[0].change_if_removed, run(name, fit=whole)[0].change_if_removed, 1e-7)
-    together = curvax.kron_factors(case.objective, layout_of(name), case.params, case.batch, key, estimator=estimator)
-    if estimator != "mc":
+    close(
+        run(name, fit=parts, batches=cuts)[0].change_if_removed,
+        run(name, fit=whole)[0].change_if_removed,
+        1e-7,
+    )
+    together = curvax.kron_factors(
+        case.objective, layout_of(name), case.params, case.batch, key, fisher=fisher
+    )
+    if fisher != "mc":
         same(means(whole.factors), means(together))
 
 
@@ -310,7 +391,7 @@ def test_nothing_depends_on_the_number_of_devices(kind):
     want = run("attention", fit=sampled())[0].change_if_removed
     fit = jax.device_put(sampled(), everywhere)
     for queries in (case.batch, batch):
-        got, _ = influence.influence(fit, case.objective, case.objective, params, queries, [batch])
+        got, _ = influence.influence(fit, case.objective, params, queries, [batch])
         close(got.change_if_removed, want, 1e-10)
     close(influence.self_influence(fit, case.objective, params, [batch]), np.diag(want), 1e-10)
 
@@ -337,7 +418,9 @@ def clipped_ids(p, ids):
 
 
 def scanned(p, x):
-    h, _ = jax.lax.scan(lambda h, layer: (h + jnp.tanh(h @ layer[0] + layer[1]), None), x, (p["w"], p["b"]))
+    h, _ = jax.lax.scan(
+        lambda h, layer: (h + jnp.tanh(h @ layer[0] + layer[1]), None), x, (p["w"], p["b"])
+    )
     return h @ p["v"] * p["gain"]
 
 
@@ -360,13 +443,22 @@ def test_every_kind_of_use(model):
     params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
     inputs = jnp.asarray(rng.normal(size=inputs)) if isinstance(inputs, tuple) else inputs
     labels = jnp.asarray(rng.integers(0, classes, jax.eval_shape(model, params, inputs).shape[:-1]))
-    objective, batch = curvax.Objective(model, curvax.losses.softmax_cross_entropy()), (inputs, labels)
+    objective, batch = (
+        curvax.Objective(model, curvax.losses.softmax_cross_entropy()),
+        (inputs, labels),
+    )
     layout = curvax.kron_layout(objective, params, batch)
     assert {leaf.kind for leaf in layout.leaves if leaf.path != "['gain']"} == {"kron"}
-    fit = influence.fit(objective, layout, params, [batch], jax.random.key(0), estimator="exact", progress=False)
-    parts = jax.vmap(lambda g: ravel_pytree(g)[0])(curvax.per_example_grads(objective, params, batch)) / size(batch)
+    fit = influence.fit(
+        objective, layout, params, [batch], jax.random.key(0), fisher="exact", progress=False
+    )
+    parts = jax.vmap(lambda g: ravel_pytree(g)[0])(
+        curvax.per_example_grads(objective, params, batch)
+    ) / size(batch)
     own = size(batch) * parts  # each example has as many terms
-    whole = lambda **options: influence.influence(fit, objective, objective, params, batch, [batch], **options)[0]
+    whole = lambda **options: influence.influence(
+        fit, objective, params, batch, [batch], **options
+    )[0]
     close(whole(method="identity", by="layer").change_if_removed, own @ parts.T)
     for method in ("ekfac", "kfac"):
         scores = whole(method=method).change_if_removed
@@ -382,7 +474,9 @@ def test_every_kind_of_use(model):
 def check_solves_and_compression(objective, layout, fit, params, batch, own, parts):
     """CG with a damping for each slice of a stack, and errors of compression beside a leaf in no block."""
     solver = functools.partial(curvax.cg, tol=1e-13, max_steps=200)
-    result, info = influence.influence(fit, objective, objective, params, batch, [batch], method="cg", solver=solver)
+    result, info = influence.influence(
+        fit, objective, params, batch, [batch], method="cg", solver=solver
+    )
     ridge = np.zeros(parts.shape[1])
     for block in layout.blocks:
         ridge[indices(block, params)] = np.asarray(info.damping[block.name])[:, None, None]

@@ -17,7 +17,7 @@ import pytest
 import curvax
 from curvax import losses
 from curvax.apps import influence
-from curvax.apps.influence.storage import checksum
+from curvax.apps.influence._storage import checksum
 
 KEY = jax.random.key(7)
 
@@ -53,7 +53,13 @@ def problem():
 
 def fit(batches=None, key=KEY, layout=None, params=None, **options):
     objective, own, data, found = problem()
-    args = objective, layout or found, own if params is None else params, data if batches is None else batches, key
+    args = (
+        objective,
+        layout or found,
+        own if params is None else params,
+        data if batches is None else batches,
+        key,
+    )
     return influence.fit(*args, progress=False, **options)
 
 
@@ -71,24 +77,30 @@ def equal(a, b):
 @pytest.mark.parametrize(("method", "time"), [("ekfac", 1), ("ekfac", 2), ("diagonal", 1)])
 def test_a_resumed_fit_is_equal_in_every_bit(tmp_path, method, time, after):
     objective, params, batches, layout = problem()
-    passes = {"ekfac": ("covariances", "eigenbases", "eigenvalues"), "diagonal": ("eigenvalues",)}[method]
+    passes = {"ekfac": ("covariances", "eigenbases", "eigenvalues"), "diagonal": ("eigenvalues",)}[
+        method
+    ]
     options = {"method": method, "folder": tmp_path, "save_every": 2}
     with pytest.raises(Interrupted):
         fit(Failing(batches, after, time), **options)
     part = influence.load(tmp_path, objective, layout, params)
     assert part.missing == (passes if time == 1 else ("eigenvalues",))
     for use in (
-        lambda: influence.influence(part, objective, objective, params, batches[0], batches),
+        lambda: influence.influence(part, objective, params, batches[0], batches),
         lambda: influence.self_influence(part, objective, params, batches),
         lambda: influence.mean_eigenvalues(part),
     ):
-        with pytest.raises(ValueError, match=f"the fit is not complete: .*{' and '.join(part.missing)} did not"):
+        with pytest.raises(
+            ValueError, match=f"the fit is not complete: .*{' and '.join(part.missing)} did not"
+        ):
             use()
     resumed = fit(Failing(batches, 0, -1), **options)
     equal(resumed, whole(method))
     # what is complete is read, not made again; of the data the first batch is asked for
     equal(fit(batches[:1], **options), whole(method))
-    with pytest.raises(ValueError, match=r"the pass over .* that is saved began with another batch"):
+    with pytest.raises(
+        ValueError, match=r"the pass over .* that is saved began with another batch"
+    ):
         fit(batches[1:], **options)
     equal(influence.load(str(tmp_path), objective, layout, params), whole(method))
 
@@ -109,7 +121,9 @@ def test_a_process_that_is_killed_goes_on(tmp_path):
                     yield batch
         t.fit(Killing(), folder={folder!r}, save_every=2)
     """).format(path=sys.path, folder=str(tmp_path))
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    )
     objective, params, _, layout = problem()
     assert influence.load(tmp_path, objective, layout, params).missing == ("eigenvalues",)
     equal(fit(folder=tmp_path, save_every=2), whole())
@@ -120,13 +134,16 @@ def test_a_fit_is_resumed_with_what_it_was_begun_with_only(tmp_path):
     begun = functools.partial(fit, folder=tmp_path, save_every=1)
     with pytest.raises(Interrupted):
         begun(Failing(batches, 3, 1))
-    refused, facts = lambda text: pytest.raises(ValueError, match=text), (tmp_path / "fit.json").read_text()
+    refused, facts = (
+        lambda text: pytest.raises(ValueError, match=text),
+        (tmp_path / "fit.json").read_text(),
+    )
     with refused(r"the values of params is checksum \d+ there, here checksum"):
         begun(params=params | {"b": params["b"] + 1e-6})
     with refused("the values of key is checksum"):
         begun(key=jax.random.key(8))
-    with refused("estimator is mc there, here exact"):
-        begun(estimator="exact")
+    with refused("fisher is mc there, here exact"):
+        begun(fisher="exact")
     with refused("method is ekfac there, here kfac"):
         begun(method="kfac")
     with refused(r"blocks: \['v'\] is \[1, 4, 2\] full x full, expand there, here absent"):
@@ -149,7 +166,9 @@ def test_a_fit_is_resumed_with_what_it_was_begun_with_only(tmp_path):
     with pytest.raises(Interrupted):
         begun(Failing(batches, 0, 2))
     for other in (batches[:3], [*batches[:2], batches[1], batches[3]]):
-        with refused("the pass over eigenvalues went through .* the one before through 14 in 4, or through others"):
+        with refused(
+            "the pass over eigenvalues went through .* the one before through 14 in 4, or through others"
+        ):
             begun(other)
         shutil.rmtree(tmp_path / "eigenvalues")
     equal(begun(), whole())
@@ -161,9 +180,23 @@ def test_a_fit_is_resumed_with_what_it_was_begun_with_only(tmp_path):
 
 
 def test_checksums_see_every_bit_and_no_device():
-    x = {"a": jnp.arange(8, dtype=jnp.float32), "k": KEY, "b": jnp.array([True, False]), "h": jnp.ones(3, jnp.bfloat16)}
-    assert checksum(x) == checksum(jax.tree.map(lambda x: x, x)) == checksum(x | {"a": np.arange(8, dtype=np.float32)})
-    changed = ({"a": x["a"].at[3].set(3.0000002)}, {"a": x["a"][::-1]}, {"k": jax.random.key(8)}, {"b": ~x["b"]})
+    x = {
+        "a": jnp.arange(8, dtype=jnp.float32),
+        "k": KEY,
+        "b": jnp.array([True, False]),
+        "h": jnp.ones(3, jnp.bfloat16),
+    }
+    assert (
+        checksum(x)
+        == checksum(jax.tree.map(lambda x: x, x))
+        == checksum(x | {"a": np.arange(8, dtype=np.float32)})
+    )
+    changed = (
+        {"a": x["a"].at[3].set(3.0000002)},
+        {"a": x["a"][::-1]},
+        {"k": jax.random.key(8)},
+        {"b": ~x["b"]},
+    )
     for odd in (jnp.array([1 + 2j, 3]), jnp.array([1, -2], jnp.int4)):
         assert checksum(odd) == checksum(odd + 0) != checksum(odd.at[1].set(2))
     for change in (*changed, {"h": x["h"].at[0].set(1.01)}, {"h": x["h"].astype(jnp.float16)}):
@@ -182,17 +215,21 @@ def test_leaves_held_fixed_take_no_part():
     smaller = curvax.Objective(lambda p, x: objective.model(params | p, x), objective.loss)
     own = curvax.kron_layout(smaller, inner, batch)
     solver = functools.partial(curvax.cg, tol=1e-6)
-    make = lambda objective, layout, params: influence.fit(objective, layout, params, [batch], KEY, progress=False)
+    make = lambda objective, layout, params: influence.fit(
+        objective, layout, params, [batch], KEY, progress=False
+    )
     fits = make(objective, fixed, params), make(smaller, own, inner)
     for method in ("ekfac", "kfac", "identity", "cg", "mfac"):
         results = []
         for fitted, loss, p in zip(fits, (objective, smaller), (params, inner), strict=True):
             if method == "mfac":
-                window = curvax.window_of(curvax.per_example_grads(loss, p, batch))
+                window = curvax.solve.window_of(curvax.per_example_grads(loss, p, batch))
                 fitted = influence.of_window(fitted.layout, window, terms=14)
             damping = None if method == "identity" else 0.1
             options = {"damping": damping, "method": method, "solver": solver}
-            results.append(influence.influence(fitted, loss, loss, p, batch, [batch], **options)[0].change_if_removed)
+            results.append(
+                influence.influence(fitted, loss, p, batch, [batch], **options)[0].change_if_removed
+            )
         np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5 * np.abs(results[1]).max())
         assert np.abs(results[0]).max() > 1e-3
     for fitted, loss, p in zip(fits, (objective, smaller), (params, inner), strict=True):
@@ -205,19 +242,36 @@ def test_a_part_of_a_leaf_may_be_held_fixed():
     params, batch = jnp.ones((3, 4)), (jnp.eye(3), jnp.zeros((3, 2)))
     for unmatched in ("identity", "diagonal"):
         layout = curvax.kron_layout(objective, params, batch, unmatched=unmatched)
-        fitted = influence.fit(objective, layout, params, [batch], KEY, estimator="exact", progress=False)
+        fitted = influence.fit(
+            objective, layout, params, [batch], KEY, fisher="exact", progress=False
+        )
         measure = lambda w, query: jnp.sum(w * query)
         result, _ = influence.influence(
-            fitted, objective, measure, params, jnp.ones((1, 1)), [batch], damping=0.5, by="layer"
+            fitted,
+            objective,
+            params,
+            jnp.ones((1, 1)),
+            [batch],
+            measurement=measure,
+            damping=0.5,
+            by="layer",
         )
         assert len(result.by_layer) == (1 if unmatched == "identity" else 2), result.by_layer
         # each row of the kernel has curvature 1/3, its gradient in both outputs is 1/3; entries in no product have none
-        np.testing.assert_allclose(result.change_if_removed, np.full((1, 3), 2 * (1 / 3) / (1 / 3 + 0.5)), rtol=1e-5)
-        own = influence.self_influence(fitted, objective, params, [batch], damping=0.5)  # its own gradient: 1 in both
+        np.testing.assert_allclose(
+            result.change_if_removed, np.full((1, 3), 2 * (1 / 3) / (1 / 3 + 0.5)), rtol=1e-5
+        )
+        own = influence.self_influence(
+            fitted, objective, params, [batch], damping=0.5
+        )  # its own gradient: 1 in both
         np.testing.assert_allclose(own, np.full(3, 2 * (1 / 3) / (1 / 3 + 0.5)), rtol=1e-5)
-        means = influence.mean_eigenvalues(fitted)  # the rest has no curvature, and gets that of the block
+        means = influence.mean_eigenvalues(
+            fitted
+        )  # the rest has no curvature, and gets that of the block
         assert len(means) == len(result.by_layer)
-        jax.tree.map(lambda x: np.testing.assert_allclose(x, np.full(np.shape(x), 1 / 3), rtol=1e-5), means)
+        jax.tree.map(
+            lambda x: np.testing.assert_allclose(x, np.full(np.shape(x), 1 / 3), rtol=1e-5), means
+        )
 
 
 def test_each_pass_has_draws_of_its_own():
@@ -226,8 +280,13 @@ def test_each_pass_has_draws_of_its_own():
     unsure = jax.tree.map(lambda x: 0.1 * x, params)
     fitted = fit([batches[0]], params=unsure)
     moments = lambda number: (
-        curvax.kron_moments(
-            objective, layout, fitted.eigen.basis, unsure, batches[0], jax.random.fold_in(KEY, number)
+        curvax.kron.kron_moments(
+            objective,
+            layout,
+            fitted.eigen.basis,
+            unsure,
+            batches[0],
+            jax.random.fold_in(KEY, number),
         ).moments
     )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
@@ -245,21 +304,30 @@ def test_damping_of_each_block_is_a_tenth_of_its_mean_eigenvalue():
     assert set(means) == {"['w']", "['v']", "['scale']"} == set(info.damping)
     for name, moments in whole().eigen.moments.items():
         np.testing.assert_allclose(means[name], [np.mean(moments.mean)], rtol=1e-5)
-    np.testing.assert_allclose(means["['scale']"], np.mean(whole().eigen.diagonal["['scale']"].mean), rtol=1e-5)
+    np.testing.assert_allclose(
+        means["['scale']"], np.mean(whole().eigen.diagonal["['scale']"].mean), rtol=1e-5
+    )
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-6), info.damping, {k: 0.1 * x for k, x in means.items()}
+        functools.partial(np.testing.assert_allclose, rtol=1e-6),
+        info.damping,
+        {k: 0.1 * x for k, x in means.items()},
     )
     # a block that the data never reach is damped as the largest
     dead = dataclasses.replace(
-        whole(), eigen=whole().eigen._replace(moments=jax.tree.map(jnp.zeros_like, whole().eigen.moments))
+        whole(),
+        eigen=whole().eigen._replace(moments=jax.tree.map(jnp.zeros_like, whole().eigen.moments)),
     )
     assert influence.mean_eigenvalues(dead)["['w']"] == means["['scale']"]
 
 
 def test_errors_say_what_and_where():
     objective, params, batches, layout = problem()
-    run = lambda fitted=None, measure=objective, params=params, queries=batches[0], train=batches, **options: (
-        influence.influence(fitted or whole(), objective, measure, params, queries, train, **options)
+    run = (
+        lambda fitted=None, measure=objective, params=params, queries=batches[0], train=batches, **options: (
+            influence.influence(
+                fitted or whole(), objective, params, queries, train, measurement=measure, **options
+            )
+        )
     )
     refused = lambda text, error=ValueError: pytest.raises(error, match=text)
     with refused(r"the layout is of other params: \['b'\] is \[4\] there, in params \[5\]"):
@@ -268,48 +336,72 @@ def test_errors_say_what_and_where():
         run(params={name: x for name, x in params.items() if name != "b"})
     with refused(r"layout is of another model"):
         other = curvax.Objective(
-            lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"] * p["scale"] + 0 * jnp.sum(p["b"]), objective.loss
+            lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"] * p["scale"] + 0 * jnp.sum(p["b"]),
+            objective.loss,
         )
-        influence.influence(whole(), other, objective, params, batches[0], batches)
+        influence.influence(whole(), other, params, batches[0], batches, measurement=objective)
     with refused(
-        r"the measurement of one query, given as a batch of one, must return a real scalar, got float32\[1, 2\]", TypeError
+        r"the measurement of one query, given as a batch of one, must return a real scalar, got float32\[1, 2\]",
+        TypeError,
     ):
         run(measure=lambda p, query: objective.outputs(p, query[0]))
     positive = {"['w']": jnp.ones(1), "['v']": 1.0, "['scale']": np.float32(1.0)}
     run(damping=positive)
-    for damping in (0, -1.0, jnp.array(-0.5), positive | {"['v']": 0.0}, positive | {"['w']": jnp.array([-1.0])}):
+    for damping in (
+        0,
+        -1.0,
+        jnp.array(-0.5),
+        positive | {"['v']": 0.0},
+        positive | {"['w']": jnp.array([-1.0])},
+    ):
         with refused("damping must be positive, got"):
             run(damping=damping)
         with refused("damping must be positive, got"):
             influence.self_influence(whole(), objective, params, batches, damping=damping)
     for damping in (jnp.ones(2), positive | {"['w']": jnp.ones(2)}):
-        with refused(r"damping of \['w'\] must be of shape .* got float32\[2\]|damping of \['v'\] must be"):
+        with refused(
+            r"damping of \['w'\] must be of shape .* got float32\[2\]|damping of \['v'\] must be"
+        ):
             run(damping=damping)
     with refused("curvature is zero everywhere, or not finite"):
-        nothing = curvax.Objective(objective.model, curvax.losses.from_function(lambda f, y: 0 * jnp.mean(f)))
-        flat = influence.fit(nothing, layout, params, batches, KEY, estimator="empirical", progress=False)
+        nothing = curvax.Objective(
+            objective.model, curvax.losses.from_function(lambda f, y: 0 * jnp.mean(f))
+        )
+        flat = influence.fit(
+            nothing, layout, params, batches, KEY, fisher="empirical", progress=False
+        )
         influence.self_influence(flat, nothing, params, batches)
     for method in (None, "cg"):
         with refused("the fit is not complete: it does not hold what .* divides by"):
             run(dataclasses.replace(whole(), eigen=None), method=method)
     with refused("the layout holds every leaf fixed"):
-        fixed = functools.reduce(lambda own, path: own.edit(path, kind="identity"), ("['w']", "['v']", "['scale']"), layout)
+        fixed = functools.reduce(
+            lambda own, path: own.edit(path, kind="identity"),
+            ("['w']", "['v']", "['scale']"),
+            layout,
+        )
         held = influence.fit(objective, fixed, params, batches, KEY, progress=False)
-        influence.influence(held, objective, objective, params, batches[0], batches)
+        influence.influence(held, objective, params, batches[0], batches)
     for function in (run, fit):
         with refused("microbatch must be at least 1, got 0"):
             function(microbatch=0)
     with refused(r"damping has no entry for \['v'\]"):
         run(damping={"['w']": 1.0})
-    with refused("unknown method 'lissa'; valid: 'ekfac', 'kfac', 'cg', 'identity', 'diagonal', 'mfac'"):
+    with refused(
+        "unknown method 'lissa'; valid: 'ekfac', 'kfac', 'cg', 'identity', 'diagonal', 'mfac'"
+    ):
         run(method="lissa")
-    with refused("a fit of 'ekfac' serves 'ekfac', 'kfac', 'cg', 'identity'; 'diagonal' needs one of 'diagonal'"):
+    with refused(
+        "a fit of 'ekfac' serves 'ekfac', 'kfac', 'cg', 'identity'; 'diagonal' needs one of 'diagonal'"
+    ):
         run(method="diagonal")
     with refused("self_influence goes by the methods .* got 'cg'"):
         influence.self_influence(whole(), objective, params, batches, method="cg")
     with refused("unknown by 'word'; valid: 'example', 'layer', 'token'"):
         run(by="word")
-    with refused('by="token": no block is used at each of the 3 positions of the second axis of the inputs'):
+    with refused(
+        'by="token": no block is used at each of the 3 positions of the second axis of the inputs'
+    ):
         run(by="token")
     for function in (influence.influence, influence.top_k):
         with refused("train_batches is empty|batches is empty"):
@@ -317,10 +409,16 @@ def test_errors_say_what_and_where():
                 run(train=[])
             else:
                 influence.top_k(
-                    influence.precondition(whole(), objective, objective, params, batches[0])[0], objective, params, [], 3
+                    influence.precondition(whole(), objective, objective, params, batches[0])[0],
+                    objective,
+                    params,
+                    [],
+                    3,
                 )
     with refused("rank must be at least 1, got 0"):
-        influence.compress(influence.precondition(whole(), objective, objective, params, batches[0])[0], 0)
+        influence.compress(
+            influence.precondition(whole(), objective, objective, params, batches[0])[0], 0
+        )
     with refused("unknown method 'cg'; valid: 'ekfac', 'kfac', 'diagonal', 'identity'"):
         fit(method="cg")
     with refused("batches is an iterator .*, which can be gone through but once", TypeError):
@@ -337,9 +435,13 @@ def test_low_precision_params_are_scored_in_float32():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     low = [(x.astype(jnp.bfloat16), y) for x, y in batches]
     fitted = fit(low, params=half)
-    assert {x.dtype for x in jax.tree.leaves((fitted.factors, fitted.eigen))} == {jnp.dtype(jnp.float32)}
-    got, _ = influence.influence(fitted, objective, objective, half, low[0], low, damping=0.1)
-    want, _ = influence.influence(whole(), objective, objective, params, batches[0], batches, damping=0.1)
+    assert {x.dtype for x in jax.tree.leaves((fitted.factors, fitted.eigen))} == {
+        jnp.dtype(jnp.float32)
+    }
+    got, _ = influence.influence(fitted, objective, half, low[0], low, damping=0.1)
+    want, _ = influence.influence(whole(), objective, params, batches[0], batches, damping=0.1)
     assert got.change_if_removed.dtype == jnp.float32
-    error = np.linalg.norm(got.change_if_removed - want.change_if_removed) / np.linalg.norm(want.change_if_removed)
+    error = np.linalg.norm(got.change_if_removed - want.change_if_removed) / np.linalg.norm(
+        want.change_if_removed
+    )
     assert 0 < error < 0.05

@@ -21,8 +21,11 @@ def wide(tree):
 
 def window():
     keys = jax.random.split(jax.random.key(1))
-    rows = {"b": jax.random.normal(keys[0], (SIZE, 3)), "w": jax.random.normal(keys[1], (SIZE, 4, 5))}
-    return curvax.window_of(wide(rows))
+    rows = {
+        "b": jax.random.normal(keys[0], (SIZE, 3)),
+        "w": jax.random.normal(keys[1], (SIZE, 4, 5)),
+    }
+    return curvax.solve.window_of(wide(rows))
 
 
 def fisher():
@@ -39,7 +42,9 @@ def test_scores_and_the_removal_of_one_weight(x64):
         masks = {**ONES, "w": ONES["w"].ravel().at[q].set(False).reshape(4, 5)}
         params, increase = pruning.remove(wide(PARAMS), masks, window(), DAMPING, block_size=64)
         step = np.asarray(params["w"]).ravel() - w
-        np.testing.assert_allclose(step, -inverse[:, q] * w[q] / inverse[q, q], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(
+            step, -inverse[:, q] * w[q] / inverse[q, q], rtol=1e-10, atol=1e-12
+        )
         np.testing.assert_allclose([step @ fisher() @ step / 2, increase], scores[q], rtol=1e-10)
         assert params["w"].ravel()[q] == 0
         np.testing.assert_array_equal(params["b"], PARAMS["b"])
@@ -66,10 +71,15 @@ def test_blocks_are_corrected_by_themselves(x64):
 
 
 def test_apoptosis_sums_to_the_second_order_term(x64):
-    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["w"]) + p["b"][:1], curvax.losses.squared_error())
+    objective = curvax.Objective(
+        lambda p, x: jnp.tanh(x @ p["w"]) + p["b"][:1], curvax.losses.squared_error()
+    )
     batch = (jax.random.normal(jax.random.key(2), (8, 4), jnp.float64), jnp.ones((8, 5)))
     flat, unravel = ravel_pytree(wide(PARAMS))
-    flat, H = np.asarray(flat), np.asarray(jax.jit(jax.hessian(lambda f: objective(unravel(f), batch)))(flat))
+    flat, H = (
+        np.asarray(flat),
+        np.asarray(jax.jit(jax.hessian(lambda f: objective(unravel(f), batch)))(flat)),
+    )
     scores = ravel_pytree(pruning.apoptosis(objective, wide(PARAMS), batch))[0]
     np.testing.assert_allclose(scores, np.abs(flat * (H @ flat)), rtol=1e-10, atol=1e-12)
     diagonal = pruning.diagonal_fisher(objective, wide(PARAMS), batch)
@@ -79,7 +89,11 @@ def test_apoptosis_sums_to_the_second_order_term(x64):
 
 
 def test_unstructured_takes_the_lowest_of_all_kernels_and_what_is_gone_stays_gone():
-    scores = {"a": jnp.array([[1.0, 8.0], [3.0, 6.0]]), "b": jnp.zeros(3), "c": jnp.array([[2.0, 7.0, 4.0, 5.0]])}
+    scores = {
+        "a": jnp.array([[1.0, 8.0], [3.0, 6.0]]),
+        "b": jnp.zeros(3),
+        "c": jnp.array([[2.0, 7.0, 4.0, 5.0]]),
+    }
     masks = jax.tree.map(lambda x: jnp.ones(x.shape, bool), scores)
     masks["a"] = masks["a"].at[0, 1].set(False)  # the highest score is gone already
     got = pruning.unstructured()(scores, masks, 0.5)
@@ -96,7 +110,9 @@ def test_n_of_m_and_whole_slices():
     got = pruning.n_of_m(2, 4)(x, mask, 0.0)
     assert (got.reshape(2, 4, 6).sum(1) == 2).all()
     top = jnp.sort(x.reshape(2, 4, 6), axis=1)[:, 2:]
-    np.testing.assert_array_equal(jnp.sort(jnp.where(got, x, 0).reshape(2, 4, 6), axis=1)[:, 2:], top)
+    np.testing.assert_array_equal(
+        jnp.sort(jnp.where(got, x, 0).reshape(2, 4, 6), axis=1)[:, 2:], top
+    )
     ties = pruning.n_of_m(2, 4, axis=-1)(jnp.zeros((3, 8)), jnp.ones((3, 8), bool), 0.0)
     assert (ties.reshape(3, 2, 4).sum(-1) == 2).all()
     rows = pruning.whole(axis=-2)(x, mask, 0.5)
@@ -137,9 +153,14 @@ def test_surgeon_beats_magnitude_on_a_trained_network(trained, pattern):
     options = {"window_size": 40, "damping": 1e-4, "pattern": pattern}
     pruned = pruning.prune(objective, params, batches, sparsity, **options)
     own = pattern or pruning.unstructured()
-    masks = own(pruning.magnitude(params), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), sparsity)
+    masks = own(
+        pruning.magnitude(params), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), sparsity
+    )
     assert abs(pruning.density(pruned.masks) - (1 - sparsity)) < 0.03
-    assert all((w[~m] == 0).all() for w, m in zip(*map(jax.tree.leaves, (pruned.params, pruned.masks)), strict=True))
+    assert all(
+        (w[~m] == 0).all()
+        for w, m in zip(*map(jax.tree.leaves, (pruned.params, pruned.masks)), strict=True)
+    )
     assert objective(pruned.params, data) < objective(pruning.apply_masks(params, masks), data)
     assert pruned.increase > 0
 
@@ -152,7 +173,9 @@ def test_gradual_pruning_ends_at_the_sparsity_and_is_better_than_one_shot(traine
     assert pruning.density(once.masks) == pytest.approx(pruning.density(gradual.masks), abs=0.005)
     assert objective(gradual.params, data) < objective(once.params, data)
     more = pruning.prune(objective, gradual.params, batches, 0.95, masks=gradual.masks, **options)
-    was, now = (np.concatenate([m.ravel() for m in jax.tree.leaves(x.masks)]) for x in (gradual, more))
+    was, now = (
+        np.concatenate([m.ravel() for m in jax.tree.leaves(x.masks)]) for x in (gradual, more)
+    )
     assert not now[~was].any()
 
 
@@ -169,7 +192,10 @@ def test_fine_tuning_leaves_what_is_pruned_zero(trained):
 
     for _ in range(5):
         params, state = step(params, state)
-    assert all((w[~m] == 0).all() for w, m in zip(*map(jax.tree.leaves, (params, pruned.masks)), strict=True))
+    assert all(
+        (w[~m] == 0).all()
+        for w, m in zip(*map(jax.tree.leaves, (params, pruned.masks)), strict=True)
+    )
     assert objective(params, data) < objective(pruned.params, data)
 
 
@@ -178,7 +204,9 @@ def test_errors_say_what_and_where(trained):
     for sparsity in (1.0, -0.1):
         with pytest.raises(ValueError, match=rf"sparsity must lie in \[0, 1\), got {sparsity}"):
             pruning.prune(objective, params, batches, sparsity)
-    with pytest.raises(ValueError, match=r"5 does not divide axis -2 of \['w'\], which has 4 entries"):
+    with pytest.raises(
+        ValueError, match=r"5 does not divide axis -2 of \['w'\], which has 4 entries"
+    ):
         pruning.n_of_m(2, 5)(PARAMS, ONES, 0.0)
     with pytest.raises(ValueError, match="n must be at most m, got 3 of 2"):
         pruning.n_of_m(3, 2)

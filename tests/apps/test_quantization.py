@@ -39,7 +39,9 @@ def test_levels_are_few_symmetric_and_nearest(axis, bits):
     got = quantized(axis, "max")(PARAMS, bits)
     last = 2 ** (bits - 1) - 1
     for layer, leaf in (("a", "w"), ("c", "w")):
-        for w, q in zip(slices(PARAMS[layer][leaf], axis), slices(got[layer][leaf], axis), strict=True):
+        for w, q in zip(
+            slices(PARAMS[layer][leaf], axis), slices(got[layer][leaf], axis), strict=True
+        ):
             step = np.abs(w).max() / last
             levels = step * np.arange(-last, last + 1)  # 2^bits - 1 of them, zero among them
             nearest = levels[np.abs(levels[:, None] - w).argmin(0)]
@@ -54,7 +56,9 @@ def test_levels_are_few_symmetric_and_nearest(axis, bits):
 @pytest.mark.parametrize("axis", [None, -1])
 def test_least_squares_scale_is_never_worse_and_the_best_of_its_grid(axis):
     for bits in (2, 4):
-        ours, plain = (quantized(axis, scale)(PARAMS, bits)["a"]["w"] for scale in ("least_squares", "max"))
+        ours, plain = (
+            quantized(axis, scale)(PARAMS, bits)["a"]["w"] for scale in ("least_squares", "max")
+        )
         last = 2 ** (bits - 1) - 1
         w = slices(PARAMS["a"]["w"], axis)
         step = np.abs(w).max(1, keepdims=True) / last * np.linspace(1, 0.2, 32)[:, None, None]
@@ -101,7 +105,10 @@ def trained():
     inputs = centers[labels] + 0.7 * jax.random.normal(jax.random.key(5), (200, 12))
     shapes = ((12, 20), (20, 10), (10, 16), (16, 5))
     keys = jax.random.split(jax.random.key(6), 4)
-    params = {f"w{i}": jax.random.normal(keys[i], shape) / shape[0] ** 0.5 for i, shape in enumerate(shapes)}
+    params = {
+        f"w{i}": jax.random.normal(keys[i], shape) / shape[0] ** 0.5
+        for i, shape in enumerate(shapes)
+    }
     model = lambda p, x: functools.reduce(lambda h, w: jnp.tanh(h) @ w, p.values(), 3 * x)
     objective, tx = curvax.Objective(model, curvax.losses.softmax_cross_entropy()), optax.adam(1e-2)
 
@@ -137,7 +144,9 @@ def test_hawq_v2_is_the_average_trace_times_the_squared_perturbation():
         quantized = quantize(params, bits, CHANNELS)
         for name, w in params.items():
             trace = traces[f"['{name}']"]
-            assert abs(trace.mean - diagonal[name].sum()) < 3 * trace.sem < 0.4 * diagonal[name].sum()
+            assert (
+                abs(trace.mean - diagonal[name].sum()) < 3 * trace.sem < 0.4 * diagonal[name].sum()
+            )
             expected = trace.mean / w.size * jnp.sum((quantized[name] - w) ** 2)
             np.testing.assert_allclose(omegas[f"['{name}']"][bits], expected, rtol=1e-5)
 
@@ -146,13 +155,22 @@ def test_omega_ranks_assignments_of_widths_as_the_loss_does():
     objective, params, batch = trained()
     omegas, _ = measured()
     choices = list(itertools.product((2, 4, 8), repeat=4))
-    loss = lambda bits: objective(quantize(params, dict(zip(omegas, bits, strict=True)), CHANNELS), batch)
+    loss = lambda bits: objective(
+        quantize(params, dict(zip(omegas, bits, strict=True)), CHANNELS), batch
+    )
     losses = jax.jit(lambda choices: jax.lax.map(loss, choices))(jnp.array(choices))
-    total = [sum(row[bits] for row, bits in zip(omegas.values(), choice, strict=True)) for choice in choices]
+    total = [
+        sum(row[bits] for row, bits in zip(omegas.values(), choice, strict=True))
+        for choice in choices
+    ]
     assert spearmanr(total, losses)[0] > 0.8
     assert losses.max() - losses.min() > 0.3
     best = allocate(omegas, quantization.sizes(params), 4 * sum(w.size for w in params.values()))
-    within = [i for i, choice in enumerate(choices) if np.dot(choice, [w.size for w in params.values()]) <= best.size]
+    within = [
+        i
+        for i, choice in enumerate(choices)
+        if np.dot(choice, [w.size for w in params.values()]) <= best.size
+    ]
     assert losses[choices.index(tuple(best.bits.values()))] < np.median(losses[np.array(within)])
 
 
@@ -171,15 +189,23 @@ def test_hawq_is_the_top_eigenvalue_by_number_of_weights():
 
     omegas, info = measure(params)
     assert omegas.keys() == {"all"} and info["all"].converged
-    np.testing.assert_allclose(omegas["all"][2], 16 / 3 / 3 * 0.5**2, rtol=1e-5)  # 0.5 goes to 0 or 1; 0.25 stays, alone
+    np.testing.assert_allclose(
+        omegas["all"][2], 16 / 3 / 3 * 0.5**2, rtol=1e-5
+    )  # 0.5 goes to 0 or 1; 0.25 stays, alone
 
 
 def brute_force(omegas, sizes):
     """All allocations, as (size, omega, bits)."""
     every = itertools.product(*(row.items() for row in omegas.values()))
-    size = lambda picks: sum(sizes[layer] * bits for layer, (bits, _) in zip(omegas, picks, strict=True))
+    size = lambda picks: sum(
+        sizes[layer] * bits for layer, (bits, _) in zip(omegas, picks, strict=True)
+    )
     return [
-        (size(p), functools.reduce(lambda t, x: t + x[1], p, 0.0), dict(zip(omegas, (b for b, _ in p), strict=True)))
+        (
+            size(p),
+            functools.reduce(lambda t, x: t + x[1], p, 0.0),
+            dict(zip(omegas, (b for b, _ in p), strict=True)),
+        )
         for p in every
     ]
 
@@ -221,24 +247,38 @@ def test_allocation_of_a_large_network_is_quick():
 
 
 def test_errors_say_what_and_where():
-    with pytest.raises(ValueError, match=r"bits names layers that params do not have: \['x'\]; there are \['a'\]\['w'\], "):
+    with pytest.raises(
+        ValueError,
+        match=r"bits names layers that params do not have: \['x'\]; there are \['a'\]\['w'\], ",
+    ):
         quantize(PARAMS, {"['x']": 4})
     for bits in (1, 9):
-        with pytest.raises(ValueError, match=rf"bits of \['a'\]\['w'\] must lie in \[2, 8\], got {bits}"):
+        with pytest.raises(
+            ValueError, match=rf"bits of \['a'\]\['w'\] must lie in \[2, 8\], got {bits}"
+        ):
             quantize(PARAMS, bits)
     with pytest.raises(TypeError, match=r"bits of \['a'\]\['w'\] must be an integer"):
         quantize(PARAMS, 2.5)
-    with pytest.raises(ValueError, match=r"axis -3 of the scheme is none of \['a'\]\['w'\], which has 2"):
+    with pytest.raises(
+        ValueError, match=r"axis -3 of the scheme is none of \['a'\]\['w'\], which has 2"
+    ):
         quantize(PARAMS, 4, Scheme(axis=-3))
     with pytest.raises(ValueError, match=r"unknown scale 'mean'; valid: 'max', 'least_squares'"):
         quantize(PARAMS, 4, Scheme(scale="mean"))
     with pytest.raises(ValueError, match=r"quantizes no leaf of params; see Scheme.quantizable"):
         quantize({"b": jnp.ones(3)}, 4)
-    with pytest.raises(ValueError, match=r"curvature is of layers \['a'\]\['w'\], the scheme quantizes .*layers_by_path"):
+    with pytest.raises(
+        ValueError,
+        match=r"curvature is of layers \['a'\]\['w'\], the scheme quantizes .*layers_by_path",
+    ):
         quantization.sensitivities({"['a']['w']": 1.0}, PARAMS, (2,))
-    with pytest.raises(ValueError, match=r"no choice of widths fits into 19 bits; the smallest takes 20"):
+    with pytest.raises(
+        ValueError, match=r"no choice of widths fits into 19 bits; the smallest takes 20"
+    ):
         allocate({"l": {2: 1.0, 4: 0.5}}, {"l": 10}, 19)
-    with pytest.raises(ValueError, match=r"layer l needs a size, widths, and finite sensitivities; got size None"):
+    with pytest.raises(
+        ValueError, match=r"layer l needs a size, widths, and finite sensitivities; got size None"
+    ):
         pareto({"l": {2: 1.0}}, {})
     with pytest.raises(ValueError, match=r"layer l needs .*finite.*\{2: nan\}"):
         pareto({"l": {2: float("nan")}}, {"l": 3})

@@ -20,7 +20,9 @@ def test_numbers_are_those_of_the_whole_data_set(size, x64):
     """One batch, and several with a ragged last one."""
     case = cases.mlp()
     batches = in_batches(case.batch, size)
-    report = curvax.sharpness_report(case.objective, case.params, batches, learning_rate=0.3, num_probes=400, tol=1e-6)
+    report = curvax.apps.sharpness_report(
+        case.objective, case.params, batches, learning_rate=0.3, num_probes=400, tol=1e-6
+    )
     matrix = np.asarray(oracle.hessian(case))
     largest = np.linalg.eigvalsh(matrix)[-1]
     np.testing.assert_allclose(report.largest, largest, rtol=1e-6)
@@ -42,7 +44,7 @@ def test_the_threshold_of_sgd_is_where_its_second_moment_grows(size, x64):
     x = jnp.sqrt(s) * jnp.eye(n)
     objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
     batches = in_batches((x, jnp.zeros(n)), size)
-    report = curvax.sharpness_report(objective, jnp.ones(n), batches, learning_rate=1.0)
+    report = curvax.apps.sharpness_report(objective, jnp.ones(n), batches, learning_rate=1.0)
     np.testing.assert_allclose(report.trace.mean, s, rtol=1e-12)
 
     def second_moment(share):
@@ -53,20 +55,26 @@ def test_the_threshold_of_sgd_is_where_its_second_moment_grows(size, x64):
         return jnp.mean((1 - rate * s * counts / size) ** 2)
 
     assert second_moment(0.95) < 1 < second_moment(1.05)
-    assert "SGD is not stable here" in str(curvax.sharpness_report(objective, jnp.ones(n), batches, learning_rate=1e3))
+    assert "SGD is not stable here" in str(
+        curvax.apps.sharpness_report(objective, jnp.ones(n), batches, learning_rate=1e3)
+    )
 
 
 def test_picture_and_errors():
     from curvax import plot
 
     case = cases.mlp()
-    report = curvax.sharpness_report(case.objective, case.params, [case.batch], learning_rate=0.1, product=curvax.ggnvp)
+    report = curvax.apps.sharpness_report(
+        case.objective, case.params, [case.batch], learning_rate=0.1, matvec_of=curvax.ggnvp
+    )
     ax = plot.sharpness({0: report, 10: report})
     assert [line.get_label() for line in ax.lines[:2]] == ["gradient descent", "SGD"]
     np.testing.assert_allclose(ax.lines[0].get_ydata(), report.gradient_descent)
     with pytest.raises(ValueError, match="batches is empty"):
-        curvax.sharpness_report(case.objective, case.params, [], learning_rate=0.1)
+        curvax.apps.sharpness_report(case.objective, case.params, [], learning_rate=0.1)
     with pytest.raises(ValueError, match="learning_rate must be at least 0"):
-        curvax.sharpness_report(case.objective, case.params, [case.batch], learning_rate=-0.1)
+        curvax.apps.sharpness_report(case.objective, case.params, [case.batch], learning_rate=-0.1)
     with pytest.raises(ValueError, match="num_probes must be at least 1"):
-        curvax.sharpness_report(case.objective, case.params, [case.batch], learning_rate=0.1, num_probes=0)
+        curvax.apps.sharpness_report(
+            case.objective, case.params, [case.batch], learning_rate=0.1, num_probes=0
+        )

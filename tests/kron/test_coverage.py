@@ -13,8 +13,8 @@ from jax.tree_util import keystr
 
 import curvax
 from curvax import losses
-from curvax.kron.factors import zero_factors
-from curvax.kron.tapping import record
+from curvax.kron._factors import init_factors
+from curvax.kron._tapping import record
 
 BFLOAT16 = [name for name in zoo.CASES if name.startswith("bf16")]
 
@@ -37,9 +37,13 @@ def from_taps(block, inputs, cotangents):
     kernel, bias = [], []
     for member, a, g in zip(block.members, inputs, cotangents, strict=True):
         if member.kind == "lookup":
-            a = jax.nn.one_hot(a[..., 0], block.kernel.shape[2 if member.transposed else 1], dtype=g.dtype)
+            a = jax.nn.one_hot(
+                a[..., 0], block.kernel.shape[2 if member.transposed else 1], dtype=g.dtype
+            )
         a, g = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, g))
-        kernel.append(jnp.einsum("esno,esni->esio" if member.transposed else "esni,esno->esio", a, g))
+        kernel.append(
+            jnp.einsum("esno,esni->esio" if member.transposed else "esni,esno->esio", a, g)
+        )
         bias += [g.sum(axis=2)] if member.biased else []
     return (sum(kernel),) if block.bias is None else (sum(kernel), sum(bias))
 
@@ -47,7 +51,9 @@ def from_taps(block, inputs, cotangents):
 def from_gradients(block, gradients):
     """The same, from gradients of the leaves for each example."""
     views = (block.kernel,) if block.bias is None else (block.kernel, block.bias)
-    return tuple(jax.vmap(view.read)({path: gradients[path] for path in view.leaves}) for view in views)
+    return tuple(
+        jax.vmap(view.read)({path: gradients[path] for path in view.leaves}) for view in views
+    )
 
 
 def check_taps(case, objective, layout, tolerance):
@@ -60,11 +66,17 @@ def check_taps(case, objective, layout, tolerance):
         outputs, pull = jax.vjp(lambda p: case.model(p, inputs), params)
         gradients = by_path(jax.vmap(lambda row: pull(row * r)[0])(of_row))
         blocks = {block.name: from_gradients(block, gradients) for block in layout.blocks}
-        want, got = (blocks, {leaf.path: gradients[leaf.path] for leaf in layout.leaves if leaf.outside}), []
+        want, got = (
+            (blocks, {leaf.path: gradients[leaf.path] for leaf in layout.leaves if leaf.outside}),
+            [],
+        )
         for by_example in (False, True):
             taps = record(objective, layout, params, inputs, by_example)
             pulled = taps.pull(r)
-            blocks = {b.name: from_taps(b, taps.inputs[b.name], pulled.blocks[b.name]) for b in layout.blocks}
+            blocks = {
+                b.name: from_taps(b, taps.inputs[b.name], pulled.blocks[b.name])
+                for b in layout.blocks
+            }
             got.append((taps.outputs, (blocks, pulled.outside)))
         whole = jax.tree.map(lambda x: x.sum(0, keepdims=True), want)
         return outputs, (whole, want), got
@@ -106,7 +118,7 @@ def test_layouts_and_shapes_of_factors_are_static_facts(name):
         assert again == layout and hash(again) == hash(layout)
     estimate = functools.partial(curvax.kron_factors, objective, layout, key=jax.random.key(0))
     factors = jax.eval_shape(estimate, params=params, batch=batch)
-    zeros = jax.eval_shape(lambda: zero_factors(layout, case.params))
+    zeros = jax.eval_shape(lambda: init_factors(layout, case.params))
     chex.assert_trees_all_equal_shapes_and_dtypes(factors, zeros)
 
 
@@ -184,7 +196,11 @@ PRODUCT = lambda p, x: x @ p["w"]
 # Model, shapes of the leaves, and a word of the reason of those that are not, or not wholly, kron.
 ODD = {
     "bias before a transpose": (act(lambda z, p: (z.T + p["b"][:, None]).T), "w33 v32 b3", {}),
-    "bias after a reshape": (act(lambda z, p: (z.reshape(-1, 1, 3) + p["b"])[:, 0]), "w33 v32 b3", {}),
+    "bias after a reshape": (
+        act(lambda z, p: (z.reshape(-1, 1, 3) + p["b"])[:, 0]),
+        "w33 v32 b3",
+        {},
+    ),
     "read twice": (act(lambda z, p: (z + p["b"]) * z), "w33 v32 b3", {"b": "add"}),
     "returned and read again": (returned_and_read_again, "w32 b2", {"b": "add"}),
     "returned by remat": (returned_by_remat, "w32 b2", {"b": "add"}),
@@ -192,21 +208,53 @@ ODD = {
     "scaled before": (act(lambda z, p: z * 2 + p["b"]), "w33 v32 b3", {"b": "not straight"}),
     "subtracted": (act(lambda z, p: z - p["b"]), "w33 v32 b3", {"b": "sub"}),
     "second bias": (act(lambda z, p: z + p["b"] + p["c"]), "w33 v32 b3 c3", {"c": "second bias"}),
-    "split features": (lambda p, x: (x @ p["w"]).reshape(-1, 2, 2) + p["b"], "w34 b22", {"b": "not straight"}),
-    "one bias of two": (lambda p, x: (x @ p["w"] + p["b"]) * (x @ p["v"] + p["b"]), "w33 v33 b3", {"b": "several"}),
-    "two biases of one": (act(lambda z, p: jnp.tanh(z + p["b"]) @ p["w"] + p["c"]), "w33 v32 b3 c3", {"c": "another bias"}),
+    "split features": (
+        lambda p, x: (x @ p["w"]).reshape(-1, 2, 2) + p["b"],
+        "w34 b22",
+        {"b": "not straight"},
+    ),
+    "one bias of two": (
+        lambda p, x: (x @ p["w"] + p["b"]) * (x @ p["v"] + p["b"]),
+        "w33 v33 b3",
+        {"b": "several"},
+    ),
+    "two biases of one": (
+        act(lambda z, p: jnp.tanh(z + p["b"]) @ p["w"] + p["c"]),
+        "w33 v32 b3 c3",
+        {"c": "another bias"},
+    ),
     "part of a leaf": (lambda p, x: x @ p["w"][1:4, ::2], "w54", {"w": "14 of 20 entries"}),
-    "several times": (lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1), "w32", {"w": "several times"}),
+    "several times": (
+        lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1),
+        "w32",
+        {"w": "several times"},
+    ),
     "joined with one that is not": (joined, "w3 v3", {"w": "joined", "v": "mul"}),
-    "stopped": (lambda p, x: x @ p["w"] + 0 * lax.stop_gradient(p["b"]), "w32 b2", {"b": "not influence"}),
+    "stopped": (
+        lambda p, x: x @ p["w"] + 0 * lax.stop_gradient(p["b"]),
+        "w32 b2",
+        {"b": "not influence"},
+    ),
     "not used": (lambda p, x: [x @ p["w"], p["w"] * p["b"]][0], "w32 b2", {"b": "not influence"}),
     "read in vain": (act(lambda z, p: [z + p["b"], jnp.exp(z)][0]), "w33 v32 b3", {}),
     "an output": (lambda p, x: jnp.broadcast_to(p["w"], (len(x), 2)), "w2", {"w": "output"}),
     "inside a function": (lambda p, x: x @ jax.nn.relu(p["w"]), "w33", {"w": "custom_jvp_call"}),
-    "repeated": (lambda p, x: jnp.einsum("bi,bio->bo", x, jnp.broadcast_to(p["w"], (len(x), 3, 2))), "w32", {"w": "dot"}),
-    "unrolled": (lambda p, x: functools.reduce(lambda h, w: jnp.tanh(h @ w), p["w"], x), "w233", {}),
+    "repeated": (
+        lambda p, x: jnp.einsum("bi,bio->bo", x, jnp.broadcast_to(p["w"], (len(x), 3, 2))),
+        "w32",
+        {"w": "dot"},
+    ),
+    "unrolled": (
+        lambda p, x: functools.reduce(lambda h, w: jnp.tanh(h @ w), p["w"], x),
+        "w233",
+        {},
+    ),
     "columns": (lambda p, x: jnp.take(p["w"], rows(x), 1, mode="clip").swapaxes(0, 1), "w25", {}),
-    "rows out of range": (lambda p, x: jnp.take(p["w"], rows(x), 0, mode="fill", fill_value=0), "w52", {}),
+    "rows out of range": (
+        lambda p, x: jnp.take(p["w"], rows(x), 0, mode="fill", fill_value=0),
+        "w52",
+        {},
+    ),
     "tied with bias": (tied_with_bias, "w53 b5", {}),
     "row by row": (
         lambda p, x: lax.scan(lambda h, i: (jnp.tanh(h @ p["w"][i]), None), x, jnp.arange(2))[0],
@@ -249,9 +297,16 @@ def test_the_branch_not_taken_has_no_cotangents():
     ones = jnp.ones_like(batch[1])
     inputs = lambda flag: {**case.inputs, "flag": jnp.full(4, flag)}
     for by_example in (False, True):
-        pulled = jax.jit(lambda flag, by=by_example: record(objective, layout, case.params, inputs(flag), by).pull(ones))
+        pulled = jax.jit(
+            lambda flag, by=by_example: record(
+                objective, layout, case.params, inputs(flag), by
+            ).pull(ones)
+        )
         for flag in (0, 1):
-            taken = {name: any(bool(g.any()) for g in flows) for name, flows in pulled(flag).blocks.items()}
+            taken = {
+                name: any(bool(g.any()) for g in flows)
+                for name, flows in pulled(flag).blocks.items()
+            }
             assert taken == {"['w1']": flag == 1, "['w2']": flag == 0, "['out']": True}
 
 
@@ -268,7 +323,11 @@ def test_printed_layout_has_a_line_for_each_leaf():
         _, _, layout = prepare(zoo.CASES[name]())
         lines = str(layout).splitlines()[1:-1]
         for line, leaf in zip(lines, layout.leaves, strict=True):
-            assert line.split()[0] == leaf.path and f" {leaf.kind} " in line and line.endswith(leaf.reason)
+            assert (
+                line.split()[0] == leaf.path
+                and f" {leaf.kind} " in line
+                and line.endswith(leaf.reason)
+            )
 
 
 def test_layout_by_choice():
@@ -278,24 +337,41 @@ def test_layout_by_choice():
     kinds = lambda layout: {leaf.path[2:-2]: leaf.outside or leaf.kind for leaf in layout.leaves}
     assert kinds(layout) == {"b": "kron", "scale": "diagonal", "w": "kron"}
     assert kinds(make(unmatched="identity")) == {"b": "kron", "scale": "identity", "w": "kron"}
-    assert make(unmatched={"['sc": "identity", "": "error"}) == make("identity")  # the longest key counts
+    assert make(unmatched={"['sc": "identity", "": "error"}) == make(
+        "identity"
+    )  # the longest key counts
     assert make(sharing={"['w']": "reduce"}).blocks[0].sharing == "reduce"
-    assert (layout.blocks[0].inputs, layout.blocks[0].outputs) == ("full", "full")  # 3 x 2
-    for longest, sides in {3: ("full", "full"), 2: ("diagonal", "full"), 1: ("diagonal", "diagonal")}.items():
+    assert (layout.blocks[0].a_structure, layout.blocks[0].g_structure) == ("full", "full")  # 3 x 2
+    for longest, sides in {
+        3: ("full", "full"),
+        2: ("diagonal", "full"),
+        1: ("diagonal", "diagonal"),
+    }.items():
         for choice in (longest, {"['w']": longest}):
             (block,) = make(max_dim=choice).blocks
-            assert (block.inputs, block.outputs) == sides
-            assert block.factor_shapes == tuple((3, n, n)[: 2 + (s == "full")] for n, s in zip((3, 2), sides, strict=True))
-    with pytest.raises(ValueError, match=r"(?s)unmatched=\"error\":\n  \['scale'\] \[3, 2\]: enters `mul`\n.*\"identity\""):
+            assert (block.a_structure, block.g_structure) == sides
+            assert block.factor_shapes == tuple(
+                (3, n, n)[: 2 + (s == "full")] for n, s in zip((3, 2), sides, strict=True)
+            )
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)unmatched=\"error\":\n  \['scale'\] \[3, 2\]: enters `mul`\n.*\"identity\"",
+    ):
         make(unmatched="error")
-    with pytest.raises(ValueError, match=r"(?s)\['a'\] \[3, 4\]: is used by several.*\['b'\] \[2, 3\]: is used by several"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)\['a'\] \[3, 4\]: is used by several.*\['b'\] \[2, 3\]: is used by several",
+    ):
         prepare(zoo.CASES["overlapping"](), unmatched="error")
-    with pytest.raises(ValueError, match=r"unknown unmatched 'skip'; valid: 'error', 'diagonal', 'identity'"):
+    with pytest.raises(
+        ValueError, match=r"unknown unmatched 'skip'; valid: 'error', 'diagonal', 'identity'"
+    ):
         make(unmatched="skip")
     with pytest.raises(ValueError, match=r"unknown sharing 'pool'; valid: 'expand', 'reduce'"):
         make(sharing={"['w']": "pool"})
     with pytest.raises(
-        ValueError, match=r"no leaf's path begins with \"\['q'\]\"; the paths are \['b'\], \['scale'\], \['w'\]"
+        ValueError,
+        match=r"no leaf's path begins with \"\['q'\]\"; the paths are \['b'\], \['scale'\], \['w'\]",
     ):
         make(sharing={"['q']": "reduce"})
     with pytest.raises(ValueError, match="max_dim must be an integer of at least 1, got 0"):
@@ -306,21 +382,43 @@ def test_edited_layout():
     _, _, layout = prepare(zoo.CASES["scan_layers_plain"]())
     assert layout.edit("['w']") == layout
     for path in ("['w']", "['b']"):  # of one block
-        (block,) = layout.edit(path, inputs="diagonal", outputs="identity", sharing="reduce").blocks
-        assert (block.inputs, block.outputs, block.sharing) == ("diagonal", "identity", "reduce")
+        (block,) = layout.edit(
+            path, a_structure="diagonal", g_structure="identity", sharing="reduce"
+        ).blocks
+        assert (block.a_structure, block.g_structure, block.sharing) == (
+            "diagonal",
+            "identity",
+            "reduce",
+        )
         out = layout.edit(path, kind="identity")
-        assert not out.blocks and [leaf.kind for leaf in out.leaves] == ["identity", "diagonal", "identity"]
+        assert not out.blocks and [leaf.kind for leaf in out.leaves] == [
+            "identity",
+            "diagonal",
+            "identity",
+        ]
     assert layout.edit("['scale']", kind="identity").leaves[1].kind == "identity"
-    with pytest.raises(ValueError, match=r"unknown path \"\['q'\]\"; valid: \"\['b'\]\", \"\['scale'\]\", \"\['w'\]\""):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown path \"\['q'\]\"; valid: \"\['b'\]\", \"\['scale'\]\", \"\['w'\]\"",
+    ):
         layout.edit("['q']", sharing="reduce")
-    with pytest.raises(ValueError, match=r"unknown change 'side'; valid: 'inputs', 'outputs', 'sharing', 'kind'"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown change 'side'; valid: 'a_structure', 'g_structure', 'sharing', 'kind'",
+    ):
         layout.edit("['w']", side="full")
-    with pytest.raises(ValueError, match=r"unknown outputs 'wide'; valid: 'full', 'diagonal', 'identity'"):
-        layout.edit("['w']", outputs="wide")
-    with pytest.raises(ValueError, match=r"\['scale'\] is in no block, so that only its kind can be changed"):
-        layout.edit("['scale']", inputs="full")
+    with pytest.raises(
+        ValueError, match=r"unknown g_structure 'wide'; valid: 'full', 'diagonal', 'identity'"
+    ):
+        layout.edit("['w']", g_structure="wide")
+    with pytest.raises(
+        ValueError, match=r"\['scale'\] is in no block, so that only its kind can be changed"
+    ):
+        layout.edit("['scale']", a_structure="full")
     _, _, cut = prepare(zoo.CASES["fused_qkv"]())
-    assert [b.sharing for b in cut.edit("['cut']['b']", sharing="reduce").blocks].count("reduce") == 3
+    assert [b.sharing for b in cut.edit("['cut']['b']", sharing="reduce").blocks].count(
+        "reduce"
+    ) == 3
 
 
 def test_a_layout_is_of_one_model():
@@ -329,17 +427,26 @@ def test_a_layout_is_of_one_model():
     factors = lambda params=case.params, model=case.model, batch=batch: curvax.kron_factors(
         curvax.Objective(model, objective.loss), layout, params, batch, jax.random.key(0)
     )
-    with pytest.raises(ValueError, match=r"of other params: params has a leaf \['more'\], the layout has not"):
+    with pytest.raises(
+        ValueError, match=r"of other params: params has a leaf \['more'\], the layout has not"
+    ):
         factors({**case.params, "more": jnp.ones(2)})
-    with pytest.raises(ValueError, match=r"of other params: the layout has a leaf \['b'\], params has not"):
+    with pytest.raises(
+        ValueError, match=r"of other params: the layout has a leaf \['b'\], params has not"
+    ):
         factors({"w": case.params["w"], "scale": case.params["scale"]})
-    with pytest.raises(ValueError, match=r"of other params: \['w'\] is \[3, 2, 2\] there, in params \[3, 2, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"of other params: \['w'\] is \[3, 2, 2\] there, in params \[3, 2, 5\]"
+    ):
         factors({**case.params, "w": jnp.ones((3, 2, 5))})
     with pytest.raises(
-        ValueError, match=r"of another model: there, \['w'\] with bias \['b'\] is used by 1 linear map.*again"
+        ValueError,
+        match=r"of another model: there, \['w'\] with bias \['b'\] is used by 1 linear map.*again",
     ):
         factors(model=lambda p, x: x @ p["w"][0] + p["b"][0] * p["scale"][0])
-    with pytest.raises(ValueError, match=r"targets float32\[4, 3\] do not fit outputs float32\[4, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"targets float32\[4, 3\] do not fit outputs float32\[4, 2\]"
+    ):
         factors(batch=(case.inputs, jnp.ones((4, 3))))
     with pytest.raises(TypeError, match=r"pair \(inputs, targets\)"):
         factors(batch=case.inputs)

@@ -88,7 +88,9 @@ LAYERS = {
 def network(setting, layer):
     """Three layers around `layer`, where the Gauss-Newton block of each is a Kronecker product."""
     apply, shapes = LAYERS[layer]
-    params = {"layer": {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items(), 1)}}
+    params = {
+        "layer": {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items(), 1)}
+    }
     params["first"] = normal(5, 3, 4)
     width = jax.eval_shape(apply, params["layer"], jnp.ones((1, 4))).shape[-1]
     params["last"] = normal(6, width, 2)
@@ -106,7 +108,9 @@ def network(setting, layer):
     model = lambda p, x: pool(apply(p["layer"], x @ p["first"]) @ p["last"])
     x = normal(7, 5, 3) if setting == "several examples" else normal(7, 4, 3, 3)
     return Case(
-        curvax.Objective(model, losses.squared_error()), params, (x, jnp.zeros(jax.eval_shape(model, params, x).shape))
+        curvax.Objective(model, losses.squared_error()),
+        params,
+        (x, jnp.zeros(jax.eval_shape(model, params, x).shape)),
     )
 
 
@@ -116,16 +120,18 @@ def kronecker_and_dense(case, layout):
     J = jax.vmap(unravel)(oracle.jacobian(case))
     J = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(J)}
     S = oracle.output_curvature(case)
-    found = factors(case, layout, estimator="exact")
+    found = factors(case, layout, fisher="exact")
     pairs = {}
     for block in layout.blocks:
-        rows = jax.vmap(block.kernel.read)({path: J[path] for path in block.kernel.leaves})  # [outputs, stack, in, out]
+        rows = jax.vmap(block.kernel.read)(
+            {path: J[path] for path in block.kernel.leaves}
+        )  # [outputs, stack, in, out]
         if block.bias is not None:
             bias = jax.vmap(block.bias.read)({path: J[path] for path in block.bias.leaves})
             rows = jnp.concatenate([rows, bias[:, :, None]], axis=2)
         rows = rows.reshape(*rows.shape[:2], -1)
-        A, G = found.blocks[block.name].inputs.mean, found.blocks[block.name].outputs.mean
-        A = jax.vmap(jnp.diag)(A) if block.inputs == "diagonal" else A
+        A, G = found.blocks[block.name].a.mean, found.blocks[block.name].g.mean
+        A = jax.vmap(jnp.diag)(A) if block.a_structure == "diagonal" else A
         pairs[block.name] = jax.vmap(jnp.kron)(A, G), jnp.einsum("csi,cd,dsj->sij", rows, S, rows)
     return pairs
 
@@ -141,7 +147,9 @@ def check_exact(case, layout):
 @pytest.mark.parametrize("setting", ["one example", "several examples", "expand", "reduce"])
 def test_exact_in_networks(setting, layer):
     case = network(setting, layer)
-    pooled = setting == "reduce" or (setting == "one example" and LAYERS[layer][0] in (used_twice, biased_once))
+    pooled = setting == "reduce" or (
+        setting == "one example" and LAYERS[layer][0] in (used_twice, biased_once)
+    )
     sharing = "reduce" if pooled else "expand"
     layout = layout_of(case, sharing=sharing)
     assert {leaf.kind for leaf in layout.leaves} == {"kron"} and len(layout.blocks) == 3
@@ -152,7 +160,13 @@ def convolution(groups, dilation=1):
     def model(p, x):
         dims = ("NHC", "HIO", "NHC")
         y = lax.conv_general_dilated(
-            x, p["w"], (2,), "SAME", rhs_dilation=(dilation,), dimension_numbers=dims, feature_group_count=groups
+            x,
+            p["w"],
+            (2,),
+            "SAME",
+            rhs_dilation=(dilation,),
+            dimension_numbers=dims,
+            feature_group_count=groups,
         )
         return y + p["b"]
 
@@ -161,20 +175,33 @@ def convolution(groups, dilation=1):
 
 def lookup():
     ids = jnp.asarray(np.random.default_rng(0).integers(-2, 5, size=(4, 3)))  # some from the end
-    return lambda p, ids: p["table"][ids] @ p["w"], {"table": normal(1, 5, 3), "w": normal(2, 3, 2)}, ids
+    return (
+        lambda p, ids: p["table"][ids] @ p["w"],
+        {"table": normal(1, 5, 3), "w": normal(2, 3, 2)},
+        ids,
+    )
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("kind", ["convolution", "grouped", "lookup"])
 def test_exact_in_convolutions_and_lookups(kind, sharing):
     """A loss at each position, or of their mean; the mean of rows looked up has a full A."""
-    kinds = {"convolution": lambda: convolution(1, 2), "grouped": lambda: convolution(2), "lookup": lookup}
+    kinds = {
+        "convolution": lambda: convolution(1, 2),
+        "grouped": lambda: convolution(2),
+        "lookup": lookup,
+    }
     each, params, x = kinds[kind]()
     model = each if sharing == "expand" else lambda p, x: each(p, x).mean(1)
     targets = jnp.zeros(jax.eval_shape(model, params, x).shape)
     case = Case(curvax.Objective(model, losses.squared_error()), params, (x, targets))
     layout = layout_of(case, sharing=sharing)
-    check_exact(case, layout.edit("['table']", inputs="full") if (kind, sharing) == ("lookup", "reduce") else layout)
+    check_exact(
+        case,
+        layout.edit("['table']", a_structure="full")
+        if (kind, sharing) == ("lookup", "reduce")
+        else layout,
+    )
 
 
 # ---------------------------------------------------------------- how factors add up
@@ -187,11 +214,19 @@ def sequences(mask=True):
         h = jnp.tanh((x @ p["w"] + p["b"]) * p["scale"])
         return jnp.cumsum(h, axis=1) @ p["v"] + p["c"]
 
-    params = {"w": normal(1, 3, 4), "b": normal(2, 4), "scale": normal(3, 4), "v": normal(4, 4, 3), "c": normal(5, 3)}
+    params = {
+        "w": normal(1, 3, 4),
+        "b": normal(2, 4),
+        "scale": normal(3, 4),
+        "v": normal(4, 4, 3),
+        "c": normal(5, 3),
+    }
     labels = jnp.asarray(np.random.default_rng(6).integers(3, size=(5, 3)))
     labels = labels.at[0, 1:].set(-1).at[2].set(-1).at[4, 0].set(-1) if mask else labels
     return Case(
-        curvax.Objective(model, losses.softmax_cross_entropy(ignore_index=-1)), params, (normal(7, 5, 3, 3), labels)
+        curvax.Objective(model, losses.softmax_cross_entropy(ignore_index=-1)),
+        params,
+        (normal(7, 5, 3, 3), labels),
     )
 
 
@@ -205,16 +240,21 @@ def rows(case, start, stop):
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("estimator", ["exact", "empirical"])
-def test_data_given_twice_merged_or_in_chunks(estimator, sharing):
-    case = sequences(mask=estimator == "exact")
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_data_given_twice_merged_or_in_chunks(fisher, sharing):
+    case = sequences(mask=fisher == "exact")
     layout = layout_of(case, sharing=sharing)
-    estimate = functools.partial(factors, layout=layout, estimator=estimator)
+    estimate = functools.partial(factors, layout=layout, fisher=fisher)
 
     def every_way(case):
         twice = case._replace(batch=jax.tree.map(lambda x: jnp.concatenate([x, x]), case.batch))
         halves = [estimate(rows(case, 0, 2)), estimate(rows(case, 2, 5))]
-        return estimate(case), means(estimate(twice)), curvax.merge(*halves), estimate(case, microbatch=2)
+        return (
+            estimate(case),
+            means(estimate(twice)),
+            curvax.kron.merge(*halves),
+            estimate(case, microbatch=2),
+        )
 
     whole, twice, merged, chunked = compiled(every_way, case)
     chex.assert_trees_all_close(twice, means(whole), rtol=1e-9, atol=1e-12)
@@ -235,24 +275,32 @@ def test_draws_depend_on_rows_not_on_chunks():
 
     whole, chunked, expanded = compiled(every_way, case)
     chex.assert_trees_all_close(whole, chunked, rtol=1e-9, atol=1e-12)
-    A = [{name: block.inputs for name, block in found.blocks.items()} for found in expanded]
+    A = [{name: block.a for name, block in found.blocks.items()} for found in expanded]
     chex.assert_trees_all_close(*A, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name, sharing", [("sequences", "expand"), ("sequences", "reduce"), ("multi_head", "reduce")])
+@pytest.mark.parametrize(
+    "name, sharing", [("sequences", "expand"), ("sequences", "reduce"), ("multi_head", "reduce")]
+)
 def test_sampled_factors_are_unbiased_for_exact_ones(name, sharing):
     case = sequences() if name == "sequences" else CASES[name]()
     layout = layout_of(case, sharing=sharing)
 
     def all_draws(case):
-        draw = lambda key: means(curvax.kron_factors(case.objective, layout, case.params, case.batch, key, num_samples=2))
-        return jax.vmap(draw)(jax.random.split(KEY, 400)), means(factors(case, layout, estimator="exact"))
+        draw = lambda key: means(
+            curvax.kron_factors(case.objective, layout, case.params, case.batch, key, num_samples=2)
+        )
+        return jax.vmap(draw)(jax.random.split(KEY, 400)), means(
+            factors(case, layout, fisher="exact")
+        )
 
     draws, exact = jax.tree.map(np.asarray, compiled(all_draws, case))
     for block in layout.blocks:
-        A = draws.blocks[block.name].inputs
-        np.testing.assert_allclose(A, np.broadcast_to(exact.blocks[block.name].inputs, A.shape), rtol=1e-12, atol=1e-14)
-    G = lambda found: [block.outputs for block in found.blocks.values()] + list(found.diagonal.values())
+        A = draws.blocks[block.name].a
+        np.testing.assert_allclose(
+            A, np.broadcast_to(exact.blocks[block.name].a, A.shape), rtol=1e-12, atol=1e-14
+        )
+    G = lambda found: [block.g for block in found.blocks.values()] + list(found.diagonal.values())
     assert len(G(exact)) == len(layout.blocks) + (name == "sequences")
     for x, y in zip(G(draws), G(exact), strict=True):
         sem = x.std(0, ddof=1) / len(x) ** 0.5
@@ -264,12 +312,14 @@ def test_shared_inputs_are_those_of_every_example():
     """As if the model had closed over them."""
     case = CASES["shared_statistics"]()
     shared = {name: x for name, x in case.batch[0].items() if name != "x"}
-    closed = lambda p, x: case.objective.model(p, {"x": x, **{name: part.value for name, part in shared.items()}})
+    closed = lambda p, x: case.objective.model(
+        p, {"x": x, **{name: part.value for name, part in shared.items()}}
+    )
     alone = case._replace(
         objective=curvax.Objective(closed, case.objective.loss, has_aux=True),
         batch=(case.batch[0]["x"], case.batch[1]),
     )
-    for kwargs in ({"estimator": "exact"}, {"microbatch": 2}):
+    for kwargs in ({"fisher": "exact"}, {"microbatch": 2}):
         of = lambda case, kwargs=kwargs: factors(case, layout_of(case, sharing="reduce"), **kwargs)
         chex.assert_trees_all_close(compiled(of, case), compiled(of, alone), rtol=1e-9)
 
@@ -277,8 +327,8 @@ def test_shared_inputs_are_those_of_every_example():
 # ---------------------------------------------------------------- masks, precision, diagonals
 
 
-@pytest.mark.parametrize("estimator", ["exact", "empirical"])
-def test_padding_counts_nowhere(estimator):
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_padding_counts_nowhere(fisher):
     """As if it were not there: in each position a batch of its own (expand), in sums over each example (reduce)."""
     case = sequences()
     x, labels = case.batch
@@ -287,24 +337,28 @@ def test_padding_counts_nowhere(estimator):
     padded = Case(objective, params, (x.at[labels < 0].set(jnp.nan), labels))
     there = np.asarray(labels >= 0)
     flat = Case(objective, params, (x[there], labels[there]))
-    if estimator == "exact":
-        sparse, dense = (compiled(lambda c: factors(c, layout_of(c), estimator="exact"), c) for c in (padded, flat))
+    if fisher == "exact":
+        sparse, dense = (
+            compiled(lambda c: factors(c, layout_of(c), fisher="exact"), c) for c in (padded, flat)
+        )
         chex.assert_trees_all_close(sparse, dense, rtol=1e-9)
-        assert sparse.blocks["['w']"].inputs.weight == there.sum()
-    found = compiled(lambda c: factors(c, layout_of(c, sharing="reduce"), estimator=estimator), padded).blocks["['w']"]
+        assert sparse.blocks["['w']"].a.weight == there.sum()
+    found = compiled(
+        lambda c: factors(c, layout_of(c, sharing="reduce"), fisher=fisher), padded
+    ).blocks["['w']"]
     f = np.asarray(x @ params["w"] + params["b"])
     p = np.exp(f) / np.exp(f).sum(-1, keepdims=True)
     A, G, N, B = np.zeros((4, 4)), np.zeros((4, 4)), there.sum(), len(x)
     for b in np.flatnonzero(there.any(1)):
         a = np.append(np.asarray(x[b])[there[b]].mean(0), 1)
         A += np.outer(a, a) / there.any(1).sum()
-        if estimator == "exact":
+        if fisher == "exact":
             G += sum(np.diag(q) - np.outer(q, q) for q in p[b][there[b]]) / N
         else:
             g = (p[b] - np.eye(4)[np.asarray(labels[b])])[there[b]].sum(0)
             G += B * np.outer(g, g) / N**2
-    np.testing.assert_allclose(found.inputs.mean[0], A, rtol=1e-9)
-    np.testing.assert_allclose(found.outputs.mean[0], G, rtol=1e-9)
+    np.testing.assert_allclose(found.a.mean[0], A, rtol=1e-9)
+    np.testing.assert_allclose(found.g.mean[0], G, rtol=1e-9)
 
 
 def test_bfloat16_params_give_float32_factors():
@@ -313,7 +367,10 @@ def test_bfloat16_params_give_float32_factors():
     half = half._replace(batch=(case.batch[0].astype(jnp.bfloat16), case.batch[1]))
     for sharing in ("expand", "reduce"):
         layout = layout_of(half, sharing=sharing)
-        estimate = lambda case, layout=layout: (found := factors(case, layout, estimator="exact"), means(found))
+        estimate = lambda case, layout=layout: (
+            found := factors(case, layout, fisher="exact"),
+            means(found),
+        )
         found, got = compiled(estimate, half)
         assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
         wide = half._replace(params=jax.tree.map(lambda x: x.astype(float), half.params))
@@ -321,10 +378,12 @@ def test_bfloat16_params_give_float32_factors():
         exact, want = compiled(estimate, wide)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert np.linalg.norm(x - y) < 10 * jnp.finfo(jnp.bfloat16).eps * np.linalg.norm(y)
-        assert found.blocks["['w']"].inputs.weight == exact.blocks["['w']"].inputs.weight
+        assert found.blocks["['w']"].a.weight == exact.blocks["['w']"].a.weight
 
 
-@pytest.mark.parametrize("name", ["sequences", "multi_head", "gaussian", "masked_regression", "shared_statistics"])
+@pytest.mark.parametrize(
+    "name", ["sequences", "multi_head", "gaussian", "masked_regression", "shared_statistics"]
+)
 def test_leaves_in_no_block_get_their_diagonal(name):
     case = sequences() if name == "sequences" else CASES[name]()
     layout = layout_of(case)
@@ -332,9 +391,9 @@ def test_leaves_in_no_block_get_their_diagonal(name):
     for path in left:  # and those in blocks, by choice
         layout = layout.edit(path, kind="diagonal")
     exact = lambda case: (
-        means(factors(case, layout, estimator="exact")),
+        means(factors(case, layout, fisher="exact")),
         curvax.ggn_diagonal(case.objective, case.params, case.batch),
-        means(factors(case, layout, estimator="empirical", microbatch=2)),
+        means(factors(case, layout, fisher="empirical", microbatch=2)),
         curvax.empirical_fisher_diagonal(case.objective, case.params, case.batch),
     )
     ours, ggn, empirical, fisher = compiled(exact, case)
@@ -353,7 +412,7 @@ def test_the_rest_of_a_leaf_gets_a_diagonal():
         layout = layout_of(case, unmatched=unmatched)
         assert {leaf.path: leaf.rest for leaf in layout.leaves}["['w']"] == unmatched
         both = lambda case, layout=layout: (
-            factors(case, layout, estimator="exact"),
+            factors(case, layout, fisher="exact"),
             curvax.ggn_diagonal(case.objective, case.params, case.batch)["w"],
         )
         found, want = compiled(both, case)
@@ -367,17 +426,20 @@ def test_diagonal_and_identity_sides(sharing):
     case = sequences()
     full = layout_of(case, sharing=sharing)
     choices = {
-        "['w']": {"inputs": "diagonal", "outputs": "identity"},
-        "['v']": {"inputs": "identity", "outputs": "diagonal"},
+        "['w']": {"a_structure": "diagonal", "g_structure": "identity"},
+        "['v']": {"a_structure": "identity", "g_structure": "diagonal"},
     }
     thin = functools.reduce(lambda layout, path: layout.edit(path, **choices[path]), choices, full)
-    both = lambda case: [means(factors(case, layout, estimator="exact")) for layout in (full, thin)]
+    both = lambda case: [means(factors(case, layout, fisher="exact")) for layout in (full, thin)]
     want, got = jax.tree.map(np.asarray, compiled(both, case))
-    for path, sides in choices.items():
-        for side, structure in sides.items():
-            matrix, found = getattr(want.blocks[path], side), getattr(got.blocks[path], side)
+    for path, structures in choices.items():
+        for name, structure in structures.items():
+            factor = name[0]  # of "a_structure" and "g_structure"
+            matrix, found = getattr(want.blocks[path], factor), getattr(got.blocks[path], factor)
             diagonal = np.diagonal(matrix, axis1=1, axis2=2)
-            np.testing.assert_allclose(found, diagonal if structure == "diagonal" else 0 * diagonal, rtol=1e-9)
+            np.testing.assert_allclose(
+                found, diagonal if structure == "diagonal" else 0 * diagonal, rtol=1e-9
+            )
 
 
 # ---------------------------------------------------------------- lookups
@@ -387,11 +449,17 @@ def test_inputs_of_a_table_are_the_frequencies_of_its_rows():
     """Negative numbers count from the end; those out of range are positions, but of no row."""
     ids = np.array([[0, 3, 3], [-1, 4, 7], [-7, 3, 1]])  # of five rows
     model = lambda table, ids: jnp.take(table, ids, axis=0, fill_value=0)
-    case = Case(curvax.Objective(model, losses.squared_error()), normal(1, 5, 2), (jnp.asarray(ids), jnp.zeros((3, 3, 2))))
-    found = compiled(lambda case: factors(case, layout_of(case), estimator="exact"), case).blocks[""]
+    case = Case(
+        curvax.Objective(model, losses.squared_error()),
+        normal(1, 5, 2),
+        (jnp.asarray(ids), jnp.zeros((3, 3, 2))),
+    )
+    found = compiled(lambda case: factors(case, layout_of(case), fisher="exact"), case).blocks[""]
     kept = ids[(ids >= -5) & (ids < 5)] % 5
-    np.testing.assert_allclose(found.inputs.mean[0], np.bincount(kept, minlength=5) / ids.size, rtol=1e-12)
-    np.testing.assert_allclose(found.outputs.mean[0], np.eye(2) * ids.size / len(ids), rtol=1e-12)
+    np.testing.assert_allclose(
+        found.a.mean[0], np.bincount(kept, minlength=5) / ids.size, rtol=1e-12
+    )
+    np.testing.assert_allclose(found.g.mean[0], np.eye(2) * ids.size / len(ids), rtol=1e-12)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -400,11 +468,20 @@ def test_a_tied_table_has_factors_of_both_uses(biased):
     ids, labels = np.random.default_rng(0).integers(5, size=(2, 4, 3))
     params = {"table": normal(1, 5, 3)} | ({"bias": normal(2, 5)} if biased else {})
     model = lambda p, ids: jnp.tanh(p["table"][ids]) @ p["table"].T + p.get("bias", 0)
-    case = Case(curvax.Objective(model, losses.softmax_cross_entropy()), params, (jnp.asarray(ids), jnp.asarray(labels)))
+    case = Case(
+        curvax.Objective(model, losses.softmax_cross_entropy()),
+        params,
+        (jnp.asarray(ids), jnp.asarray(labels)),
+    )
     layout = layout_of(case)
     (block,) = layout.blocks
-    assert [(m.kind, m.transposed) for m in block.members] == [("lookup", biased), ("dot", not biased)]
-    found = compiled(lambda case: means(factors(case, layout, estimator="exact")), case).blocks["['table']"]
+    assert [(m.kind, m.transposed) for m in block.members] == [
+        ("lookup", biased),
+        ("dot", not biased),
+    ]
+    found = compiled(lambda case: means(factors(case, layout, fisher="exact")), case).blocks[
+        "['table']"
+    ]
 
     table = np.asarray(params["table"])
     h = np.tanh(table[ids.ravel()])
@@ -419,7 +496,7 @@ def test_a_tied_table_has_factors_of_both_uses(biased):
     if biased:
         of_lookup = frequencies, np.pad(of_lookup[1], (0, 1))  # the lookup leaves the bias alone
     own, transposed = (of_logits, of_lookup) if biased else (of_lookup, of_logits)
-    for got, want in zip((found.inputs, found.outputs, *found.transposed), (*own, *transposed), strict=True):
+    for got, want in zip((found.a, found.g, *found.transposed), (*own, *transposed), strict=True):
         np.testing.assert_allclose(got[0], want, rtol=1e-9, atol=1e-12)
 
 
@@ -431,33 +508,50 @@ def test_a_branch_not_taken_has_no_weight_and_keeps_its_average():
         return lax.cond(x["flag"].sum() > 0, lambda h: h @ p["yes"], lambda h: h @ p["no"], x["h"])
 
     params = {"yes": normal(1, 3, 2), "no": normal(2, 3, 2)}
-    batch = lambda flag, seed: ({"h": normal(seed, 4, 3), "flag": jnp.full(4, flag)}, jnp.zeros((4, 2)))
+    batch = lambda flag, seed: (
+        {"h": normal(seed, 4, 3), "flag": jnp.full(4, flag)},
+        jnp.zeros((4, 2)),
+    )
     case = Case(curvax.Objective(model, losses.squared_error()), params, batch(1, 3))
     layout = layout_of(case)
-    for kwargs in ({"estimator": "exact"}, {"estimator": "mc"}):
-        estimate = jax.jit(lambda b, kwargs=kwargs: factors(case._replace(batch=b), layout, **kwargs))
+    for kwargs in ({"fisher": "exact"}, {"fisher": "mc"}):
+        estimate = jax.jit(
+            lambda b, kwargs=kwargs: factors(case._replace(batch=b), layout, **kwargs)
+        )
         held, new = estimate(batch(1, 3)), estimate(batch(0, 4))
         idle = new.blocks["['yes']"]
-        assert idle.inputs.weight == 0 and not idle.inputs.mean.any() and not idle.outputs.mean.any()
-        assert new.blocks["['no']"].inputs.weight == 4
+        assert idle.a.weight == 0 and not idle.a.mean.any() and not idle.g.mean.any()
+        assert new.blocks["['no']"].a.weight == 4
         average = moving_average(held, new, 0.75)
         for name, before in (("['yes']", held), ("['no']", new)):
-            np.testing.assert_allclose(average.blocks[name].inputs.mean, before.blocks[name].inputs.mean, rtol=1e-12)
-            share = 0.75 if before is held else 0.25  # of the curvature, which is less if the branch is taken less often
-            want = share * before.blocks[name].outputs.mean
-            np.testing.assert_allclose(average.blocks[name].outputs.mean, want, rtol=1e-12)
-        again = moving_average(moving_average(jax.tree.map(jnp.zeros_like, held), held, 0.9), held, 0.9)
+            np.testing.assert_allclose(
+                average.blocks[name].a.mean, before.blocks[name].a.mean, rtol=1e-12
+            )
+            share = (
+                0.75 if before is held else 0.25
+            )  # of the curvature, which is less if the branch is taken less often
+            want = share * before.blocks[name].g.mean
+            np.testing.assert_allclose(average.blocks[name].g.mean, want, rtol=1e-12)
+        again = moving_average(
+            moving_average(jax.tree.map(jnp.zeros_like, held), held, 0.9), held, 0.9
+        )
         chex.assert_trees_all_close(means(again), means(held), rtol=1e-12)  # no bias of the start
 
 
 def test_errors_say_what_and_where():
     case = sequences()
     layout = layout_of(case)
-    shapes = lambda *args, **kwargs: jax.eval_shape(lambda: factors(*args, **kwargs))  # errors come at trace time
-    with pytest.raises(ValueError, match=r"unknown estimator 'fisher'; valid: 'mc', 'exact', 'empirical'"):
-        shapes(case, layout, estimator="fisher")
-    with pytest.raises(ValueError, match=r"num_samples is of estimator=\"mc\"; 'exact' does not sample"):
-        shapes(case, layout, estimator="exact", num_samples=2)
+    shapes = lambda *args, **kwargs: jax.eval_shape(
+        lambda: factors(*args, **kwargs)
+    )  # errors come at trace time
+    with pytest.raises(
+        ValueError, match=r"unknown fisher 'fisher'; valid: 'mc', 'exact', 'empirical'"
+    ):
+        shapes(case, layout, fisher="fisher")
+    with pytest.raises(
+        ValueError, match=r"num_samples is of fisher=\"mc\"; 'exact' does not sample"
+    ):
+        shapes(case, layout, fisher="exact", num_samples=2)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         shapes(case, layout, num_samples=0)
     with pytest.raises(ValueError, match="microbatch must be at least 1, got 0"):
@@ -465,16 +559,22 @@ def test_errors_say_what_and_where():
     user = CASES["user_loss"]()
     with pytest.raises(TypeError, match=r"no way to sample.*from_function\(value, sample="):
         shapes(user, layout_of(user))
-    flat_rows = curvax.Objective(lambda p, x: case.objective.model(p, x).reshape(-1, 3), case.objective.loss)
+    flat_rows = curvax.Objective(
+        lambda p, x: case.objective.model(p, x).reshape(-1, 3), case.objective.loss
+    )
     flat = case._replace(objective=flat_rows, batch=(case.batch[0], jnp.zeros(5, int)))
-    for kwargs in ({"estimator": "exact"}, {"estimator": "empirical"}):
-        with pytest.raises(ValueError, match=r"for one row of inputs, outputs is float64\[3, 3\]; work by example"):
+    for kwargs in ({"fisher": "exact"}, {"fisher": "empirical"}):
+        with pytest.raises(
+            ValueError, match=r"for one row of inputs, outputs is float64\[3, 3\]; work by example"
+        ):
             shapes(flat, layout_of(flat), **kwargs)
-    with pytest.raises(ValueError, match=r"for one row of inputs, outputs is float64\[3, 3\].*sharing=\"reduce\""):
+    with pytest.raises(
+        ValueError, match=r"for one row of inputs, outputs is float64\[3, 3\].*sharing=\"reduce\""
+    ):
         shapes(flat, layout_of(flat, sharing="reduce"))
     with pytest.raises(TypeError, match=r"int64\[3\] at params\['w'\]"):
         shapes(case._replace(params={**case.params, "w": jnp.zeros(3, int)}), layout)
     with pytest.raises(ValueError, match="of different layouts"):
-        curvax.merge(shapes(case, layout), shapes(case, layout.edit("['w']", kind="diagonal")))
+        curvax.kron.merge(shapes(case, layout), shapes(case, layout.edit("['w']", kind="diagonal")))
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1"):
         moving_average(shapes(case, layout), shapes(case, layout), 1.0)

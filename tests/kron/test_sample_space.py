@@ -11,7 +11,7 @@ import pytest
 import zoo
 
 import curvax
-from curvax.kron import gram
+from curvax.kron import _gram
 from curvax.solve import Dense, SampleSpace, direct
 
 flat_rows = jax.vmap(oracle.flat)
@@ -19,7 +19,7 @@ flat_rows = jax.vmap(oracle.flat)
 
 @functools.partial(jax.jit, static_argnums=0)
 def space_and_rows(objective, params, batch):
-    space = curvax.sample_space(objective, params, batch, space="samples")
+    space = curvax.kron.sample_space(objective, params, batch, space="samples")
     return space, flat_rows(jax.vmap(space.pull)(jnp.eye(len(space.gram))))
 
 
@@ -33,7 +33,16 @@ def problem(name):
     return case, gradient, J.T @ (vectors * np.maximum(values, 0) @ vectors.T) @ J
 
 
-KINDS = ("mlp", "cnn", "masked_sequence", "user_loss", "multi_head", "sigmoid", "gaussian", "shared_statistics")
+KINDS = (
+    "mlp",
+    "cnn",
+    "masked_sequence",
+    "user_loss",
+    "multi_head",
+    "sigmoid",
+    "gaussian",
+    "shared_statistics",
+)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -43,17 +52,35 @@ def test_gram_matrix_and_solves(name, x64):
     space, rows = space_and_rows(case.objective, case.params, case.batch)
     np.testing.assert_allclose(space.gram, rows @ rows.T, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(rows.T @ rows, matrix, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(oracle.flat(space.pull(space.gradient)), oracle.flat(gradient), rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(space.push(case.params), rows @ oracle.flat(case.params), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        oracle.flat(space.pull(space.gradient)), oracle.flat(gradient), rtol=1e-8, atol=1e-10
+    )
+    np.testing.assert_allclose(
+        space.push(case.params), rows @ oracle.flat(case.params), rtol=1e-10, atol=1e-12
+    )
     solve = jax.jit(lambda space, b, damping: direct(space, b, damping=damping, tol=1e-9))
-    for b in (gradient, jax.tree.map(lambda g, p: 2 * g + 0.1 * p, gradient, case.params), case.params):
+    for b in (
+        gradient,
+        jax.tree.map(lambda g, p: 2 * g + 0.1 * p, gradient, case.params),
+        case.params,
+    ):
         x, info = solve(space, b, 1e-3)
         want = np.linalg.solve(matrix + 1e-3 * np.eye(len(matrix)), oracle.flat(b))
         np.testing.assert_allclose(oracle.flat(x), want, rtol=1e-8, atol=1e-8 * np.abs(want).max())
         assert info.converged, info
 
 
-ZOO = ("attention", "conv_grouped", "embed", "tied", "scan_layers", "ensemble", "mixture", "two_uses", "overlapping")
+ZOO = (
+    "attention",
+    "conv_grouped",
+    "embed",
+    "tied",
+    "scan_layers",
+    "ensemble",
+    "mixture",
+    "two_uses",
+    "overlapping",
+)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -62,20 +89,24 @@ def test_gram_matrix_of_any_layer(name, x64):
     objective = curvax.Objective(case.model, curvax.losses.squared_error())
     targets = jnp.zeros(jax.eval_shape(case.model, case.params, case.inputs).shape)
     space, rows = space_and_rows(objective, case.params, (case.inputs, targets))
-    np.testing.assert_allclose(space.gram, rows @ rows.T, rtol=2e-5, atol=1e-6 * np.abs(space.gram).max())
+    np.testing.assert_allclose(
+        space.gram, rows @ rows.T, rtol=2e-5, atol=1e-6 * np.abs(space.gram).max()
+    )
 
 
 def test_rows_are_formed_in_parts(x64, monkeypatch):
     case = cases.cnn()
     whole, _ = space_and_rows(case.objective, case.params, case.batch)
-    monkeypatch.setattr(gram, "ENTRIES_AT_A_TIME", 200)
-    parts = jax.jit(lambda p, b: curvax.sample_space(case.objective, p, b, space="samples").gram)(case.params, case.batch)
+    monkeypatch.setattr(_gram, "ENTRIES_AT_A_TIME", 200)
+    parts = jax.jit(
+        lambda p, b: curvax.kron.sample_space(case.objective, p, b, space="samples").gram
+    )(case.params, case.batch)
     np.testing.assert_allclose(parts, whole.gram, rtol=1e-12, atol=1e-14)
 
 
 def test_the_smaller_space_is_chosen(x64):
     case, gradient, matrix = problem("mlp")
-    form = jax.jit(lambda p, b: curvax.sample_space(case.objective, p, b))
+    form = jax.jit(lambda p, b: curvax.kron.sample_space(case.objective, p, b))
     assert isinstance(jax.eval_shape(form, case.params, case.batch), SampleSpace)
     tripled = jax.tree.map(lambda x: jnp.concatenate([x] * 3), case.batch)  # the same mean
     dense = form(case.params, tripled)
@@ -94,23 +125,35 @@ def test_the_smaller_space_is_chosen(x64):
 
 def test_float32_solves_are_accurate_down_to_small_damping():
     """Through the gradient's own coordinates; a difference divided by damping would lose all digits."""
-    x, w = jax.random.normal(jax.random.key(0), (6, 40)), jax.random.normal(jax.random.key(1), (40, 3))
+    x, w = (
+        jax.random.normal(jax.random.key(0), (6, 40)),
+        jax.random.normal(jax.random.key(1), (40, 3)),
+    )
     objective = curvax.Objective(lambda w, x: jnp.tanh(x @ w), curvax.losses.squared_error())
     batch = (x, jax.random.normal(jax.random.key(2), (6, 3)))
     gradient = jax.grad(objective)(w, batch)
-    solve = jax.jit(lambda w, batch, b: direct(curvax.sample_space(objective, w, batch), b, damping=1e-6))
+    solve = jax.jit(
+        lambda w, batch, b: direct(curvax.kron.sample_space(objective, w, batch), b, damping=1e-6)
+    )
     step, _info = solve(w, batch, gradient)
     with jax.enable_x64(True):
         wide = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
         matrix = curvax.to_dense(curvax.ggnvp(objective, wide(w), wide(batch)), wide(w))
-        want = np.linalg.solve(matrix + 1e-6 * np.eye(120), np.asarray(gradient, np.float64).ravel())
+        want = np.linalg.solve(
+            matrix + 1e-6 * np.eye(120), np.asarray(gradient, np.float64).ravel()
+        )
     assert np.linalg.norm(step.ravel() - want) < 1e-3 * np.linalg.norm(want)
 
 
 def test_memory_stays_below_the_jacobian():
-    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p[0]) @ p[1], curvax.losses.softmax_cross_entropy())
-    params, batch = [jnp.zeros((100, 300)), jnp.zeros((300, 5))], (jnp.zeros((16, 100)), jnp.zeros(16, int))
-    form = jax.jit(lambda p, b: curvax.sample_space(objective, p, b).gram)
+    objective = curvax.Objective(
+        lambda p, x: jnp.tanh(x @ p[0]) @ p[1], curvax.losses.softmax_cross_entropy()
+    )
+    params, batch = (
+        [jnp.zeros((100, 300)), jnp.zeros((300, 5))],
+        (jnp.zeros((16, 100)), jnp.zeros(16, int)),
+    )
+    form = jax.jit(lambda p, b: curvax.kron.sample_space(objective, p, b).gram)
     jacobian = 80 * 31_500 * 4
     assert form.lower(params, batch).compile().memory_analysis().temp_size_in_bytes < 0.1 * jacobian
 
@@ -118,11 +161,13 @@ def test_memory_stays_below_the_jacobian():
 def test_errors():
     case = cases.mlp()
     with pytest.raises(ValueError, match="unknown space 'rows'"):
-        curvax.sample_space(case.objective, case.params, case.batch, space="rows")
+        curvax.kron.sample_space(case.objective, case.params, case.batch, space="rows")
     mixing = curvax.Objective(lambda w, x: (x - x.mean(0)) @ w, curvax.losses.squared_error())
     with pytest.raises(ValueError, match="mixes examples"):
         jax.eval_shape(
-            lambda w, b: curvax.sample_space(mixing, w, b), jnp.ones((20, 2)), (jnp.ones((3, 20)), jnp.ones((3, 2)))
+            lambda w, b: curvax.kron.sample_space(mixing, w, b),
+            jnp.ones((20, 2)),
+            (jnp.ones((3, 20)), jnp.ones((3, 2))),
         )
     with pytest.raises(ValueError, match=r"the matrix is \[2, 2\], b has 3 entries"):
         direct(Dense(jnp.eye(2)), jnp.ones(3), damping=1.0)

@@ -60,7 +60,10 @@ def conv_2d() -> Case:
     """Strides, padded to keep the size."""
     import flax.linen as nn
 
-    return _linen(nn.Sequential([nn.Conv(3, (3, 2), strides=2, padding="SAME"), nn.tanh]), _normal(0, 4, 5, 4, 2))
+    return _linen(
+        nn.Sequential([nn.Conv(3, (3, 2), strides=2, padding="SAME"), nn.tanh]),
+        _normal(0, 4, 5, 4, 2),
+    )
 
 
 def conv_3d() -> Case:
@@ -74,14 +77,19 @@ def conv_dilated() -> Case:
     """Holes in the kernel."""
     import flax.linen as nn
 
-    return _linen(nn.Sequential([nn.Conv(3, (2, 2), kernel_dilation=2), nn.tanh]), _normal(0, 4, 4, 3, 2))
+    return _linen(
+        nn.Sequential([nn.Conv(3, (2, 2), kernel_dilation=2), nn.tanh]), _normal(0, 4, 4, 3, 2)
+    )
 
 
 def conv_transposed() -> Case:
     """Holes in the input."""
     import flax.linen as nn
 
-    return _linen(nn.Sequential([nn.ConvTranspose(3, (3, 2), strides=(2, 2)), nn.tanh]), _normal(0, 4, 2, 3, 2))
+    return _linen(
+        nn.Sequential([nn.ConvTranspose(3, (3, 2), strides=(2, 2)), nn.tanh]),
+        _normal(0, 4, 2, 3, 2),
+    )
 
 
 def conv_grouped() -> Case:
@@ -168,16 +176,24 @@ def scan_rnn() -> Case:
         start = jnp.zeros((len(x), 3), x.dtype)
         return lax.scan(step, start, x.swapaxes(0, 1))[1].swapaxes(0, 1)
 
-    return Case(model, {"wx": _normal(1, 2, 3), "wh": _normal(2, 3, 3), "b": _normal(3, 3)}, _normal(0, 4, 3, 2))
+    return Case(
+        model,
+        {"wx": _normal(1, 2, 3), "wh": _normal(2, 3, 3), "b": _normal(3, 3)},
+        _normal(0, 4, 3, 2),
+    )
 
 
 def scan_layers() -> Case:
     """Three layers of linen in a scan."""
     import flax.linen as nn
 
-    scan = nn.scan(nn.Sequential, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+    scan = nn.scan(
+        nn.Sequential, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+    )
     module = nn.Sequential([scan([nn.Dense(3), nn.tanh, lambda h: (h, None)]), lambda h, _: h])
-    return _linen(module, _normal(0, 4, 3), stacks=dict.fromkeys(_dense("layers_0", "layers_0"), (3,)))
+    return _linen(
+        module, _normal(0, 4, 3), stacks=dict.fromkeys(_dense("layers_0", "layers_0"), (3,))
+    )
 
 
 def scan_layers_plain() -> Case:
@@ -185,11 +201,15 @@ def scan_layers_plain() -> Case:
 
     def layer(h: Any, weights: Any) -> Any:
         z = h @ weights["w"] + weights["b"]
-        return jnp.tanh(z * lax.rsqrt(jnp.mean(z**2, axis=-1, keepdims=True) + 1e-3) * weights["scale"]), None
+        return jnp.tanh(
+            z * lax.rsqrt(jnp.mean(z**2, axis=-1, keepdims=True) + 1e-3) * weights["scale"]
+        ), None
 
     params = {"w": _normal(1, 3, 2, 2), "b": _normal(2, 3, 2), "scale": 1 + 0.1 * _normal(3, 3, 2)}
     model = lambda params, x: lax.scan(layer, x, params)[0]
-    return Case(model, params, _normal(0, 4, 2), {"['scale']": "mul"}, {"['w']": (3,), "['b']": (3,)})
+    return Case(
+        model, params, _normal(0, 4, 2), {"['scale']": "mul"}, {"['w']": (3,), "['b']": (3,)}
+    )
 
 
 def remat() -> Case:
@@ -204,7 +224,9 @@ def bf16_compute() -> Case:
     """Params are rounded before use, outputs come back in the precision of the inputs."""
     import flax.linen as nn
 
-    module = nn.Sequential([nn.Dense(4, dtype=jnp.bfloat16), nn.tanh, nn.Dense(2, dtype=jnp.bfloat16)])
+    module = nn.Sequential(
+        [nn.Dense(4, dtype=jnp.bfloat16), nn.tanh, nn.Dense(2, dtype=jnp.bfloat16)]
+    )
     case = _linen(module, _normal(0, 4, 3))
     return case._replace(model=lambda params, x: case.model(params, x).astype(x.dtype))
 
@@ -223,7 +245,9 @@ def nnx_split() -> Case:
     from flax import nnx
 
     definition, state = nnx.split(_nnx())
-    return Case(lambda params, x: nnx.merge(definition, params)(x), _shaken(state), _normal(0, 4, 3))
+    return Case(
+        lambda params, x: nnx.merge(definition, params)(x), _shaken(state), _normal(0, 4, 3)
+    )
 
 
 def nnx_pure() -> Case:
@@ -241,7 +265,9 @@ def equinox() -> Case:
 
     mlp = eqx.nn.MLP(in_size=3, out_size=2, width_size=4, depth=1, key=jax.random.key(1))
     params, rest = eqx.partition(mlp, eqx.is_inexact_array)
-    return Case(lambda params, x: jax.vmap(eqx.combine(params, rest))(x), _shaken(params), _normal(0, 4, 3))
+    return Case(
+        lambda params, x: jax.vmap(eqx.combine(params, rest))(x), _shaken(params), _normal(0, 4, 3)
+    )
 
 
 def haiku() -> Case:
@@ -261,7 +287,9 @@ def einsum() -> Case:
         h = jnp.tanh(jnp.einsum("oi,tbi->otb", params[1], h))
         return jnp.einsum("jto,otb->jb", params[2], h).T
 
-    return Case(model, [_normal(1, 4, 2), _normal(2, 3, 4), _normal(3, 2, 3, 3)], _normal(0, 4, 3, 2))
+    return Case(
+        model, [_normal(1, 4, 2), _normal(2, 3, 4), _normal(3, 2, 3, 3)], _normal(0, 4, 3, 2)
+    )
 
 
 def fused_qkv() -> Case:
@@ -279,7 +307,11 @@ def fused_qkv() -> Case:
 def lora() -> Case:
     """Product of low rank beside a full one."""
     params = {"w": _normal(1, 4, 3), "a": _normal(2, 4, 2), "b": _normal(3, 2, 3)}
-    return Case(lambda params, x: x @ params["w"] + (x @ params["a"]) @ params["b"], params, _normal(0, 4, 4))
+    return Case(
+        lambda params, x: x @ params["w"] + (x @ params["a"]) @ params["b"],
+        params,
+        _normal(0, 4, 4),
+    )
 
 
 def ensemble() -> Case:
@@ -291,7 +323,12 @@ def ensemble() -> Case:
     def model(params: Any, x: Any) -> Any:
         return jax.vmap(member)(params, jnp.broadcast_to(x, (3, *x.shape))).swapaxes(0, 1)
 
-    params = {"w1": _normal(1, 3, 2, 4), "b1": _normal(2, 3, 4), "w2": _normal(3, 3, 4, 2), "b2": _normal(4, 3, 2)}
+    params = {
+        "w1": _normal(1, 3, 2, 4),
+        "b1": _normal(2, 3, 4),
+        "w2": _normal(3, 3, 4, 2),
+        "b2": _normal(4, 3, 2),
+    }
     return Case(model, params, _normal(0, 4, 2), stacks={f"['{name}']": (3,) for name in params})
 
 
@@ -314,7 +351,9 @@ def nested_jit() -> Case:
     product = jax.jit(lambda w, x: x @ w)
     layer = jax.jit(lambda params, x: product(params["w"], x) + params["b"])
     model = lambda params, x: layer(params[1], jnp.tanh(layer(params[0], x)))
-    return Case(model, [{"w": _normal(i, 3, 3), "b": _normal(i + 2, 3)} for i in (1, 2)], _normal(0, 4, 3))
+    return Case(
+        model, [{"w": _normal(i, 3, 3), "b": _normal(i + 2, 3)} for i in (1, 2)], _normal(0, 4, 3)
+    )
 
 
 def cond() -> Case:
@@ -325,7 +364,12 @@ def cond() -> Case:
         second = lambda x: jnp.sin(x @ params["w2"])
         return lax.cond(inputs["flag"].sum() > 0, first, second, inputs["x"]) @ params["out"]
 
-    params = {"w1": _normal(1, 3, 4), "b1": _normal(2, 4), "w2": _normal(3, 3, 4), "out": _normal(4, 4, 2)}
+    params = {
+        "w1": _normal(1, 3, 4),
+        "b1": _normal(2, 4),
+        "w2": _normal(3, 3, 4),
+        "out": _normal(4, 4, 2),
+    }
     return Case(model, params, {"x": _normal(0, 4, 3), "flag": jnp.ones(4, int)})
 
 
@@ -342,7 +386,9 @@ def custom_vjp_attention() -> Case:
         q, k, v = (x @ params[name]["w"] + params[name]["b"] for name in "qkv")
         return attend(q, k, v)
 
-    params = {name: {"w": _normal(i, 2, 3), "b": _normal(i + 3, 3)} for i, name in enumerate("qkv", 1)}
+    params = {
+        name: {"w": _normal(i, 2, 3), "b": _normal(i + 3, 3)} for i, name in enumerate("qkv", 1)
+    }
     return Case(model, params, _normal(0, 4, 3, 2))
 
 
@@ -359,7 +405,12 @@ def input_gradient() -> Case:
         gradient = jax.grad(lambda x: network(params, x).sum())(x)
         return jnp.concatenate([network(params, x), gradient], axis=-1)
 
-    params = {"w1": _normal(1, 2, 4), "b1": _normal(2, 4), "w2": _normal(3, 4, 1), "b2": _normal(4, 1)}
+    params = {
+        "w1": _normal(1, 2, 4),
+        "b1": _normal(2, 4),
+        "w2": _normal(3, 4, 1),
+        "b2": _normal(4, 1),
+    }
     return Case(model, params, _normal(0, 4, 2))
 
 
@@ -378,7 +429,9 @@ def product() -> Case:
     """Kernel is a product of two leaves."""
     params = {"a": _normal(1, 3, 2), "b": _normal(2, 2, 4)}
     diagonal = {"['a']": "parameter", "['b']": "parameter"}
-    return Case(lambda params, x: x @ (params["a"] @ params["b"]), params, _normal(0, 4, 3), diagonal)
+    return Case(
+        lambda params, x: x @ (params["a"] @ params["b"]), params, _normal(0, 4, 3), diagonal
+    )
 
 
 def custom_vjp_param() -> Case:
@@ -388,7 +441,10 @@ def custom_vjp_param() -> Case:
     def scaled(x: Any, scale: Any) -> Any:
         return x * scale
 
-    scaled.defvjp(lambda x, scale: (x * scale, (x, scale)), lambda kept, ct: (ct * kept[1], (ct * kept[0]).sum(0)))
+    scaled.defvjp(
+        lambda x, scale: (x * scale, (x, scale)),
+        lambda kept, ct: (ct * kept[1], (ct * kept[0]).sum(0)),
+    )
     params = {"w": _normal(1, 3, 4), "scale": _normal(2, 4)}
     model = lambda params, x: scaled(jnp.tanh(x @ params["w"]), params["scale"])
     return Case(model, params, _normal(0, 4, 3), {"['scale']": "custom_vjp"})
@@ -431,7 +487,9 @@ def two_uses() -> Case:
     import flax.linen as nn
 
     case = _linen(nn.Dense(3), _normal(0, 4, 3))
-    return case._replace(model=lambda params, x: case.model(params, jnp.tanh(case.model(params, x))))
+    return case._replace(
+        model=lambda params, x: case.model(params, jnp.tanh(case.model(params, x)))
+    )
 
 
 def positions() -> Case:
@@ -446,7 +504,9 @@ def positions() -> Case:
 
 def _normal(seed: int, *shape: int, scale: float = 1.0) -> Any:
     """Drawn by NumPy, which compiles nothing."""
-    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.result_type(float))
+    return jnp.asarray(
+        scale * np.random.default_rng(seed).normal(size=shape), jnp.result_type(float)
+    )
 
 
 def _ids(seed: int, size: int, *shape: int) -> Any:
@@ -455,7 +515,9 @@ def _ids(seed: int, size: int, *shape: int) -> Any:
 
 def _shaken(params: Any) -> Any:
     """Params in the default precision, moved off the zeros and ones that biases and scales start from."""
-    moved = lambda p: jnp.asarray(np.asarray(p) + 0.1 * np.asarray(_normal(2, *p.shape)), jnp.result_type(float))
+    moved = lambda p: jnp.asarray(
+        np.asarray(p) + 0.1 * np.asarray(_normal(2, *p.shape)), jnp.result_type(float)
+    )
     return jax.tree.map(moved, params)
 
 
@@ -499,9 +561,29 @@ def _attend(q: Any, k: Any, v: Any) -> Any:
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
-        *(dense, dense_general, attention, embed, tied, layer_norm, remat, bf16_compute, bf16_params, two_uses),
+        *(
+            dense,
+            dense_general,
+            attention,
+            embed,
+            tied,
+            layer_norm,
+            remat,
+            bf16_compute,
+            bf16_params,
+            two_uses,
+        ),
         *(conv_1d, conv_2d, conv_3d, conv_dilated, conv_transposed, conv_grouped, conv_depthwise),
-        *(lstm_optimized, lstm, gru, simple_cell, scan_rnn, scan_layers, scan_layers_plain, while_param),
+        *(
+            lstm_optimized,
+            lstm,
+            gru,
+            simple_cell,
+            scan_rnn,
+            scan_layers,
+            scan_layers_plain,
+            while_param,
+        ),
         *(nnx_split, nnx_pure, equinox, haiku, nested_jit, cond, input_gradient),
         *(einsum, fused_qkv, lora, ensemble, mixture, shuffled, overlapping, positions),
         *(custom_vjp_attention, weight_norm, product, custom_vjp_param),

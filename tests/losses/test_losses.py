@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 import curvax
 from curvax import losses
-from curvax.losses.shares import pseudo_gradient_by_example
+from curvax.losses._shares import pseudo_gradient_by_example
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -28,13 +28,25 @@ def _example(name):
     }
     return {
         "softmax": lambda: (losses.softmax_cross_entropy(), f, jnp.array([0, 3, 1])),
-        "softmax_smoothed": lambda: (losses.softmax_cross_entropy(label_smoothing=0.3), f, jnp.array([0, 3, 1])),
-        "softmax_sequence": lambda: (losses.softmax_cross_entropy(ignore_index=-1), sequence, labels),
+        "softmax_smoothed": lambda: (
+            losses.softmax_cross_entropy(label_smoothing=0.3),
+            f,
+            jnp.array([0, 3, 1]),
+        ),
+        "softmax_sequence": lambda: (
+            losses.softmax_cross_entropy(ignore_index=-1),
+            sequence,
+            labels,
+        ),
         "sigmoid": lambda: (losses.sigmoid_cross_entropy(), f, jnp.array(f > 0.3)),
         "squared": lambda: (losses.squared_error(), f, 0.5 * f),
         "poisson": lambda: (losses.poisson(), f, jnp.arange(12).reshape(3, 4) % 5),
         "masked": lambda: (losses.masked(losses.squared_error()), sequence, (0.5 * sequence, mask)),
-        "masked_softmax": lambda: (losses.masked(losses.softmax_cross_entropy()), sequence, (abs(labels), mask)),
+        "masked_softmax": lambda: (
+            losses.masked(losses.softmax_cross_entropy()),
+            sequence,
+            (abs(labels), mask),
+        ),
         "heads": lambda: (
             losses.weighted_sum(heads),
             {"a": sequence, "b": f},
@@ -44,19 +56,31 @@ def _example(name):
     }[name]()
 
 
-NAMES = ["softmax", "softmax_smoothed", "softmax_sequence", "sigmoid", "squared", "poisson", "masked"]
+NAMES = [
+    "softmax",
+    "softmax_smoothed",
+    "softmax_sequence",
+    "sigmoid",
+    "squared",
+    "poisson",
+    "masked",
+]
 NAMES += ["masked_softmax", "heads", "gaussian"]
 
 
 def dense_hvp(loss, f, y):
     flat, unravel = ravel_pytree(f)
-    return jax.vmap(lambda e: ravel_pytree(loss.hvp(f, y, unravel(e)))[0])(jnp.eye(flat.size)).T
+    return jax.vmap(lambda e: ravel_pytree(loss.curvature_product(f, y, unravel(e)))[0])(
+        jnp.eye(flat.size)
+    ).T
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hvp_is_the_hessian_of_the_value(name):
     loss, f, y = _example(name)
-    if name == "gaussian":  # its curvature is the Fisher: the Hessian averaged over y ~ N(m, e^s), (y - m)^2 = e^s
+    if (
+        name == "gaussian"
+    ):  # its curvature is the Fisher: the Hessian averaged over y ~ N(m, e^s), (y - m)^2 = e^s
         y = f[0] + jnp.exp(0.5 * f[1])
 
     @jax.jit
@@ -87,7 +111,8 @@ def test_pseudo_gradients_have_the_curvature_as_second_moment(name, by_example):
     n = 20_000
     draws = jax.vmap(lambda k: ravel_pytree(draw(k))[0])
     r, exact = jax.tree.map(
-        np.asarray, jax.jit(lambda keys: (draws(keys), dense_hvp(loss, f, y)))(jax.random.split(key(7), n))
+        np.asarray,
+        jax.jit(lambda keys: (draws(keys), dense_hvp(loss, f, y)))(jax.random.split(key(7), n)),
     )
     second, fourth = r.T @ r / n, (r**2).T @ r**2 / n
     sem = np.sqrt((fourth - second**2) / n) + 1e-12
@@ -101,7 +126,10 @@ def test_values_equal_those_of_optax():
 
     @jax.jit
     def pairs(f):
-        smooth, y = optax.smooth_labels(jax.nn.one_hot(labels, 4, dtype=float), 0.1), jax.nn.sigmoid(2 * f)
+        smooth, y = (
+            optax.smooth_labels(jax.nn.one_hot(labels, 4, dtype=float), 0.1),
+            jax.nn.sigmoid(2 * f),
+        )
         m, s = f[:, :2], f[:, 2:]
         return {
             "softmax": (
@@ -112,7 +140,10 @@ def test_values_equal_those_of_optax():
                 losses.softmax_cross_entropy(label_smoothing=0.1)(f, labels),
                 optax.softmax_cross_entropy(f, smooth).mean(),
             ),
-            "sigmoid": (losses.sigmoid_cross_entropy()(f, y), optax.sigmoid_binary_cross_entropy(f, y).sum(-1).mean()),
+            "sigmoid": (
+                losses.sigmoid_cross_entropy()(f, y),
+                optax.sigmoid_binary_cross_entropy(f, y).sum(-1).mean(),
+            ),
             "squared": (losses.squared_error()(f, y), optax.l2_loss(f, y).sum(-1).mean()),
             "poisson": (
                 losses.poisson()(f, jnp.broadcast_to(labels[:, None], f.shape)),
@@ -132,14 +163,21 @@ def test_ignored_and_masked_terms_take_no_part():
     loss = losses.softmax_cross_entropy(ignore_index=0)  # a label that is also a class
     f, y = jax.random.normal(key(0), (2, 3, 4)), jnp.array([[1, 0, 3], [0, 0, 2]])
     kept = f[jnp.array([0, 0, 1]), jnp.array([0, 2, 2])]
-    np.testing.assert_allclose(loss(f, y), losses.softmax_cross_entropy()(kept, jnp.array([1, 3, 2])), rtol=1e-12)
+    np.testing.assert_allclose(
+        loss(f, y), losses.softmax_cross_entropy()(kept, jnp.array([1, 3, 2])), rtol=1e-12
+    )
     assert loss.num_terms(f, y) == 3
     poisoned = f.at[0, 1].set(jnp.nan)  # a fully masked attention row
 
     @jax.jit
     def compute(poisoned):
         value, gradient = jax.value_and_grad(loss)(poisoned, y)
-        return value, gradient, loss.hvp(poisoned, y, f), losses.pseudo_gradient(loss, key(1), poisoned, y)
+        return (
+            value,
+            gradient,
+            loss.curvature_product(poisoned, y, f),
+            losses.pseudo_gradient(loss, key(1), poisoned, y),
+        )
 
     value, gradient, product, r = jax.tree.map(np.asarray, compute(poisoned))
     np.testing.assert_allclose(value, loss(f, y))
@@ -156,7 +194,13 @@ def test_a_batch_in_which_nothing_counts_has_zero_loss_and_curvature(name):
     @jax.jit
     def compute(f, y):
         value, gradient = jax.value_and_grad(loss)(f, y)
-        return value, loss.num_terms(f, y), gradient, loss.hvp(f, y, f), losses.pseudo_gradient(loss, key(0), f, y)
+        return (
+            value,
+            loss.num_terms(f, y),
+            gradient,
+            loss.curvature_product(f, y, f),
+            losses.pseudo_gradient(loss, key(0), f, y),
+        )
 
     for x in compute(f, y):
         np.testing.assert_array_equal(x, 0)
@@ -175,8 +219,13 @@ def test_bfloat16_outputs_are_worked_on_in_float32(name):
     assert loss(half, y).dtype != jnp.bfloat16
     exact = loss(jax.tree.map(lambda x: x.astype(float), half), y)
     np.testing.assert_allclose(loss(half, y), exact, rtol=1e-5)
-    for fn in (lambda f: loss.hvp(f, y, f), lambda f: losses.pseudo_gradient(loss, key(0), f, y)):
-        assert {x.dtype for x in jax.tree.leaves(jax.eval_shape(fn, half))} == {jnp.dtype(jnp.bfloat16)}
+    for fn in (
+        lambda f: loss.curvature_product(f, y, f),
+        lambda f: losses.pseudo_gradient(loss, key(0), f, y),
+    ):
+        assert {x.dtype for x in jax.tree.leaves(jax.eval_shape(fn, half))} == {
+            jnp.dtype(jnp.bfloat16)
+        }
 
 
 def test_a_users_loss_gets_defaults_and_may_override_them():
@@ -184,7 +233,9 @@ def test_a_users_loss_gets_defaults_and_may_override_them():
     loss = losses.as_loss(value)
     f, y = jax.random.normal(key(0), (4, 2)), jnp.zeros((4, 2))
     assert loss.num_terms(f, y) == 4
-    both = jax.jit(lambda f: (dense_hvp(loss, f, y), jax.hessian(value)(f, y).reshape(f.size, f.size)))
+    both = jax.jit(
+        lambda f: (dense_hvp(loss, f, y), jax.hessian(value)(f, y).reshape(f.size, f.size))
+    )
     np.testing.assert_allclose(*both(f), atol=1e-12)
     with pytest.raises(TypeError, match=r"no way to sample.*from_function"):
         losses.pseudo_gradient(value, key(0), f, y)
@@ -193,15 +244,20 @@ def test_a_users_loss_gets_defaults_and_may_override_them():
         def __call__(self, f, y):
             return value(f, y)
 
-        def hvp(self, f, y, v):
+        def curvature_product(self, f, y, v):
             return v
 
         def sample(self, key, f, y):
             return f + 1
 
     own = curvax.Objective(lambda p, x: x * p, WithMethods()).loss
-    assert own.hvp(f, y, 2 * f) is not None and (own.hvp(f, y, f) == f).all()
-    both = jax.jit(lambda f: (losses.pseudo_gradient(own, key(0), f, y), 2 * jax.grad(value)(f, f + 1)))
+    assert (
+        own.curvature_product(f, y, 2 * f) is not None
+        and (own.curvature_product(f, y, f) == f).all()
+    )
+    both = jax.jit(
+        lambda f: (losses.pseudo_gradient(own, key(0), f, y), 2 * jax.grad(value)(f, f + 1))
+    )
     np.testing.assert_allclose(*both(f))
 
 
@@ -221,24 +277,34 @@ def test_large_poisson_rates_are_sampled_without_overflow():
 
 
 def test_an_objective_with_array_weights_is_hashable():
-    hash(curvax.Objective(lambda p, x: x, losses.weighted_sum({"a": (jnp.float32(1.0), losses.squared_error())})))
+    hash(
+        curvax.Objective(
+            lambda p, x: x, losses.weighted_sum({"a": (jnp.float32(1.0), losses.squared_error())})
+        )
+    )
 
 
 def test_errors_say_what_and_where():
     ce, f = losses.softmax_cross_entropy(), jnp.zeros((3, 4))
-    with pytest.raises(ValueError, match=r"targets int64\[2\] do not fit outputs float64\[3, 4\].*shape \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"targets int64\[2\] do not fit outputs float64\[3, 4\].*shape \[3\]"
+    ):
         ce(f, jnp.zeros(2, int))
     with pytest.raises(TypeError, match=r"integer labels, got targets float64\[3, 4\].*argmax"):
         ce(f, f)
-    with pytest.raises(ValueError, match=r"float outputs \[batch, \.\.\., classes\], got int64\[3, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"float outputs \[batch, \.\.\., classes\], got int64\[3, 4\]"
+    ):
         ce(f.astype(int), jnp.zeros(3, int))
     with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\), got 1.5"):
         losses.softmax_cross_entropy(label_smoothing=1.5)
     for loss in (losses.squared_error(), losses.sigmoid_cross_entropy(), losses.poisson()):
-        with pytest.raises(ValueError, match=r"targets float64\[3\] do not fit outputs float64\[3, 1\]"):
+        with pytest.raises(
+            ValueError, match=r"targets float64\[3\] do not fit outputs float64\[3, 1\]"
+        ):
             loss(jnp.zeros((3, 1)), jnp.zeros(3))
         with pytest.raises(ValueError, match=r"targets float64\[3\] do not fit"):
-            loss.hvp(jnp.zeros((3, 1)), jnp.zeros(3), jnp.zeros((3, 1)))
+            loss.curvature_product(jnp.zeros((3, 1)), jnp.zeros(3), jnp.zeros((3, 1)))
     with pytest.raises(TypeError, match=r"gaussian needs outputs \(mean, log_variance\)"):
         losses.gaussian()(f, f)
     with pytest.raises(ValueError, match=r"outputs by head \['a'\], got \['a', 'b'\]"):
@@ -247,7 +313,10 @@ def test_errors_say_what_and_where():
         losses.weighted_sum({"a": (-1, ce)})
     with pytest.raises(ValueError, match="at least one head"):
         losses.weighted_sum({})
-    with pytest.raises(ValueError, match=r"outputs is float64\[3, 4\]; its first axes must be those of the mask bool\[2\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"outputs is float64\[3, 4\]; its first axes must be those of the mask bool\[2\]",
+    ):
         losses.masked(losses.squared_error())(f, (f, jnp.ones(2, bool)))
     with pytest.raises(TypeError, match=r"targets \(targets, mask\)"):
         losses.masked(losses.squared_error())(f, f)

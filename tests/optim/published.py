@@ -13,7 +13,9 @@ def _zeros(tree):
     return {name: np.zeros(np.shape(x)) for name, x in tree.items()}
 
 
-def adahessian(theta, gradient, hvp, probes, *, lr, b1, b2, eps, hessian_power, weight_decay, average):
+def adahessian(
+    theta, gradient, hvp, probes, *, lr, b1, b2, eps, hessian_power, weight_decay, average
+):
     """The list of parameters after each AdaHessian step, one step per probe."""
     theta, m, v, path = _copy(theta), _zeros(theta), _zeros(theta), []
     for t, z in enumerate(probes):
@@ -44,7 +46,9 @@ def sophia(theta, gradient, curvature, num_steps, *, lr, b1, b2, gamma, eps, wei
             m[name] = b1 * m[name] + (1 - b1) * g[name]  # m = b1 m + (1-b1) g
             ratio = m[name] / np.maximum(gamma * h[name], eps)  # m / max(gamma h, eps)
             decayed = x - lr * weight_decay * x  # theta = theta - lr wd theta
-            new[name] = decayed - lr * np.clip(ratio, -1.0, 1.0)  # theta = theta - lr clip(ratio, 1)
+            new[name] = decayed - lr * np.clip(
+                ratio, -1.0, 1.0
+            )  # theta = theta - lr clip(ratio, 1)
         theta = new
         path.append(_copy(theta))
     return path
@@ -55,7 +59,9 @@ def sophia_hutchinson(hvp, probes):
 
     def curvature(theta, t):
         u, hu = probes[t], hvp(theta, t, probes[t])
-        return {name: np.asarray(u[name]) * np.asarray(hu[name]) for name in theta}  # hhat = u * (H u)
+        return {
+            name: np.asarray(u[name]) * np.asarray(hu[name]) for name in theta
+        }  # hhat = u * (H u)
 
     return curvature
 
@@ -80,7 +86,9 @@ def block_mean(size):
     return average
 
 
-def levenberg_marquardt(theta, loss, gradient, curvature, step, num_steps, *, damping, every, factor):
+def levenberg_marquardt(
+    theta, loss, gradient, curvature, step, num_steps, *, damping, every, factor
+):
     """The list of (theta, m, damping, rho, accepted) after each step; `step(g, m, damping)` gives d and the next m.
 
     Steps between trials have rho None.
@@ -92,7 +100,9 @@ def levenberg_marquardt(theta, loss, gradient, curvature, step, num_steps, *, da
         d, new = step(g, m, damping)
         if t % every == 0:
             with np.errstate(invalid="ignore", over="ignore"):
-                reduction = loss(theta + d) - loss(theta)  # rho = (L(theta + d) - L(theta)) / (g.d + d'Fd / 2)
+                reduction = loss(theta + d) - loss(
+                    theta
+                )  # rho = (L(theta + d) - L(theta)) / (g.d + d'Fd / 2)
                 rho = reduction / (g @ d + d @ curvature(theta) @ d / 2)
             accepted = bool(reduction < 0)  # NaN is not
             if not accepted:

@@ -16,8 +16,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvax
-from curvax.optim.ekfac import EigenPiece
-from curvax.solve import Dense, Eigen
+from curvax.optim._ekfac import EigenBlockState
+from curvax.solve import Dense, EigenDecomposition
 
 
 def model(params, x):
@@ -45,19 +45,24 @@ class Row(NamedTuple):
     hyperparameter: str  # one that may be injected or scheduled, besides the learning rate
     decay: str | None = "b2"  # a decay rate of the rule
     averages: tuple[str, ...] = ("mu", "curvature")  # what the state holds in float32
-    plain: tuple[Any, ...] = (("weight_decay", 0.0),)  # options that leave the rule and the learning rate alone
+    plain: tuple[Any, ...] = (
+        ("weight_decay", 0.0),
+    )  # options that leave the rule and the learning rate alone
     more: tuple[Any, ...] = (("weight_decay", 0.01),)  # options that add `then` between the two
     then: Any = optax.add_decayed_weights(0.01)
-    labels: Callable[[], Any] = lambda: {"a": {"w": "rule", "b": "adam"}, "c": "rule"}  # groups for optax.partition
+    labels: Callable[[], Any] = lambda: {
+        "a": {"w": "rule", "b": "adam"},
+        "c": "rule",
+    }  # groups for optax.partition
     combine: Callable[..., Any] = mean  # curvatures of two micro-batches
     every: int = 3  # an interval of refreshes; 1 where no curvature is held
 
 
-def hessian_diagonal(key, params, batch):
+def hessian_diagonal(params, batch, key):
     return curvax.hutchinson_diagonal(curvax.hvp(OBJECTIVE, params, batch), params, key).mean
 
 
-def sampled_diagonal(key, params, batch):
+def sampled_diagonal(params, batch, key):
     return curvax.gauss_newton_bartlett(OBJECTIVE, params, batch, key)
 
 
@@ -65,7 +70,7 @@ LAYOUT = curvax.kron_layout(OBJECTIVE, PARAMS, BATCH)
 KRON = {
     "hyperparameter": "damping",
     "decay": "decay",
-    "averages": ("curvature", "pieces"),
+    "averages": ("curvature", "block_state"),
     "plain": (("momentum", 0.0), ("max_kl", None)),
     "more": (("momentum", 0.5), ("max_kl", None)),
     "then": optax.trace(0.5),
@@ -73,40 +78,60 @@ KRON = {
 }
 
 
-def factors(key, params, batch):
+def factors(params, batch, key):
     return curvax.kron_factors(OBJECTIVE, LAYOUT, params, batch, key)
 
 
-def eigen_curvature(key, params, batch):
-    return curvax.eigen_curvature(OBJECTIVE, LAYOUT, params, batch, key)
+def eigen_curvature(params, batch, key):
+    return curvax.kron.eigen_curvature(OBJECTIVE, LAYOUT, params, batch, key)
 
 
 def of_layout(build):
-    return lambda rate, objective, **options: build(rate, objective, LAYOUT, **{"damping": 0.3} | options)
+    return lambda rate, objective, **options: build(
+        rate, objective, LAYOUT, **{"damping": 0.3} | options
+    )
 
 
-def gradients(key, params, batch):
+def gradients(params, batch, key):
     rows = curvax.per_example_grads(OBJECTIVE, params, batch)
-    signs = jax.random.rademacher(key, (len(batch[1]),), jnp.float32)  # which change the window, and no product with it
+    signs = jax.random.rademacher(
+        key, (len(batch[1]),), jnp.float32
+    )  # which change the window, and no product with it
     return jax.tree.map(lambda x: signs.reshape(-1, *[1] * (x.ndim - 1)) * x, rows)
 
 
 def windowed(rate, objective, curvature_every=1, seed=0, momentum=None, damping=0.1):
-    window = curvax.estimating(curvax.scale_by_mfac(16, damping, "count", "leaf"), gradients, curvature_every, seed)
-    return optax.chain(window, *([] if momentum is None else [optax.trace(momentum)]), optax.scale_by_learning_rate(rate))
+    window = curvax.estimating(
+        curvax.scale_by_mfac(16, damping, "count", "leaf"), gradients, curvature_every, seed
+    )
+    return optax.chain(
+        window,
+        *([] if momentum is None else [optax.trace(momentum)]),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 OPTIMIZERS = {
     "adahessian": Row(curvax.adahessian, curvax.scale_by_adahessian, hessian_diagonal, "b1"),
-    "sophia_h": Row(curvax.sophia_h, functools.partial(curvax.scale_by_sophia, gamma=0.01), hessian_diagonal, "gamma"),
+    "sophia_h": Row(
+        curvax.sophia_h,
+        functools.partial(curvax.scale_by_sophia, gamma=0.01),
+        hessian_diagonal,
+        "gamma",
+    ),
     "sophia_g": Row(curvax.sophia_g, curvax.scale_by_sophia, sampled_diagonal, "gamma"),
-    "kfac": Row(of_layout(curvax.kfac), functools.partial(curvax.scale_by_kfac, LAYOUT, 0.3), factors, **KRON),
+    "kfac": Row(
+        of_layout(curvax.kfac),
+        functools.partial(curvax.scale_by_kfac, LAYOUT, 0.3),
+        factors,
+        **KRON,
+    ),
     "ekfac": Row(
         of_layout(curvax.ekfac),
         functools.partial(curvax.scale_by_ekfac, LAYOUT, 0.3),
         eigen_curvature,
         **KRON,
-        combine=lambda curvatures: curvax.merge(*curvatures),
+        combine=lambda curvatures: curvax.kron.merge(*curvatures),
     ),
 }
 OPTIMIZERS["mfac"] = (
@@ -131,35 +156,54 @@ def solving(build):
     )
 
 
-SOLVES = {"hyperparameter": "damping", "decay": None, "averages": (), "plain": (), "more": (), "then": optax.identity()}
+SOLVES = {
+    "hyperparameter": "damping",
+    "decay": None,
+    "averages": (),
+    "plain": (),
+    "more": (),
+    "then": optax.identity(),
+}
 OPTIMIZERS |= {
     "gauss_newton": Row(
         build=solving(functools.partial(curvax.gauss_newton, tol=1e-6)),
-        scale_by=functools.partial(curvax.scale_by_newton, functools.partial(curvax.cg, tol=1e-6, max_steps=50), 0.3),
-        estimator=lambda key, params, batch: curvax.ggnvp(OBJECTIVE, params, batch),
+        scale_by=functools.partial(
+            curvax.scale_by_newton, functools.partial(curvax.cg, tol=1e-6, max_steps=50), 0.3
+        ),
+        estimator=lambda params, batch, key: curvax.ggnvp(OBJECTIVE, params, batch),
         **SOLVES,
         every=1,
     ),
     "egn": Row(
         build=solving(curvax.egn),
         scale_by=functools.partial(curvax.scale_by_newton, curvax.solve.direct, 0.3),
-        estimator=lambda key, params, batch: curvax.sample_space(OBJECTIVE, params, batch),
+        estimator=lambda params, batch, key: curvax.kron.sample_space(OBJECTIVE, params, batch),
         **SOLVES,
         every=1,
     ),
     "lazy_newton": Row(
-        build=lambda rate, objective, seed=0, **options: curvax.lazy_newton(rate, objective, **{"damping": 0.3} | options),
+        build=lambda rate, objective, seed=0, **options: curvax.lazy_newton(
+            rate, objective, **{"damping": 0.3} | options
+        ),
         scale_by=functools.partial(curvax.scale_by_lazy_newton, 0.3),
-        estimator=lambda key, params, batch: Dense(curvax.to_dense(curvax.hvp(OBJECTIVE, params, batch), params)),
+        estimator=lambda params, batch, key: Dense(
+            curvax.to_dense(curvax.hvp(OBJECTIVE, params, batch), params)
+        ),
         **SOLVES | {"averages": ("curvature",)},
     ),
 }
 DIAGONAL = {name: row for name, row in OPTIMIZERS.items() if row.decay == "b2"}
-SAMPLED = {name: row for name, row in OPTIMIZERS.items() if name not in ("gauss_newton", "egn", "lazy_newton")}
+SAMPLED = {
+    name: row
+    for name, row in OPTIMIZERS.items()
+    if name not in ("gauss_newton", "egn", "lazy_newton")
+}
 every_optimizer = pytest.mark.parametrize("row", OPTIMIZERS.values(), ids=OPTIMIZERS)
 every_sampled = pytest.mark.parametrize("row", SAMPLED.values(), ids=SAMPLED)
 # Where only what optimizers share is concerned (`scale_by_diagonal`, `scale_by_kron`), one stands for all that share it.
-RULES = {name: OPTIMIZERS[name] for name in ("sophia_g", "kfac")}  # tests/optim/test_mfac.py has these for M-FAC
+RULES = {
+    name: OPTIMIZERS[name] for name in ("sophia_g", "kfac")
+}  # tests/optim/test_mfac.py has these for M-FAC
 every_rule = pytest.mark.parametrize("row", RULES.values(), ids=RULES)
 SHARED = {name: OPTIMIZERS[name] for name in ("sophia_g", "kfac", "mfac")}
 every_state = pytest.mark.parametrize("row", SHARED.values(), ids=SHARED)
@@ -217,8 +261,10 @@ def train(step, tx, num_steps=7, params=PARAMS, batch=BATCH):
 
 def same(a, b, rtol=2e-5, atol=1e-6):
     """Compare trees; not eigenvectors, whose signs (and more, where eigenvalues are equal) are arbitrary."""
-    is_piece = lambda x: isinstance(x, EigenPiece | Eigen)
-    settled = lambda tree: jax.tree.map(lambda x: None if is_piece(x) else x, tree, is_leaf=is_piece)
+    is_piece = lambda x: isinstance(x, EigenBlockState | EigenDecomposition)
+    settled = lambda tree: jax.tree.map(
+        lambda x: None if is_piece(x) else x, tree, is_leaf=is_piece
+    )
     chex.assert_trees_all_close(settled(a), settled(b), rtol=rtol, atol=atol)
 
 
@@ -226,10 +272,14 @@ def same(a, b, rtol=2e-5, atol=1e-6):
 def test_jit_equals_eager_traces_once_and_learns(row):
     tx, step = compiled(row, 3)
     params, state = train(step, tx, 30)
-    types = [jax.tree.map(jax.typeof, carry) for carry in ((PARAMS, tx.init(PARAMS)), (params, state))]
+    types = [
+        jax.tree.map(jax.typeof, carry) for carry in ((PARAMS, tx.init(PARAMS)), (params, state))
+    ]
     assert types[0] == types[1]  # and so jit has nothing to trace again
     assert OBJECTIVE(params, BATCH) < 0.8 * OBJECTIVE(PARAMS, BATCH)
-    if row in DIAGONAL.values():  # of the others, the docstring examples run op by op, which takes as long as compiling
+    if (
+        row in DIAGONAL.values()
+    ):  # of the others, the docstring examples run op by op, which takes as long as compiling
         same(train(step, tx, 2), train(step_with(tx), tx, 2))
     assert optax.tree.get(state, "info").num_nonfinite == 0
 
@@ -251,10 +301,16 @@ def test_refreshes_only_when_due_and_before_the_first_use(row):
         before = carry[0]
         carry = step(*carry, BATCH)
         assert optax.tree.norm(optax.tree.sub(carry[0], before)) > 0
-        held.append(np.concatenate([x.ravel() for x in jax.tree.leaves(optax.tree.get(carry[1], "curvature"))]))
+        held.append(
+            np.concatenate(
+                [x.ravel() for x in jax.tree.leaves(optax.tree.get(carry[1], "curvature"))]
+            )
+        )
     changed = [bool((a != b).any()) for a, b in itertools.pairwise(held)]
     assert held[0].any() and changed == [False, False, True, False, False, True]
-    text = lambda every: str(jax.make_jaxpr(step_with(row.build(0.1, OBJECTIVE, curvature_every=every)))(*carry, BATCH))
+    text = lambda every: str(
+        jax.make_jaxpr(step_with(row.build(0.1, OBJECTIVE, curvature_every=every)))(*carry, BATCH)
+    )
     assert "cond[" in text(2) and "cond[" not in text(1)
 
 
@@ -268,7 +324,8 @@ def test_is_the_rule_with_its_estimator_in_a_chain(row):
     )
     params = train(jax.jit(step_with(chained)), chained)[0]
     one_liner = optax.chain(
-        optax.clip_by_global_norm(0.1), row.build(0.02, OBJECTIVE, curvature_every=row.every, seed=5, **dict(row.more))
+        optax.clip_by_global_norm(0.1),
+        row.build(0.02, OBJECTIVE, curvature_every=row.every, seed=5, **dict(row.more)),
     )
     same(params, train(jax.jit(step_with(one_liner)), one_liner)[0])
 
@@ -278,8 +335,10 @@ def test_curvature_as_data(row):
     """The rule given curvature, and the one-liner given curvature, equal the one-liner that estimates it."""
     tx, update = updating(row)
     expected, _ = update(gradient(), tx.init(PARAMS), PARAMS, BATCH)
-    curvature = estimating(row)(jax.random.fold_in(jax.random.key(0), 0), PARAMS, BATCH)
-    given, _ = jax.jit(lambda s, c: tx.update(gradient(), s, PARAMS, curvature=c))(tx.init(PARAMS), curvature)
+    curvature = estimating(row)(PARAMS, BATCH, jax.random.fold_in(jax.random.key(0), 0))
+    given, _ = jax.jit(lambda s, c: tx.update(gradient(), s, PARAMS, curvature=c))(
+        tx.init(PARAMS), curvature
+    )
     same(given, expected)
     rule, apply = ruling(row)
     direction, state = apply(gradient(), rule.init(PARAMS), curvature)
@@ -305,7 +364,9 @@ def test_masked_needs_the_whole_model_and_leaves_the_rest(row):
     updates, state = step(gradient(), state, PARAMS, BATCH)
     same(updates["c"], gradient()["c"])
     same(updates["a"], updating(row)[1](gradient(), tx.init(PARAMS), PARAMS, BATCH)[0]["a"])
-    assert not any(x.shape == PARAMS["c"].shape for x in jax.tree.leaves(state))  # no state for what is masked
+    assert not any(
+        x.shape == PARAMS["c"].shape for x in jax.tree.leaves(state)
+    )  # no state for what is masked
 
 
 @every_rule
@@ -316,11 +377,16 @@ def test_partition_inside_estimating(row):
     step = jax.jit(lambda g, s, p, b: tx.update(g, s, p, batch=b))
     updates, state = step(gradient(), tx.init(PARAMS), PARAMS, BATCH)
     whole, update = updating(row)
-    expected = optax.tree.scale(-50, update(gradient(), whole.init(PARAMS), PARAMS, BATCH)[0])  # without its rate
+    expected = optax.tree.scale(
+        -50, update(gradient(), whole.init(PARAMS), PARAMS, BATCH)[0]
+    )  # without its rate
     adam = optax.scale_by_adam()
     of_adam = adam.update(gradient(), adam.init(PARAMS))[0]
     spread = jax.tree.broadcast(labels, PARAMS)
-    same(updates, jax.tree.map(lambda group, a, b: a if group == "rule" else b, spread, expected, of_adam))
+    same(
+        updates,
+        jax.tree.map(lambda group, a, b: a if group == "rule" else b, spread, expected, of_adam),
+    )
     step(gradient(), state, PARAMS, BATCH)
 
 
@@ -329,10 +395,12 @@ def test_multisteps_with_averaged_curvature(row):
     """The recipe: MultiSteps averages gradients, the caller curvature; the result is that of the averages."""
     tx = row.build(0.02, OBJECTIVE)
     ms = optax.MultiSteps(tx, every_k_schedule=2)
-    chained = optax.chain(optax.identity(), optax.GradientTransformationExtraArgs(ms.init, ms.update))
+    chained = optax.chain(
+        optax.identity(), optax.GradientTransformationExtraArgs(ms.init, ms.update)
+    )
     halves = [jax.tree.map(lambda x, i=i: x[i::2], BATCH) for i in range(2)]
     grads = [gradient(batch=half) for half in halves]
-    curvatures = [estimating(row)(jax.random.key(i), PARAMS, half) for i, half in enumerate(halves)]
+    curvatures = [estimating(row)(PARAMS, half, jax.random.key(i)) for i, half in enumerate(halves)]
     update = jax.jit(lambda g, s, p, c: chained.update(g, s, p, curvature=c))
     state = chained.init(PARAMS)
     updates, state = update(grads[0], state, PARAMS, curvatures[0])
@@ -342,21 +410,30 @@ def test_multisteps_with_averaged_curvature(row):
     expected, _ = whole(mean(grads), tx.init(PARAMS), PARAMS, row.combine(curvatures))
     same(updates, expected)
     # and with batch= the estimate is that of the last micro-batch, as MultiSteps shows it
-    updates, _ = jax.jit(lambda g, s, p, b: chained.update(g, s, p, batch=b))(grads[0], state, PARAMS, halves[0])
+    updates, _ = jax.jit(lambda g, s, p, b: chained.update(g, s, p, batch=b))(
+        grads[0], state, PARAMS, halves[0]
+    )
     assert optax.tree.norm(updates) == 0
 
 
 @every_rule
 def test_inject_hyperparams(row):
-    build = lambda learning_rate, other: row.build(learning_rate, OBJECTIVE, **{row.hyperparameter: other})
+    build = lambda learning_rate, other: row.build(
+        learning_rate, OBJECTIVE, **{row.hyperparameter: other}
+    )
     injected = optax.inject_hyperparams(build)(learning_rate=0.02, other=0.5)
     plain = build(0.02, 0.5)
-    same(train(jax.jit(step_with(injected)), injected, 3)[0], train(jax.jit(step_with(plain)), plain, 3)[0])
+    same(
+        train(jax.jit(step_with(injected)), injected, 3)[0],
+        train(jax.jit(step_with(plain)), plain, 3)[0],
+    )
     state = injected.init(PARAMS)
     doubled = state._replace(hyperparams={**state.hyperparams, "learning_rate": jnp.array(0.04)})
     update = jax.jit(lambda s: injected.update(gradient(), s, PARAMS, batch=BATCH)[0])
     same(update(doubled), optax.tree.scale(2.0, update(state)))
-    traced = optax.inject_hyperparams(lambda every: row.build(0.02, OBJECTIVE, curvature_every=every))(every=3)
+    traced = optax.inject_hyperparams(
+        lambda every: row.build(0.02, OBJECTIVE, curvature_every=every)
+    )(every=3)
     fixed, step = compiled(row, 3)
     same(train(jax.jit(step_with(traced)), traced, 5)[0], train(step, fixed, 5)[0])
 
@@ -364,7 +441,9 @@ def test_inject_hyperparams(row):
 @every_rule
 def test_schedules(row):
     """A rate that halves after one step: the first step is that of the constant rate, the second half of it."""
-    falling = row.build(optax.piecewise_constant_schedule(0.02, {1: 0.5}), OBJECTIVE, **dict(row.plain))
+    falling = row.build(
+        optax.piecewise_constant_schedule(0.02, {1: 0.5}), OBJECTIVE, **dict(row.plain)
+    )
     update = jax.jit(lambda s: falling.update(gradient(), s, PARAMS, batch=BATCH))
     one, state = update(falling.init(PARAMS))
     two, _ = update(state)
@@ -377,15 +456,20 @@ def test_schedules(row):
 @every_rule
 def test_non_finite_gradient_or_curvature_leaves_the_last_good_state(row):
     rule, update = ruling(row)
-    curvature = estimating(row)(jax.random.key(0), PARAMS, BATCH)
+    curvature = estimating(row)(PARAMS, BATCH, jax.random.key(0))
 
     def poison(tree):
         leaves, structure = jax.tree.flatten(tree)
-        return jax.tree.unflatten(structure, [leaves[0].at[(0,) * leaves[0].ndim].set(jnp.inf), *leaves[1:]])
+        return jax.tree.unflatten(
+            structure, [leaves[0].at[(0,) * leaves[0].ndim].set(jnp.inf), *leaves[1:]]
+        )
 
     _, good = update(gradient(), rule.init(PARAMS), curvature)
     stepped, after = update(gradient(), good, poison(curvature))
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(stepped)) and optax.tree.norm(stepped) > 0
+    assert (
+        all(jnp.isfinite(x).all() for x in jax.tree.leaves(stepped))
+        and optax.tree.norm(stepped) > 0
+    )
     same(after.curvature, good.curvature)
     assert after.info.num_nonfinite == 1 and after.num_refreshes == good.num_refreshes
     emitted, after = update(poison(gradient()), good, curvature)
@@ -412,15 +496,24 @@ def test_vmap_over_members_with_their_own_seeds(row):
     build = lambda seed: row.build(0.02, OBJECTIVE, curvature_every=3, seed=seed)
     params = jax.tree.map(lambda p: p + 0.1 * jnp.arange(3.0).reshape(-1, *(1,) * p.ndim), PARAMS)
     state = jax.vmap(lambda seed, p: build(seed).init(p))(members, params)
-    step = jax.jit(jax.vmap(step_with(build(0)), in_axes=(0, 0, None))).lower(params, state, BATCH).compile()
+    step = (
+        jax.jit(jax.vmap(step_with(build(0)), in_axes=(0, 0, None)))
+        .lower(params, state, BATCH)
+        .compile()
+    )
     assert "conditional(" in step.as_text()
     carry = params, state
     for _ in range(5):
         carry = step(*carry, BATCH)
     for i in range(3):
         alone = jax.tree.map(lambda p, i=i: p[i], params)
-        start = alone, build(i).init(alone)  # the seed is in the state: one compiled step serves all members
-        expected = functools.reduce(lambda carry, _: compiled(row, 3)[1](*carry, BATCH), range(5), start)
+        start = (
+            alone,
+            build(i).init(alone),
+        )  # the seed is in the state: one compiled step serves all members
+        expected = functools.reduce(
+            lambda carry, _: compiled(row, 3)[1](*carry, BATCH), range(5), start
+        )
         same(jax.tree.map(lambda x, i=i: x[i], carry), expected)
     seen = jax.tree.leaves(optax.tree.get(carry[1], "curvature"))
     assert any(not np.allclose(x[0], x[1]) for x in seen)
@@ -448,7 +541,8 @@ def test_scan_over_steps(row):
 
 @pytest.mark.parametrize(
     ("row", "axis_type"),
-    [(row, AxisType.Auto) for row in OPTIMIZERS.values()] + [(row, AxisType.Explicit) for row in SHARED.values()],
+    [(row, AxisType.Auto) for row in OPTIMIZERS.values()]
+    + [(row, AxisType.Explicit) for row in SHARED.values()],
     ids=[f"{name}-auto" for name in OPTIMIZERS] + [f"{name}-explicit" for name in SHARED],
 )
 def test_eight_devices_equal_one(row, axis_type):
@@ -456,12 +550,17 @@ def test_eight_devices_equal_one(row, axis_type):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
     spec = ("model",) if axis_type == AxisType.Auto else ()
-    params = {"a": {"w": put(PARAMS["a"]["w"], None, *spec), "b": put(PARAMS["a"]["b"])}, "c": put(PARAMS["c"], *spec)}
+    params = {
+        "a": {"w": put(PARAMS["a"]["w"], None, *spec), "b": put(PARAMS["a"]["b"])},
+        "c": put(PARAMS["c"], *spec),
+    }
     batch = jax.tree.map(lambda x: put(x, "data"), BATCH)
     tx, step = compiled(row, 3)
     got = train(step, tx, 5, params=params, batch=batch)
     same(got, train(step, tx, 5))
-    if axis_type == AxisType.Auto and row in DIAGONAL.values():  # the state of a sharded leaf is sharded as the leaf is
+    if (
+        axis_type == AxisType.Auto and row in DIAGONAL.values()
+    ):  # the state of a sharded leaf is sharded as the leaf is
         held = optax.tree.get(got[1], "curvature")["a"]["w"]
         assert held.sharding.is_equivalent_to(params["a"]["w"].sharding, held.ndim)
 
@@ -482,7 +581,9 @@ def test_bfloat16_params_with_float32_state(row):
     # decay rates that arrive in bf16 round to 1: refused, with the way out
     build = lambda decay: row.scale_by(**{row.decay: decay})
     coarse = optax.inject_hyperparams(build)(decay=0.999)
-    with pytest.raises(TypeError, match=rf"{row.decay} arrives as bfloat16.*hyperparam_dtype=jnp.float32"):
+    with pytest.raises(
+        TypeError, match=rf"{row.decay} arrives as bfloat16.*hyperparam_dtype=jnp.float32"
+    ):
         coarse.update(params, coarse.init(params), params)
     optax.inject_hyperparams(build, hyperparam_dtype=jnp.float32)(decay=0.999).init(params)
 
@@ -507,7 +608,9 @@ def test_unknown_extra_arguments_are_ignored(row):
     tx, plain = compiled(row)
     same(train(jax.jit(step_with(tx, value=1.0, other="x")), tx, 2), train(plain, tx, 2))
     rule = row.scale_by()
-    jax.eval_shape(lambda g, s, p: rule.update(g, s, p, value=1.0), gradient(), rule.init(PARAMS), PARAMS)
+    jax.eval_shape(
+        lambda g, s, p: rule.update(g, s, p, value=1.0), gradient(), rule.init(PARAMS), PARAMS
+    )
 
 
 @every_state
@@ -515,10 +618,13 @@ def test_state_holds_plain_arrays_and_the_seed_decides_the_draws(row):
     tx = row.build(0.02, OBJECTIVE, seed=1)
     state = tx.init(PARAMS)
     assert all(
-        isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)
+        isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        for x in jax.tree.leaves(state)
     )
     assert optax.tree.get(state, "seed").dtype == jnp.uint32
-    update = lambda seed: compiled(row)[1](PARAMS, optax.tree.set(state, seed=jnp.uint32(seed)), BATCH)
+    update = lambda seed: compiled(row)[1](
+        PARAMS, optax.tree.set(state, seed=jnp.uint32(seed)), BATCH
+    )
     first, again, other = (optax.tree.get(update(seed)[1], "curvature") for seed in (1, 1, 2))
     chex.assert_trees_all_equal(first, again)
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
@@ -529,9 +635,13 @@ def test_state_holds_plain_arrays_and_the_seed_decides_the_draws(row):
 def test_errors_say_what_and_where(row):
     tx = row.build(0.02, OBJECTIVE)
     state, grads = tx.init(PARAMS), gradient()
-    with pytest.raises(ValueError, match=r"needs the batch: tx.update\(grads, state, params, batch=batch\)"):
+    with pytest.raises(
+        ValueError, match=r"needs the batch: tx.update\(grads, state, params, batch=batch\)"
+    ):
         tx.update(grads, state, PARAMS)
-    with pytest.raises(ValueError, match=r"needs params: tx.update\(grads, state, params, batch=batch\)"):
+    with pytest.raises(
+        ValueError, match=r"needs params: tx.update\(grads, state, params, batch=batch\)"
+    ):
         tx.update(grads, state, batch=BATCH)
     for every in (0, np.int64(0)):
         with pytest.raises(ValueError, match=r"curvature_every must lie in \[1, .*got 0"):
@@ -542,14 +652,18 @@ def test_errors_say_what_and_where(row):
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=r"seed must lie in \[0, 4294967295\], got"):
             row.build(0.02, OBJECTIVE, seed=seed)
-    with pytest.raises(TypeError, match=r"params must hold float arrays: got int32\[2\] at params\['n'\]"):
+    with pytest.raises(
+        TypeError, match=r"params must hold float arrays: got int32\[2\] at params\['n'\]"
+    ):
         tx.init({"n": jnp.zeros(2, int)})
     with pytest.raises(ValueError, match="empty pytree"):
         tx.init({})
     if row.decay is not None:
         with pytest.raises(ValueError, match=rf"{row.decay} must lie in \[0, 1\), got 1"):
             row.scale_by(**{row.decay: 1.0})
-    with pytest.raises(TypeError, match=r"estimator must be a function \(key, params, batch\).*got 'hutchinson'"):
+    with pytest.raises(
+        TypeError, match=r"estimator must be a function \(params, batch, key\).*got 'hutchinson'"
+    ):
         curvax.estimating(row.scale_by(), "hutchinson")
     with pytest.raises(ValueError, match="leading axes disagree"):
         tx.update(grads, state, PARAMS, batch=(BATCH[0], BATCH[1][:3]))
@@ -559,9 +673,13 @@ def test_errors_say_what_and_where(row):
 def test_errors_of_diagonal_methods(row):
     tx = row.build(0.02, OBJECTIVE)
     state, grads = tx.init(PARAMS), gradient()
-    with pytest.raises(ValueError, match=r"curvature has no leaf at \['a'\]\['b'\], where updates has float32\[8\]"):
+    with pytest.raises(
+        ValueError, match=r"curvature has no leaf at \['a'\]\['b'\], where updates has float32\[8\]"
+    ):
         tx.update(grads, state, PARAMS, curvature={"a": {"w": PARAMS["a"]["w"]}, "c": PARAMS["c"]})
-    with pytest.raises(ValueError, match=r"curvature\['c'\] is float32\[3\], updates\['c'\] is float32\[8, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"curvature\['c'\] is float32\[3\], updates\['c'\] is float32\[8, 3\]"
+    ):
         tx.update(grads, state, PARAMS, curvature={**PARAMS, "c": jnp.zeros(3)})
     with pytest.raises(TypeError, match=r"b1 must be a number, got a function.*inject_hyperparams"):
         row.build(0.02, OBJECTIVE, b1=lambda count: 0.9)

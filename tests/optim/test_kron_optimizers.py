@@ -14,8 +14,8 @@ import pytest
 
 import curvax
 from curvax import losses
-from curvax.kron import Factor
-from curvax.kron.factors import zero_factors
+from curvax.kron import WeightedMean
+from curvax.kron._factors import init_factors
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -39,19 +39,21 @@ KERNELS = {"['w1']": ("w1", "b1"), "['w2']": ("w2", "b2")}  # by block
 DAMPING = 2.0**-4  # it and its root are exact in float32, in which the state keeps it
 
 LINEAR = curvax.Objective(lambda p, x: x @ p["w"] + p["b"], losses.squared_error())
-LINEAR_LAYOUT = curvax.kron_layout(LINEAR, {"w": np.ones((3, 2)), "b": np.zeros(2)}, (np.ones((9, 3)), np.ones((9, 2))))
+LINEAR_LAYOUT = curvax.kron_layout(
+    LINEAR, {"w": np.ones((3, 2)), "b": np.zeros(2)}, (np.ones((9, 3)), np.ones((9, 2)))
+)
 
 
-def exact_factors(key, params, batch):
-    return curvax.kron_factors(OBJECTIVE, LAYOUT, params, batch, key, estimator="exact")
+def exact_factors(params, batch, key):
+    return curvax.kron_factors(OBJECTIVE, LAYOUT, params, batch, key, fisher="exact")
 
 
-def sampled_factors(key, params, batch):
+def sampled_factors(params, batch, key):
     return curvax.kron_factors(OBJECTIVE, LAYOUT, params, batch, key)
 
 
-def sampled_rows(key, params, batch):
-    return curvax.eigen_curvature(OBJECTIVE, LAYOUT, params, batch, key)
+def sampled_rows(params, batch, key):
+    return curvax.kron.eigen_curvature(OBJECTIVE, LAYOUT, params, batch, key)
 
 
 ESTIMATORS = {"kfac": sampled_factors, "ekfac": sampled_rows}
@@ -64,11 +66,14 @@ def drawn_factors(layout, params, seed):
 
     def draw(factor):
         x = rng.normal(size=(*factor.total.shape[:2], 20))
-        return Factor(jnp.asarray(x @ x.swapaxes(1, 2) / 20), jnp.ones(factor.weight.shape))
+        return WeightedMean(jnp.asarray(x @ x.swapaxes(1, 2) / 20), jnp.ones(factor.weight.shape))
 
-    zeros = zero_factors(layout, params)
-    blocks = jax.tree.map(draw, zeros.blocks, is_leaf=lambda x: isinstance(x, Factor))
-    ones = {path: Factor(jnp.ones(x.total.shape), jnp.ones([])) for path, x in zeros.diagonal.items()}
+    zeros = init_factors(layout, params)
+    blocks = jax.tree.map(draw, zeros.blocks, is_leaf=lambda x: isinstance(x, WeightedMean))
+    ones = {
+        path: WeightedMean(jnp.ones(x.total.shape), jnp.ones([]))
+        for path, x in zeros.diagonal.items()
+    }
     return zeros._replace(blocks=blocks, diagonal=ones)
 
 
@@ -99,13 +104,19 @@ class Averages:
 
 
 def of_factors(factors):
-    sides = {(name, side): mean(getattr(f, side)) for name, f in factors.blocks.items() for side in ("inputs", "outputs")}
+    sides = {
+        (name, side): mean(getattr(f, side))
+        for name, f in factors.blocks.items()
+        for side in ("a", "g")
+    }
     gain = factors.diagonal["['gain']"]
-    return {str(key): x for key, x in sides.items()} | {"gain": np.asarray(gain.total) / gain.weight}
+    return {str(key): x for key, x in sides.items()} | {
+        "gain": np.asarray(gain.total) / gain.weight
+    }
 
 
 def pair(averages, name):
-    return averages[str((name, "inputs"))], averages[str((name, "outputs"))]
+    return averages[str((name, "a"))], averages[str((name, "g"))]
 
 
 def damped(a, g, damping, scheme):
@@ -130,11 +141,11 @@ def close(got, want, tolerance=1e-9):
 @pytest.mark.parametrize("scheme", ["factored", "exact"])
 def test_kfac_inverts_bias_corrected_averages(scheme):
     """Along with what the state says of each block."""
-    rule = curvax.scale_by_kfac(LAYOUT, DAMPING, inverse_every=2, decay=0.9, scheme=scheme)
+    rule = curvax.scale_by_kfac(LAYOUT, DAMPING, inverse_every=2, decay=0.9, damping_scheme=scheme)
     update, draw = jax.jit(rule.update), jax.jit(exact_factors)
     state, averages, inverse = rule.init(PARAMS), Averages(0.9), {}
     for t, (g, batch) in enumerate(zip(GRADIENTS, BATCHES, strict=True)):
-        factors = draw(jax.random.key(0), PARAMS, batch)
+        factors = draw(PARAMS, batch, jax.random.key(0))
         steps, state = update(g, state, curvature=factors)
         now = averages.take(**of_factors(factors))
         for name in KERNELS:
@@ -146,7 +157,9 @@ def test_kfac_inverts_bias_corrected_averages(scheme):
                 inverse[name], values = np.linalg.inv(dense), np.linalg.eigvalsh(dense)
                 np.testing.assert_allclose(info.trace, np.trace(a) * np.trace(g_side), rtol=1e-6)
                 if scheme == "exact":
-                    np.testing.assert_allclose([info.smallest, info.largest], values[[0, -1]], rtol=1e-6)
+                    np.testing.assert_allclose(
+                        [info.smallest, info.largest], values[[0, -1]], rtol=1e-6
+                    )
                 else:  # by power iteration: better than one step of it
                     assert rayleigh(dense) < info.largest <= values[-1] * (1 + 1e-6)
                     assert values[0] * (1 - 1e-6) <= info.smallest < 1 / rayleigh(inverse[name])
@@ -161,7 +174,7 @@ def test_ekfac_divides_by_averaged_moments_that_go_along_with_the_basis():
     update, draw = jax.jit(rule.update), jax.jit(sampled_rows)
     state, averages, moments, basis = rule.init(PARAMS), Averages(0.9), {}, {}
     for t, (g, batch) in enumerate(zip(GRADIENTS, BATCHES, strict=True)):
-        rows = draw(jax.random.key(t), PARAMS, batch)
+        rows = draw(PARAMS, batch, jax.random.key(t))
         steps, state = update(g, state, curvature=rows)
         now = averages.take(**of_factors(rows.factors))
         for name in KERNELS:
@@ -174,9 +187,13 @@ def test_ekfac_divides_by_averaged_moments_that_go_along_with_the_basis():
                 basis[name], values = new, np.linalg.eigvalsh(damped(a, g_side, DAMPING, "exact"))
                 info = state.info.blocks[name]
                 np.testing.assert_allclose(info.trace, np.trace(a) * np.trace(g_side), rtol=1e-6)
-                np.testing.assert_allclose([info.smallest, info.largest], values[[0, -1]], rtol=1e-6)
+                np.testing.assert_allclose(
+                    [info.smallest, info.largest], values[[0, -1]], rtol=1e-6
+                )
             assert state.info.blocks[name].age == t % 2
-            given, cotangents = (np.asarray(x[name][0])[:, 0] for x in (rows.inputs, rows.cotangents))
+            given, cotangents = (
+                np.asarray(x[name][0])[:, 0] for x in (rows.inputs, rows.cotangents)
+            )
             given = np.concatenate([given, np.ones((6, 2, 1))], axis=2)
             gradients = np.einsum("bni,bno->bio", given, cotangents).reshape(6, -1)
             fresh = np.sum((gradients @ basis[name]) ** 2, axis=0)
@@ -194,10 +211,10 @@ def test_rows_of_ekfac_give_the_moments():
     @jax.jit
     def compute(params, batch, g):
         key = jax.random.key(5)
-        rows = sampled_rows(key, params, batch)
-        basis = curvax.kron_basis(LAYOUT, rows.factors)
-        found = curvax.kron_moments(OBJECTIVE, LAYOUT, basis, params, batch, key)
-        inverse = curvax.kron_inverse(LAYOUT, found, DAMPING, eigen=True)
+        rows = sampled_rows(params, batch, key)
+        basis = curvax.kron.kron_basis(LAYOUT, rows.factors)
+        found = curvax.kron.kron_moments(OBJECTIVE, LAYOUT, basis, params, batch, key)
+        inverse = curvax.kron_inverse(LAYOUT, found, DAMPING)
         return rule.update(g, rule.init(params), curvature=rows)[0], inverse(g)
 
     chex.assert_trees_all_close(*compute(PARAMS, BATCHES[0], GRADIENTS[0]), rtol=1e-9)
@@ -206,16 +223,23 @@ def test_rows_of_ekfac_give_the_moments():
 def test_momentum_and_learning_rate():
     """A sum of past steps that decays, times a rate that may be a schedule; without momentum, no buffer."""
     rate, batch = lambda count: 0.5**count, (normal(0, 9, 3), normal(1, 9, 2))
-    build = functools.partial(curvax.kfac, objective=LINEAR, layout=LINEAR_LAYOUT, damping=DAMPING, max_kl=None, seed=3)
+    build = functools.partial(
+        curvax.kfac, objective=LINEAR, layout=LINEAR_LAYOUT, damping=DAMPING, max_kl=None, seed=3
+    )
     still, tx = build(-1.0, momentum=0.0), build(rate, momentum=0.7)
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
-    updates = [jax.jit(lambda g, s, rule=rule: rule.update(g, s, params, batch=batch)) for rule in (still, tx)]
+    updates = [
+        jax.jit(lambda g, s, rule=rule: rule.update(g, s, params, batch=batch))
+        for rule in (still, tx)
+    ]
     held, state, total = still.init(params), tx.init(params), optax.tree.zeros_like(params)
     for t in range(4):
         g = jax.tree.map(lambda p, t=t: normal(t, *p.shape), params)
         (steps, held), (got, state) = updates[0](g, held), updates[1](g, state)
         total = jax.tree.map(lambda m, s: 0.7 * m + s, total, steps)
-        chex.assert_trees_all_close(got, jax.tree.map(lambda m, t=t: -rate(t) * m, total), rtol=1e-9)
+        chex.assert_trees_all_close(
+            got, jax.tree.map(lambda m, t=t: -rate(t) * m, total), rtol=1e-9
+        )
     assert size(tx, params) - size(still, params) == 8
 
 
@@ -229,7 +253,7 @@ def test_stagger_inverts_all_at_first_and_then_each_share_in_its_turn():
     layout = curvax.kron_layout(objective, params, (normal(0, 4, 9), normal(1, 4, 2)))
     names = [block.name for block in layout.blocks]
     factors = [drawn_factors(layout, params, seed) for seed in range(7)]
-    build = functools.partial(curvax.scale_by_kfac, layout, DAMPING, scheme="exact")
+    build = functools.partial(curvax.scale_by_kfac, layout, DAMPING, damping_scheme="exact")
     rules = build(3, stagger=True), build()
     updates, inits = [jax.jit(rule.update) for rule in rules], [rule.init(params) for rule in rules]
 
@@ -237,10 +261,15 @@ def test_stagger_inverts_all_at_first_and_then_each_share_in_its_turn():
         state = inits[which]
         for curvature in curvatures:
             steps, state = updates[which](params, state, curvature=curvature)
-            yield dict(zip(names, steps, strict=True)), {name: int(b.age) for name, b in state.info.blocks.items()}
+            yield (
+                dict(zip(names, steps, strict=True)),
+                {name: int(b.age) for name, b in state.info.blocks.items()},
+            )
 
     turns = []
-    for t, ((steps, ages), (fresh, _)) in enumerate(zip(run(0, factors), run(1, factors), strict=True)):
+    for t, ((steps, ages), (fresh, _)) in enumerate(
+        zip(run(0, factors), run(1, factors), strict=True)
+    ):
         turns.append({name for name in names if ages[name] == 0})
         for name in names:
             assert np.allclose(steps[name], fresh[name], rtol=1e-9) == (name in turns[t])
@@ -258,7 +287,7 @@ def test_a_block_whose_factorization_fails_goes_on_with_its_last_good_inverse():
     one, two, three = (drawn_factors(LAYOUT, PARAMS, seed) for seed in range(3))
     other, name = KERNELS
     bad = two.blocks[name]
-    bad = bad._replace(inputs=bad.inputs._replace(total=bad.inputs.total - 10 * jnp.eye(5)))  # indefinite
+    bad = bad._replace(a=bad.a._replace(total=bad.a.total - 10 * jnp.eye(5)))  # indefinite
     first, state = update(g, rule.init(PARAMS), curvature=one)
     steps, failed = update(g, state, curvature=two._replace(blocks=two.blocks | {name: bad}))
     expected, _ = update(g, state, curvature=two)
@@ -272,7 +301,10 @@ def test_a_block_whose_factorization_fails_goes_on_with_its_last_good_inverse():
     assert healed.info.blocks[name].age == 0 and healed.info.num_failures[name] == 1
 
 
-RULES = {"kfac": functools.partial(curvax.scale_by_kfac, scheme="exact"), "ekfac": curvax.scale_by_ekfac}
+RULES = {
+    "kfac": functools.partial(curvax.scale_by_kfac, damping_scheme="exact"),
+    "ekfac": curvax.scale_by_ekfac,
+}
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
@@ -280,13 +312,15 @@ every_rule = pytest.mark.parametrize("name", RULES)
 def test_what_is_not_finite_stays_out_of_the_state(name):
     rule = RULES[name](LAYOUT, DAMPING)
     update, draw = jax.jit(rule.update), jax.jit(ESTIMATORS[name])
-    good = draw(jax.random.key(0), PARAMS, BATCHES[0])
+    good = draw(PARAMS, BATCHES[0], jax.random.key(0))
     held, state = update(GRADIENTS[0], rule.init(PARAMS), curvature=good)
     leaves, structure = jax.tree.flatten(good)
     for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(good)):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
-        bad = jax.tree.unflatten(structure, [x * jnp.nan if i == k else x for k, x in enumerate(leaves)])
+        bad = jax.tree.unflatten(
+            structure, [x * jnp.nan if i == k else x for k, x in enumerate(leaves)]
+        )
         steps, after = update(GRADIENTS[0], state, curvature=bad)
         chex.assert_tree_all_finite((steps, after))
         assert after.info.num_nonfinite == 1 and after.count == 2
@@ -304,18 +338,22 @@ def test_the_first_curvature_is_inverted_whenever_it_comes(name):
     """Also if it comes late, or the one before was not finite: the updates are zero only while there is none."""
     rule = RULES[name](LAYOUT, DAMPING, inverse_every=10)
     update = jax.jit(rule.update)
-    good = jax.jit(ESTIMATORS[name])(jax.random.key(0), PARAMS, BATCHES[0])
+    good = jax.jit(ESTIMATORS[name])(PARAMS, BATCHES[0], jax.random.key(0))
     expected, _ = update(GRADIENTS[0], rule.init(PARAMS), curvature=good)
     for first in (None, jax.tree.map(lambda x: (x * np.nan).astype(x.dtype), good)):
         nothing, state = update(GRADIENTS[0], rule.init(PARAMS), curvature=first)
         assert optax.tree.norm(nothing) == 0
-        chex.assert_trees_all_close(update(GRADIENTS[0], state, curvature=good)[0], expected, rtol=1e-9)
+        chex.assert_trees_all_close(
+            update(GRADIENTS[0], state, curvature=good)[0], expected, rtol=1e-9
+        )
 
 
 def linear_problem():
     """Params of the linear model, which are the gradient too, a rule for it, and inverses to compare with."""
     params = {"w": normal(0, 3, 2), "b": normal(1, 2)}
-    invert = jax.jit(lambda factors, damping: curvax.kron_inverse(LINEAR_LAYOUT, factors, damping)(params))
+    invert = jax.jit(
+        lambda factors, damping: curvax.kron_inverse(LINEAR_LAYOUT, factors, damping)(params)
+    )
     return params, functools.partial(RULES["kfac"], LINEAR_LAYOUT), invert
 
 
@@ -327,7 +365,11 @@ def test_damping_by_schedule_by_argument_and_injected():
     inject = lambda state, t: state._replace(hyperparams={"damping": jnp.float32(0.5 * 0.25**t)})
     ways = {
         "schedule": (build(lambda count: 0.5 * 0.25**count), lambda state, t: state, lambda t: {}),
-        "argument": (build(8.0), lambda state, t: state, lambda t: {"damping": jnp.float32(0.5 * 0.25**t)}),
+        "argument": (
+            build(8.0),
+            lambda state, t: state,
+            lambda t: {"damping": jnp.float32(0.5 * 0.25**t)},
+        ),
         "injected": (injected, inject, lambda t: {}),
     }
     for way, (rule, prepare, extra) in ways.items():
@@ -335,7 +377,9 @@ def test_damping_by_schedule_by_argument_and_injected():
         for t in range(2):
             steps, state = update(params, prepare(state, t), curvature=factors, **extra(t))
             expected = invert(factors, 0.5 * 0.25**t)
-            chex.assert_trees_all_close(steps, expected, rtol=1e-9, custom_message=f"{way}, step {t}")
+            chex.assert_trees_all_close(
+                steps, expected, rtol=1e-9, custom_message=f"{way}, step {t}"
+            )
             assert optax.tree.get(state, "info").damping == 0.5 * 0.25**t
 
 
@@ -355,12 +399,15 @@ def test_fallback_for_leaves_in_no_block():
     alone, adam = RULES["kfac"](LAYOUT, DAMPING), optax.scale_by_adam()
     groups = {"kron": alone, "diagonal": adam}
     tx = curvax.estimating(optax.partition(groups, LAYOUT.labels(PARAMS)), sampled_factors)
-    update, draw = jax.jit(lambda g, s, b: tx.update(g, s, PARAMS, batch=b)), jax.jit(sampled_factors)
+    update, draw = (
+        jax.jit(lambda g, s, b: tx.update(g, s, PARAMS, batch=b)),
+        jax.jit(sampled_factors),
+    )
     alone_update = jax.jit(alone.update)
     state, held, of_adam = tx.init(PARAMS), alone.init(PARAMS), adam.init(PARAMS)
     for t, (g, batch) in enumerate(zip(GRADIENTS, BATCHES, strict=True)):
         updates, state = update(g, state, batch)
-        factors = draw(jax.random.fold_in(jax.random.key(0), t), PARAMS, batch)
+        factors = draw(PARAMS, batch, jax.random.fold_in(jax.random.key(0), t))
         expected, held = alone_update(g, held, curvature=factors)
         by_adam, of_adam = adam.update(g, of_adam)
         chex.assert_trees_all_close(updates, expected | {"gain": by_adam["gain"]}, rtol=1e-9)
@@ -373,13 +420,17 @@ def test_fallback_for_leaves_in_no_block():
 def test_one_step_solves_a_linear_least_squares_problem():
     x, y = normal(0, 9, 3), normal(1, 9, 2)
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
-    estimator = functools.partial(curvax.kron_factors, estimator="exact")
-    draw = lambda key, params, batch: estimator(LINEAR, LINEAR_LAYOUT, params, batch, key)
-    tx = curvax.quadratic_model(curvax.estimating(curvax.scale_by_kfac(LINEAR_LAYOUT, 1e-24), draw), LINEAR)
+    estimator = functools.partial(curvax.kron_factors, fisher="exact")
+    draw = lambda params, batch, key: estimator(LINEAR, LINEAR_LAYOUT, params, batch, key)
+    tx = curvax.quadratic_model(
+        curvax.estimating(curvax.scale_by_kfac(LINEAR_LAYOUT, 1e-24), draw), LINEAR
+    )
     step = jax.jit(lambda p, b: tx.update(jax.grad(LINEAR)(p, b), tx.init(p), p, batch=b))
     updates, state = step(params, (x, y))
     solution = np.linalg.lstsq(np.concatenate([x, np.ones((9, 1))], axis=1), y, rcond=None)[0]
-    close(np.concatenate([params["w"] + updates["w"], (params["b"] + updates["b"])[None]]), solution)
+    close(
+        np.concatenate([params["w"] + updates["w"], (params["b"] + updates["b"])[None]]), solution
+    )
     np.testing.assert_allclose([state.info.learning_rate, state.info.momentum], [1, 0], rtol=1e-6)
 
 
@@ -395,9 +446,11 @@ def test_kfac_does_not_see_affine_maps_of_a_layers_inputs(scheme):
     objective = curvax.Objective(model, losses.squared_error())
     batch = lambda maps: ({"x": normal(5, 16, 3), "maps": curvax.Shared(maps)}, normal(6, 16, 3))
     maps = [(np.eye(n) + 0.8 * normal(n, n, n), normal(n + 10, n)) for n in (3, 4)]
-    layout = curvax.kron_layout(objective, {name: PARAMS[name] for name in ("w1", "b1", "w2", "b2")}, batch(maps))
-    estimator = lambda key, params, batch: curvax.kron_factors(objective, layout, params, batch, key, estimator="exact")
-    tx = curvax.estimating(curvax.scale_by_kfac(layout, 1e-20, scheme=scheme), estimator)
+    layout = curvax.kron_layout(
+        objective, {name: PARAMS[name] for name in ("w1", "b1", "w2", "b2")}, batch(maps)
+    )
+    estimator = curvax.kron.estimator(objective, layout, fisher="exact")
+    tx = curvax.estimating(curvax.scale_by_kfac(layout, 1e-20, damping_scheme=scheme), estimator)
 
     @jax.jit
     def step(params, state, batch):
@@ -426,7 +479,9 @@ def test_ekfac_trains_a_sequence_model():
 
     @jax.jit
     def step(params, state):
-        updates, state = tx.update(jax.grad(OBJECTIVE)(params, BATCHES[0]), state, params, batch=BATCHES[0])
+        updates, state = tx.update(
+            jax.grad(OBJECTIVE)(params, BATCHES[0]), state, params, batch=BATCHES[0]
+        )
         return optax.apply_updates(params, updates), state
 
     carry = PARAMS, tx.init(PARAMS)
@@ -448,7 +503,9 @@ def damped_descent():
         new = jax.tree.map(step, state, updates)
         return jax.tree.map(lambda m: -m / damping, new), new
 
-    return optax.GradientTransformationExtraArgs(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: jax.tree.map(jnp.zeros_like, params), update
+    )
 
 
 X = np.linspace(0, 3, 6)
@@ -492,20 +549,34 @@ def test_levenberg_marquardt_follows_the_published_rule():
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose([params["a"], params["b"]], theta, rtol=1e-9)
         np.testing.assert_allclose([state.inner_state["a"], state.inner_state["b"]], m, rtol=1e-9)
-        np.testing.assert_allclose(state.info.ratio, before[1].info.ratio if rho is None else rho, rtol=1e-5)
+        np.testing.assert_allclose(
+            state.info.ratio, before[1].info.ratio if rho is None else rho, rtol=1e-5
+        )
         num_rejected += not accepted
-        assert (state.damping, state.info.accepted, state.info.num_rejected) == (damping, accepted, num_rejected)
+        assert (state.damping, state.info.accepted, state.info.num_rejected) == (
+            damping,
+            accepted,
+            num_rejected,
+        )
         if not accepted:
-            chex.assert_trees_all_equal((params, state.inner_state), (before[0], before[1].inner_state))
+            chex.assert_trees_all_equal(
+                (params, state.inner_state), (before[0], before[1].inner_state)
+            )
             assert state.damping > before[1].damping
     assert state.count == 16 and num_rejected == 2
     taken = [rho for *_, rho, accepted in expected if accepted and rho is not None]
-    assert {np.digitize(rho, [0, 1 / 4, 3 / 4]) for rho in taken} == {1, 2, 3}  # damping grew, stayed and fell
+    assert {np.digitize(rho, [0, 1 / 4, 3 / 4]) for rho in taken} == {
+        1,
+        2,
+        3,
+    }  # damping grew, stayed and fell
 
 
 def test_levenberg_marquardt_rejects_what_is_not_finite_and_keeps_its_bounds():
     params = {"a": np.array(0.5), "b": np.array(0.8)}
-    tx = curvax.levenberg_marquardt(damped_descent(), DECAY, damping=1.0, every=1, factor=0.5, bounds=(0.5, 3.0))
+    tx = curvax.levenberg_marquardt(
+        damped_descent(), DECAY, damping=1.0, every=1, factor=0.5, bounds=(0.5, 3.0)
+    )
     update = jax.jit(lambda g, s: tx.update(g, s, params, batch=(X, Y)))
     for bad in (jnp.nan, jnp.inf, -1e300):
         g, state = {"a": np.array(bad), "b": np.array(bad)}, tx.init(params)
@@ -522,7 +593,9 @@ def test_levenberg_marquardt_rejects_what_is_not_finite_and_keeps_its_bounds():
 @pytest.mark.parametrize("where", ["constructor", "update"])
 def test_quadratic_model_solves_for_rate_and_momentum(where):
     damping = 0.25
-    tx = curvax.quadratic_model(optax.identity(), OBJECTIVE, damping=damping if where == "constructor" else 9.0)
+    tx = curvax.quadratic_model(
+        optax.identity(), OBJECTIVE, damping=damping if where == "constructor" else 9.0
+    )
     extra = {"damping": damping} if where == "update" else {}
 
     @jax.jit
@@ -538,7 +611,9 @@ def test_quadratic_model_solves_for_rate_and_momentum(where):
         chex.assert_trees_all_close(flat(state.previous), flat(updates))
         g, pair = flat(g), np.stack([-flat(g), previous], axis=1)
         matrix, slope = pair.T @ (dense + damping * np.eye(len(g))) @ pair, pair.T @ g
-        weights = np.linalg.solve(matrix, -slope) if t > 0 else np.array([-slope[0] / matrix[0, 0], 0])
+        weights = (
+            np.linalg.solve(matrix, -slope) if t > 0 else np.array([-slope[0] / matrix[0, 0], 0])
+        )
         s = pair @ weights
         close(flat(updates), s)
         model = g @ s + s @ dense @ s / 2 + damping * s @ s / 2
@@ -559,7 +634,9 @@ def test_a_gradient_that_is_not_finite_does_not_stay_in_the_quadratic_model():
     steps, after = update({**GRADIENTS[0], "b1": jnp.full(4, jnp.nan)}, state)
     assert all(np.isnan(x).all() for x in jax.tree.leaves(steps))
     chex.assert_trees_all_equal(after._replace(inner_state=None), state._replace(inner_state=None))
-    assert np.isnan(after.inner_state["b1"]).all()  # what the inner transformation does is its own affair
+    assert np.isnan(
+        after.inner_state["b1"]
+    ).all()  # what the inner transformation does is its own affair
 
 
 def test_kl_clip_shortens_by_its_formula():
@@ -573,7 +650,9 @@ def test_kl_clip_shortens_by_its_formula():
             steps, state = update(g, state)
             scale = min(1, np.sqrt(1.0 / (lr**2 * dot)))
             jax.tree.map(
-                functools.partial(np.testing.assert_allclose, rtol=1e-9), steps, optax.tree.scale(factor * scale, g)
+                functools.partial(np.testing.assert_allclose, rtol=1e-9),
+                steps,
+                optax.tree.scale(factor * scale, g),
             )
             np.testing.assert_allclose(state.scale, scale, rtol=1e-6)
     assert state.scale < 1 and rates[0] ** 2 * dot * state.scale**2 == pytest.approx(1)
@@ -588,13 +667,20 @@ def test_the_one_liner_limits_the_step_before_momentum(name):
     """`max_kl` is `kl_clip` with the optimizer's own rate, a schedule too; the momentum comes after."""
     scale_by = {"kfac": curvax.scale_by_kfac, "ekfac": curvax.scale_by_ekfac}[name]
     rate = lambda count: 3.0 / (count + 1)
-    one_liner = getattr(curvax, name)(rate, OBJECTIVE, LAYOUT, DAMPING, momentum=0.7, max_kl=1e-3, seed=3)
+    one_liner = getattr(curvax, name)(
+        rate, OBJECTIVE, LAYOUT, DAMPING, momentum=0.7, max_kl=1e-3, seed=3
+    )
     rule = curvax.estimating(scale_by(LAYOUT, DAMPING), ESTIMATORS[name], seed=3)
     composed = optax.chain(
-        curvax.kl_clip(rule, rate, max_kl=1e-3), optax.trace(0.7), optax.scale_by_learning_rate(rate)
+        curvax.kl_clip(rule, rate, max_kl=1e-3),
+        optax.trace(0.7),
+        optax.scale_by_learning_rate(rate),
     )
     states, scales = [tx.init(PARAMS) for tx in (one_liner, composed)], []
-    updates = [jax.jit(lambda g, s, b, tx=tx: tx.update(g, s, PARAMS, batch=b)) for tx in (one_liner, composed)]
+    updates = [
+        jax.jit(lambda g, s, b, tx=tx: tx.update(g, s, PARAMS, batch=b))
+        for tx in (one_liner, composed)
+    ]
     for g, batch in zip(GRADIENTS, BATCHES, strict=True):
         results = [update(g, state, batch) for update, state in zip(updates, states, strict=True)]
         chex.assert_trees_all_close(*(steps for steps, _ in results), rtol=1e-9)
@@ -604,7 +690,7 @@ def test_the_one_liner_limits_the_step_before_momentum(name):
 
 
 def test_on_fraction_takes_rows_at_equal_distances():
-    rows = lambda key, params, batch: batch
+    rows = lambda params, batch, key: batch
     for size, fraction, want in (
         (8, 0.25, [0, 4]),
         (8, 1, range(8)),
@@ -613,7 +699,9 @@ def test_on_fraction_takes_rows_at_equal_distances():
         (10, 0.2, [0, 5]),
     ):
         inputs = {"x": jnp.arange(size), "all": curvax.Shared(jnp.arange(5))}
-        got, targets = curvax.on_fraction(rows, fraction)(None, None, (inputs, 2 * jnp.arange(size)))
+        got, targets = curvax.on_fraction(rows, fraction)(
+            None, (inputs, 2 * jnp.arange(size)), None
+        )
         assert got["x"].tolist() == list(want) and targets.tolist() == [2 * i for i in want]
         assert got["all"].value.tolist() == list(range(5))
 
@@ -634,7 +722,8 @@ def test_the_states_take_what_the_documentation_says():
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     params = [(shape(n, m), shape(m)) for n, m in itertools.pairwise(widths)]
     objective = curvax.Objective(
-        lambda p, x: functools.reduce(lambda h, layer: jnp.tanh(h @ layer[0] + layer[1]), p, x), losses.squared_error()
+        lambda p, x: functools.reduce(lambda h, layer: jnp.tanh(h @ layer[0] + layer[1]), p, x),
+        losses.squared_error(),
     )
     layout = curvax.kron_layout(objective, params, (shape(8, 64), shape(8, 64)))
     for momentum, limit in ((0.0, 43e6), (0.9, 49e6)):
@@ -652,13 +741,21 @@ def test_at_interval_1_nothing_is_conditional_and_one_forward_pass_serves_both()
         batch = shape(256, 32), jax.ShapeDtypeStruct((256,), jnp.int32)
         layout = curvax.kron_layout(objective, params, batch)
         estimator = lambda p, b: curvax.kron_factors(objective, layout, p, b, jax.random.key(0))
-        rule, build = curvax.scale_by_kfac(layout), functools.partial(curvax.kfac, 0.1, objective, layout)
+        rule, build = (
+            curvax.scale_by_kfac(layout),
+            functools.partial(curvax.kfac, 0.1, objective, layout),
+        )
         tx = build()
         step = lambda tx: lambda p, s, b: tx.update(jax.grad(objective)(p, b), s, p, batch=b)
         flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
         state = jax.eval_shape(tx.init, params)
         factors = jax.eval_shape(estimator, params, batch)
-        rest = flops(lambda g, s, c: rule.update(g, s, curvature=c), params, jax.eval_shape(rule.init, params), factors)
+        rest = flops(
+            lambda g, s, c: rule.update(g, s, curvature=c),
+            params,
+            jax.eval_shape(rule.init, params),
+            factors,
+        )
         parts = flops(jax.grad(objective), params, batch), flops(estimator, params, batch), rest
         forward = 2 * 256 * (32 * 64 + 64 * 8)
         whole = flops(step(tx), params, state, batch)
@@ -683,10 +780,16 @@ def test_errors_of_the_rules(scale_by):
     with pytest.raises(TypeError, match="inverse_every must be a Python integer"):
         scale_by(LAYOUT, inverse_every=jnp.array(2), stagger=True)
     rule = scale_by(LAYOUT)
-    with pytest.raises(ValueError, match=r"the layout is of other params: \['w1'\] is \[3, 4\] there, in params \[4, 3\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"the layout is of other params: \['w1'\] is \[3, 4\] there, in params \[4, 3\]",
+    ):
         rule.init({**PARAMS, "w1": np.ones((4, 3))})
     state = rule.init(PARAMS)
-    with pytest.raises(ValueError, match=r"the layout is of other params: \['b1'\] is \[4\] there, in updates \[1\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"the layout is of other params: \['b1'\] is \[4\] there, in updates \[1\]",
+    ):
         rule.update({**PARAMS, "b1": np.ones(1)}, state)
     with pytest.raises(ValueError, match=r"the layout has a leaf \['gain'\], updates has not"):
         rule.update({name: x for name, x in PARAMS.items() if name != "gain"}, state)
@@ -695,23 +798,44 @@ def test_errors_of_the_rules(scale_by):
 def test_errors_of_curvature_and_wrappers():
     rule = curvax.scale_by_kfac(LAYOUT)
     state, factors = rule.init(PARAMS), drawn_factors(LAYOUT, PARAMS, 0)
-    with pytest.raises(ValueError, match="unknown scheme 'cholesky'; valid: 'exact', 'factored'"):
-        curvax.scale_by_kfac(LAYOUT, scheme="cholesky")
-    with pytest.raises(ValueError, match=r"curvature is of another layout: it has no factors of \['w1'\]"):
-        rule.update(PARAMS, state, curvature=factors._replace(blocks={"['w2']": factors.blocks["['w2']"]}))
-    with pytest.raises(ValueError, match="curvature is of another layout: shapes of its factors differ"):
-        rule.update(PARAMS, state, curvature=zero_factors(LAYOUT.edit("['w1']", inputs="diagonal"), PARAMS))
-    with pytest.raises(ValueError, match=r"separates \['w1'\] from \['b1'\], which are in one Kronecker block"):
+    with pytest.raises(
+        ValueError, match="unknown damping_scheme 'cholesky'; valid: 'exact', 'factored'"
+    ):
+        curvax.scale_by_kfac(LAYOUT, damping_scheme="cholesky")
+    with pytest.raises(
+        ValueError, match=r"curvature is of another layout: it has no factors of \['w1'\]"
+    ):
+        rule.update(
+            PARAMS, state, curvature=factors._replace(blocks={"['w2']": factors.blocks["['w2']"]})
+        )
+    with pytest.raises(
+        ValueError, match="curvature is of another layout: shapes of its factors differ"
+    ):
+        rule.update(
+            PARAMS,
+            state,
+            curvature=init_factors(LAYOUT.edit("['w1']", a_structure="diagonal"), PARAMS),
+        )
+    with pytest.raises(
+        ValueError, match=r"separates \['w1'\] from \['b1'\], which are in one Kronecker block"
+    ):
         optax.masked(rule, {name: name != "b1" for name in PARAMS}).init(PARAMS)
     for build in (curvax.kfac, curvax.ekfac):
         tx = build(0.1, OBJECTIVE, LAYOUT)
-        with pytest.raises(ValueError, match=r"needs the batch: tx.update\(grads, state, params, batch=batch\)"):
+        with pytest.raises(
+            ValueError, match=r"needs the batch: tx.update\(grads, state, params, batch=batch\)"
+        ):
             tx.update(PARAMS, tx.init(PARAMS), PARAMS)
         with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1"):
             build(0.1, OBJECTIVE, LAYOUT, momentum=1.0)
-    for tx in (curvax.levenberg_marquardt(damped_descent(), OBJECTIVE, 1.0), curvax.quadratic_model(rule, OBJECTIVE)):
+    for tx in (
+        curvax.levenberg_marquardt(damped_descent(), OBJECTIVE, 1.0),
+        curvax.quadratic_model(rule, OBJECTIVE),
+    ):
         for missing in ({"params": PARAMS}, {"batch": BATCHES[0]}):
-            with pytest.raises(ValueError, match=r"needs both: tx.update\(grads, state, params, batch=batch\)"):
+            with pytest.raises(
+                ValueError, match=r"needs both: tx.update\(grads, state, params, batch=batch\)"
+            ):
                 tx.update(PARAMS, tx.init(PARAMS), **missing)
     for wrong, message in (
         ({"damping": 0.0}, "damping must be positive"),

@@ -71,7 +71,9 @@ def test_every_step_is_the_dense_inverse_with_the_new_gradient_in_it(divisor, x6
         want = expected(seen, SIZE if divisor == "window" else min(i + 1, SIZE))
         np.testing.assert_allclose(flat(u), want, rtol=1e-10)
         assert state.info.num_rows == min(i + 1, SIZE)
-        np.testing.assert_allclose(state.info.shrinkage, DAMPING * seen[-1] @ want / (seen[-1] @ seen[-1]), rtol=1e-6)
+        np.testing.assert_allclose(
+            state.info.shrinkage, DAMPING * seen[-1] @ want / (seen[-1] @ seen[-1]), rtol=1e-6
+        )
 
 
 def test_a_small_damping_costs_no_digits_of_the_step():
@@ -107,7 +109,9 @@ def test_schedules_of_damping_and_rate():
     seen = [flat(gradient(i)) for i in range(2)]
     np.testing.assert_allclose(taken[0], expected(seen[:1], SIZE), rtol=1e-5)
     np.testing.assert_allclose(taken[1], expected(seen, SIZE, 10 * DAMPING), rtol=1e-5)
-    injected = optax.inject_hyperparams(lambda learning_rate, damping: curvax.mfac(learning_rate, SIZE, damping))
+    injected = optax.inject_hyperparams(
+        lambda learning_rate, damping: curvax.mfac(learning_rate, SIZE, damping)
+    )
     same = run(injected(learning_rate=0.1, damping=DAMPING), 3)[0]
     np.testing.assert_allclose(same, run(curvax.mfac(0.1, SIZE, DAMPING), 3)[0], rtol=1e-6)
 
@@ -130,9 +134,13 @@ def test_wrappers_of_optax():
 
 def test_scan_vmap_and_bfloat16():
     stacked = jax.tree.map(lambda *x: np.stack(x), *[gradient(i) for i in range(6)])
-    flat_rows = lambda tree: np.concatenate([np.reshape(x, (len(x), -1)) for x in jax.tree.leaves(tree)], axis=1)
+    flat_rows = lambda tree: np.concatenate(
+        [np.reshape(x, (len(x), -1)) for x in jax.tree.leaves(tree)], axis=1
+    )
     scan = jax.jit(lambda s, g: jax.lax.scan(lambda s, g: RULE.update(g, s)[::-1], s, g)[1])
-    np.testing.assert_allclose(flat_rows(scan(RULE.init(PARAMS), stacked)), steps()[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        flat_rows(scan(RULE.init(PARAMS), stacked)), steps()[0], rtol=1e-5, atol=1e-6
+    )
     members = jax.tree.map(lambda x: x[:3], stacked)
     together, _ = jax.jit(lambda g: jax.vmap(RULE.update)(g, jax.vmap(RULE.init)(g)))(members)
     for i, row in enumerate(flat_rows(together)):
@@ -142,7 +150,9 @@ def test_scan_vmap_and_bfloat16():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     rounded = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradient(0))
     u, state = jax.jit(coarse.update)(rounded, coarse.init(params))
-    assert {x.dtype for x in jax.tree.leaves((u, state.curvature.rows))} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves((u, state.curvature.rows))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
     assert state.curvature.gram.dtype == jnp.float32
     np.testing.assert_allclose(flat(u).astype(np.float32), steps()[0][0], rtol=0.03, atol=0.01)
 
@@ -168,7 +178,9 @@ def test_eight_devices_equal_one_and_never_gather_the_window():
         u, state = update(jax.device_put(gradient(i), shardings), state)
     np.testing.assert_allclose(flat(jax.device_get(u)), steps()[0][-1], rtol=1e-5)
     for name, rows in state.curvature.rows.items():
-        assert rows.sharding.is_equivalent_to(NamedSharding(mesh, P(None, *shardings[name].spec)), rows.ndim)
+        assert rows.sharding.is_equivalent_to(
+            NamedSharding(mesh, P(None, *shardings[name].spec)), rows.ndim
+        )
     eager = RULE.init(params).curvature.rows
     assert eager["w"].sharding.is_equivalent_to(NamedSharding(mesh, P(None, "x", "y")), 3)
 
@@ -181,7 +193,10 @@ def test_a_step_works_in_little_memory_beside_the_window(dtype, bound):
     state = jax.eval_shape(tx.init, params)
     memory = jax.jit(tx.update, donate_argnums=1).lower(params, state).compile().memory_analysis()
     window = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.curvature.rows))
-    assert memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes < bound * window
+    assert (
+        memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        < bound * window
+    )
 
 
 def test_errors_say_what_and_where():
@@ -198,9 +213,14 @@ def test_errors_say_what_and_where():
         curvax.scale_by_mfac(4, blocks="row")
     tx = curvax.scale_by_mfac(4)
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match=r"gradient\['b'\] is float32\[2\], a row of the window\['b'\] is float32\[8\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"gradient\['b'\] is float32\[2\], a row of the window\['b'\] is float32\[8\]",
+    ):
         tx.update({**PARAMS, "b": jnp.zeros(2)}, state)
-    with pytest.raises(ValueError, match=r"curvature\['w'\] is float32\[3, 4, 8\].*float32\[5, 4, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"curvature\['w'\] is float32\[3, 4, 8\].*float32\[5, 4, 8\]"
+    ):
         tx.update(PARAMS, state, curvature={"w": jnp.zeros((3, 4, 8)), "b": jnp.zeros((5, 8))})
     with pytest.raises(ValueError, match="window_size must be at least 9, got 4"):
         tx.update(PARAMS, state, curvature=jax.tree.map(lambda p: jnp.zeros((9, *p.shape)), PARAMS))

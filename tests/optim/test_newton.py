@@ -26,12 +26,18 @@ def problem(name):
     """A case, its gradient, and the dense matrices."""
     case = cases.CASES[name]()
     gradient = jax.jit(jax.grad(case.objective.value))(case.params, case.batch)
-    return case, gradient, {"hvp": np.asarray(oracle.hessian(case)), "ggnvp": np.asarray(oracle.ggn(case))}
+    return (
+        case,
+        gradient,
+        {"hvp": np.asarray(oracle.hessian(case)), "ggnvp": np.asarray(oracle.ggn(case))},
+    )
 
 
 def stepping(tx, case):
     def step(params, state, batch):
-        updates, state = tx.update(jax.grad(case.objective.value)(params, batch), state, params, batch=batch)
+        updates, state = tx.update(
+            jax.grad(case.objective.value)(params, batch), state, params, batch=batch
+        )
         return optax.apply_updates(params, updates), state
 
     return jax.jit(step)
@@ -51,14 +57,29 @@ def damped_step(matrix, gradient, damping=DAMPING, absolute=False):
 METHODS = {
     "gauss_newton": (lambda o: curvax.gauss_newton(1.0, o, DAMPING, 1e-12, 400), "ggnvp", False),
     "egn": (lambda o: curvax.egn(1.0, o, DAMPING), "ggnvp", False),
-    "saddle_free_newton": (lambda o: curvax.saddle_free_newton(1.0, o, DAMPING, 10**6), "hvp", True),
+    "saddle_free_newton": (
+        lambda o: curvax.saddle_free_newton(1.0, o, DAMPING, 10**6),
+        "hvp",
+        True,
+    ),
     "lazy_newton": (lambda o: curvax.lazy_newton(1.0, o, DAMPING), "hvp", True),
-    "lazy_gauss_newton": (lambda o: curvax.lazy_newton(1.0, o, DAMPING, product=curvax.ggnvp), "ggnvp", False),
+    "lazy_gauss_newton": (
+        lambda o: curvax.lazy_newton(1.0, o, DAMPING, matvec_of=curvax.ggnvp),
+        "ggnvp",
+        False,
+    ),
 }
 
 
-COVERED = [(name, "mlp") for name in METHODS] + [("gauss_newton", "multi_head"), ("egn", "multi_head")]
-COVERED += [("egn", "shared_statistics"), ("egn", "sigmoid"), ("saddle_free_newton", "shared_statistics")]
+COVERED = [(name, "mlp") for name in METHODS] + [
+    ("gauss_newton", "multi_head"),
+    ("egn", "multi_head"),
+]
+COVERED += [
+    ("egn", "shared_statistics"),
+    ("egn", "sigmoid"),
+    ("saddle_free_newton", "shared_statistics"),
+]
 
 
 @pytest.mark.parametrize(("name", "of"), COVERED)
@@ -77,8 +98,12 @@ def test_step_equals_the_dense_one(name, of, x64):
 def test_newton_cg_solves_where_it_can_and_goes_down_where_it_cannot(x64):
     case, gradient, matrices = problem("mlp")
     lowest = np.linalg.eigvalsh(matrices["hvp"])[0]
-    got, _ = first_step(curvax.newton_cg(1.0, case.objective, float(1e-2 - lowest), 1e-12, 400), case)
-    np.testing.assert_allclose(got, damped_step(matrices["hvp"], gradient, 1e-2 - lowest), rtol=1e-8, atol=1e-8)
+    got, _ = first_step(
+        curvax.newton_cg(1.0, case.objective, float(1e-2 - lowest), 1e-12, 400), case
+    )
+    np.testing.assert_allclose(
+        got, damped_step(matrices["hvp"], gradient, 1e-2 - lowest), rtol=1e-8, atol=1e-8
+    )
     got, state = first_step(curvax.newton_cg(1.0, case.objective), case)  # at default settings
     assert optax.tree.get(state, "info").code == Result.NEGATIVE_CURVATURE
     assert np.isfinite(got).all() and got @ oracle.flat(gradient) < 0
@@ -90,7 +115,9 @@ def saddle():
     return cases.Case(objective, jnp.array([1.0, 1e-3]), (jnp.ones((1, 2)), jnp.zeros(1)))
 
 
-@pytest.mark.parametrize("build", [curvax.saddle_free_newton, curvax.lazy_newton], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "build", [curvax.saddle_free_newton, curvax.lazy_newton], ids=lambda f: f.__name__
+)
 def test_saddle_free_methods_escape(build, x64):
     """`(x^2 - y^2) / 2` from (1, 1e-3), damping 1e-3: x goes to 0, y about doubles, to 4.1 after 12 steps."""
     case = saddle()
@@ -113,7 +140,9 @@ def test_lazy_newton_keeps_the_matrix_and_takes_fresh_gradients(x64):
         before = params
         params, state = step(params, state, case.batch)
         got = oracle.flat(optax.tree.sub(params, before))
-        np.testing.assert_allclose(got, 0.5 * damped_step(held, gradient, absolute=True), rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(
+            got, 0.5 * damped_step(held, gradient, absolute=True), rtol=1e-7, atol=1e-9
+        )
     assert optax.tree.get(state, "num_refreshes") == 2
 
 
@@ -121,8 +150,13 @@ def test_levenberg_marquardt_rejects_and_leaves_all_as_it_was():
     """A loss on which the full step overshoots: all stays bitwise, damping grows until a step is taken."""
     case = bowl()
     objective = case.objective
-    for inner in (curvax.newton_cg(1.0, objective), curvax.lazy_newton(1.0, objective, curvature_every=2)):
-        tx = curvax.levenberg_marquardt(inner, objective, damping=1e-4, every=1, factor=0.1, product=curvax.hvp)
+    for inner in (
+        curvax.newton_cg(1.0, objective),
+        curvax.lazy_newton(1.0, objective, curvature_every=2),
+    ):
+        tx = curvax.levenberg_marquardt(
+            inner, objective, damping=1e-4, every=1, factor=0.1, matvec_of=curvax.hvp
+        )
         step, params, state = stepping(tx, case), case.params, tx.init(case.params)
         losses, rejected = [objective(params, case.batch)], 0
         for _ in range(12):
@@ -142,7 +176,9 @@ def penalized():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(200, 20)), rng.integers(0, 2, (200, 1))
     penalty = curvax.losses.from_function(lambda f, _: jnp.mean(jnp.sum(f**2, axis=-1)) / 2)
-    heads = curvax.losses.weighted_sum({"fit": (1.0, curvax.losses.sigmoid_cross_entropy()), "penalty": (1e-3, penalty)})
+    heads = curvax.losses.weighted_sum(
+        {"fit": (1.0, curvax.losses.sigmoid_cross_entropy()), "penalty": (1e-3, penalty)}
+    )
     model = lambda w, x: {"fit": (x @ w)[:, None], "penalty": jnp.broadcast_to(w, (len(x), w.size))}
     batch = (x, {"fit": y, "penalty": jnp.zeros(len(x))})
     return cases.Case(curvax.Objective(model, heads), 5 * jnp.ones(20), batch)
@@ -171,13 +207,19 @@ def test_gradient_regularized_newton_goes_down_to_1e_10_within_its_radius(every,
 def bowl():
     """`sqrt(1 + w^2)` from 3, where Newton's step overshoots."""
     loss = curvax.losses.from_function(lambda f, y: jnp.mean(jnp.sqrt(1 + f**2)))
-    return cases.Case(curvax.Objective(lambda w, x: x @ w, loss), jnp.array([[3.0]]), (jnp.ones((2, 1)), jnp.zeros(2)))
+    return cases.Case(
+        curvax.Objective(lambda w, x: x @ w, loss),
+        jnp.array([[3.0]]),
+        (jnp.ones((2, 1)), jnp.zeros(2)),
+    )
 
 
 def test_gradient_regularized_newton_rejects_what_it_cannot_lower():
     """Too large a radius for the trials of one update: nothing moves but gamma, and the fresh Hessian is kept."""
     case = bowl()
-    tx = curvax.gradient_regularized_newton(case.objective, gamma=1e4, max_trials=2, curvature_every=20)
+    tx = curvax.gradient_regularized_newton(
+        case.objective, gamma=1e4, max_trials=2, curvature_every=20
+    )
     step, params, state = stepping(tx, case), case.params, tx.init(case.params)
     rejected = 0
     for _ in range(12):
@@ -188,7 +230,9 @@ def test_gradient_regularized_newton_rejects_what_it_cannot_lower():
         rejected += 1
         assert params == before and optax.tree.get(state, "gamma") == gamma / 4
         assert optax.tree.get(state, "curvature").values > 0
-    assert 2 <= rejected < 12 and case.objective(params, case.batch) < case.objective(before, case.batch)
+    assert 2 <= rejected < 12 and case.objective(params, case.batch) < case.objective(
+        before, case.batch
+    )
 
 
 def test_gradient_regularized_newton_goes_on_after_a_minimum():
@@ -206,14 +250,20 @@ def test_gradient_regularized_newton_goes_on_after_a_minimum():
 
 
 TREE = {"a": jnp.arange(6.0).reshape(2, 3) / 6, "b": jnp.ones(3)}
-OBJECTIVE = curvax.Objective(lambda p, x: jnp.tanh(x @ p["a"] + p["b"]), curvax.losses.softmax_cross_entropy())
+OBJECTIVE = curvax.Objective(
+    lambda p, x: jnp.tanh(x @ p["a"] + p["b"]), curvax.losses.softmax_cross_entropy()
+)
 BATCH = (jax.random.normal(jax.random.key(0), (16, 2)), jnp.arange(16) % 3)
 WRAPPED = {
     "gauss_newton": functools.partial(curvax.gauss_newton, 0.5, OBJECTIVE, 0.1),
     "egn": functools.partial(curvax.egn, 0.5, OBJECTIVE, 0.1),
-    "saddle_free_newton": functools.partial(curvax.saddle_free_newton, 0.5, OBJECTIVE, 0.1, num_steps=4),
+    "saddle_free_newton": functools.partial(
+        curvax.saddle_free_newton, 0.5, OBJECTIVE, 0.1, num_steps=4
+    ),
     "lazy_newton": functools.partial(curvax.lazy_newton, 0.5, OBJECTIVE, 0.1, curvature_every=2),
-    "gradient_regularized_newton": functools.partial(curvax.gradient_regularized_newton, OBJECTIVE, curvature_every=2),
+    "gradient_regularized_newton": functools.partial(
+        curvax.gradient_regularized_newton, OBJECTIVE, curvature_every=2
+    ),
 }
 every_wrapped = pytest.mark.parametrize("name", WRAPPED)
 CASE = cases.Case(OBJECTIVE, TREE, BATCH)
@@ -238,17 +288,23 @@ def test_scan_checkpoint_bad_gradients_and_no_retracing(name, tmp_path):
     carry = train(tx, step)
     assert OBJECTIVE(carry[0], BATCH) < OBJECTIVE(TREE, BATCH) - 0.01
     assert step._cache_size() == 1
-    scanned, _ = jax.jit(lambda c: jax.lax.scan(lambda c, _: (step(*c, BATCH), None), c, length=4))((TREE, tx.init(TREE)))
+    scanned, _ = jax.jit(lambda c: jax.lax.scan(lambda c, _: (step(*c, BATCH), None), c, length=4))(
+        (TREE, tx.init(TREE))
+    )
     chex.assert_trees_all_close(scanned[0], carry[0], rtol=1e-4, atol=1e-5)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "step", carry)
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "step", jax.tree.map(ocp.utils.to_shape_dtype_struct, carry))
+        restored = checkpointer.restore(
+            tmp_path / "step", jax.tree.map(ocp.utils.to_shape_dtype_struct, carry)
+        )
     chex.assert_trees_all_equal(step(*restored, BATCH), step(*carry, BATCH))
     bad = (BATCH[0].at[0].set(jnp.nan), BATCH[1])
     params, state = step(*carry, bad)
     assert all(jnp.isnan(x).any() for x in jax.tree.leaves(params))  # apply_if_finite sees it
-    chex.assert_trees_all_equal(optax.tree.get(state, "curvature"), optax.tree.get(carry[1], "curvature"))
+    chex.assert_trees_all_equal(
+        optax.tree.get(state, "curvature"), optax.tree.get(carry[1], "curvature")
+    )
     chex.assert_tree_all_finite(state)
 
 
@@ -271,10 +327,14 @@ def test_eight_devices_and_bfloat16(name):
 def test_vmap_schedules_and_injected_damping():
     build = lambda damping: curvax.gauss_newton(0.5, OBJECTIVE, damping)
     run = lambda damping: train(build(damping), stepping(build(damping), CASE), num_steps=2)[0]
-    member = lambda damping: stepping(build(damping), CASE)(TREE, build(damping).init(TREE), BATCH)[0]
+    member = lambda damping: stepping(build(damping), CASE)(TREE, build(damping).init(TREE), BATCH)[
+        0
+    ]
     many = jax.jit(jax.vmap(member))(jnp.array([0.01, 1.0]))
     for i, damping in enumerate((0.01, 1.0)):
-        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], many), member(damping), rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: x[i], many), member(damping), rtol=1e-4, atol=1e-5
+        )
     scheduled = run(optax.piecewise_constant_schedule(1.0, {1: 0.01}))
     first = train(build(1.0), stepping(build(1.0), CASE), num_steps=1)[0]
     second = stepping(build(0.01), CASE)(first, build(0.01).init(TREE), BATCH)[0]
@@ -287,7 +347,9 @@ def test_vmap_schedules_and_injected_damping():
 def test_any_solver_and_curvature_as_data(x64):
     case, gradient, matrices = problem("mlp")
     want = -damped_step(matrices["hvp"], gradient)
-    rule = curvax.scale_by_newton(functools.partial(curvax.minres, tol=1e-12, max_steps=500), DAMPING)
+    rule = curvax.scale_by_newton(
+        functools.partial(curvax.solve.minres, tol=1e-12, max_steps=500), DAMPING
+    )
     apply = jax.jit(lambda g, s, c: rule.update(g, s, curvature=c))
     matvec = curvax.hvp(case.objective, case.params, case.batch)
     got, state = apply(gradient, rule.init(case.params), matvec)  # a matvec crosses jit
@@ -297,7 +359,9 @@ def test_any_solver_and_curvature_as_data(x64):
     got, state = lazy.update(gradient, lazy.init(case.params), curvature=dense)
     again, _later = lazy.update(gradient, state)
     chex.assert_trees_all_equal(got, again)
-    np.testing.assert_allclose(oracle.flat(got), -damped_step(matrices["ggnvp"], gradient), rtol=1e-8)
+    np.testing.assert_allclose(
+        oracle.flat(got), -damped_step(matrices["ggnvp"], gradient), rtol=1e-8
+    )
     nothing, _ = lazy.update(gradient, lazy.init(case.params))
     assert not oracle.flat(nothing).any()
     bad, kept = lazy.update(gradient, state, curvature=Dense(dense.matrix * jnp.nan))
@@ -309,7 +373,9 @@ def test_masks_missing_curvature_and_bad_numbers_have_errors():
     tx = curvax.gauss_newton(1.0, OBJECTIVE)
     masked = optax.masked(tx, {"a": True, "b": False})
     gradient = jax.grad(OBJECTIVE)(TREE, BATCH)
-    with pytest.raises(ValueError, match=r"updates\['b'\] is masked out. Keep what is not trained out of params"):
+    with pytest.raises(
+        ValueError, match=r"updates\['b'\] is masked out. Keep what is not trained out of params"
+    ):
         masked.update(gradient, masked.init(TREE), TREE, batch=BATCH, model_params=TREE)
     rule = curvax.scale_by_newton()
     with pytest.raises(ValueError, match=r"a solve needs curvature in every step.*lazy_newton"):

@@ -28,10 +28,14 @@ class Flat:
         paths, self.treedef = jax.tree.flatten_with_path(self.case.params)
         self.names = [jax.tree_util.keystr(path) for path, _ in paths]
         self.gradient = self._on_dicts(jax.jit(jax.grad(self.case.objective.value)))
-        self.batches = [jax.tree.map(lambda x, i=i: np.roll(x, i, 0)[:4], self.case.batch) for i in range(3)]
+        self.batches = [
+            jax.tree.map(lambda x, i=i: np.roll(x, i, 0)[:4], self.case.batch) for i in range(3)
+        ]
 
     def dict(self, tree):
-        return {name: np.asarray(x) for name, x in zip(self.names, jax.tree.leaves(tree), strict=True)}
+        return {
+            name: np.asarray(x) for name, x in zip(self.names, jax.tree.leaves(tree), strict=True)
+        }
 
     def tree(self, flat):
         return jax.tree.unflatten(self.treedef, [jnp.asarray(flat[name]) for name in self.names])
@@ -44,7 +48,11 @@ class Flat:
 
     @functools.cached_property
     def hvp(self):
-        apply = jax.jit(lambda p, b, v: jax.jvp(lambda p: jax.grad(self.case.objective.value)(p, b), (p,), (v,))[1])
+        apply = jax.jit(
+            lambda p, b, v: jax.jvp(
+                lambda p: jax.grad(self.case.objective.value)(p, b), (p,), (v,)
+            )[1]
+        )
         return lambda theta, t, z: self.dict(apply(self.tree(theta), self.batch(t), self.tree(z)))
 
     def probes(self, seed):
@@ -82,12 +90,18 @@ def test_adahessian_follows_the_published_algorithm(name, averaging):
         tx = curvax.adahessian(0.05, flat.case.objective, weight_decay=0.1, seed=3, **constants)
     else:
         average = published.block_mean(averaging)
-        estimator = lambda key, params, batch: (
-            curvax.hutchinson_diagonal(curvax.hvp(flat.case.objective, params, batch), params, key).mean
+        estimator = lambda params, batch, key: (
+            curvax.hutchinson_diagonal(
+                curvax.hvp(flat.case.objective, params, batch), params, key
+            ).mean
         )
-        rule = curvax.scale_by_adahessian(averaging=curvax.block_average(averaging), **constants)
+        rule = curvax.scale_by_adahessian(
+            averaging=curvax.optim.block_average(averaging), **constants
+        )
         tx = optax.chain(
-            curvax.estimating(rule, estimator, seed=3), optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(0.05)
+            curvax.estimating(rule, estimator, seed=3),
+            optax.add_decayed_weights(0.1),
+            optax.scale_by_learning_rate(0.05),
         )
     expected = published.adahessian(
         flat.dict(flat.case.params),
@@ -113,7 +127,9 @@ def test_sophia_follows_the_published_algorithm(variant):
         curvature = published.sophia_hutchinson(flat.hvp, flat.probes(3))
     else:
         key = lambda t: jax.random.fold_in(jax.random.key(3), t)
-        draw = jax.jit(lambda params, batch, t: curvax.gauss_newton_bartlett(objective, params, batch, key(t)))
+        draw = jax.jit(
+            lambda params, batch, t: curvax.gauss_newton_bartlett(objective, params, batch, key(t))
+        )
         curvature = lambda theta, t: flat.dict(draw(flat.tree(theta), flat.batch(t), t))
     expected = published.sophia(
         flat.dict(flat.case.params),
@@ -127,7 +143,11 @@ def test_sophia_follows_the_published_algorithm(variant):
         **constants,
     )
     assert_same_path(flat.trajectory(tx), expected)
-    change = [np.abs(b[n] - a[n] * (1 - 0.01 * 0.2)).max() for a, b in itertools.pairwise(expected) for n in a]
+    change = [
+        np.abs(b[n] - a[n] * (1 - 0.01 * 0.2)).max()
+        for a, b in itertools.pairwise(expected)
+        for n in a
+    ]
     assert max(change) > 0.0099  # some entries were clipped, so both branches were followed
 
 
@@ -137,7 +157,9 @@ def test_adahessian_solves_a_separable_quadratic_in_one_step():
     batch = (jnp.sqrt(a)[None], jnp.zeros((1, 3)))
     tx = curvax.adahessian(1.0, objective, b1=0.0, b2=0.0, eps=0.0)
     w = jnp.array([3.0, -2.0, 0.5])
-    updates, state = jax.jit(lambda w: tx.update(jax.grad(objective)(w, batch), tx.init(w), w, batch=batch))(w)
+    updates, state = jax.jit(
+        lambda w: tx.update(jax.grad(objective)(w, batch), tx.init(w), w, batch=batch)
+    )(w)
     np.testing.assert_allclose(w + updates, 0, atol=1e-14)
     np.testing.assert_allclose(optax.tree.get(state, "info").mean_curvature, a.mean(), rtol=1e-6)
 
@@ -146,7 +168,9 @@ def test_sophias_clip_bound_fraction_and_unclipped_step():
     rule = curvax.scale_by_sophia(b1=0.0, b2=0.0, gamma=2.0)
     g, h = jnp.array([1.0, -50.0, 3.0, 0.1]), jnp.array([1.0, 1.0, -5.0, 100.0])
     updates, state = jax.jit(rule.update)(g, rule.init(g), curvature=h)
-    np.testing.assert_allclose(updates, [0.5, -1, 1, 0.1 / 200], rtol=1e-12)  # negative curvature: the sign
+    np.testing.assert_allclose(
+        updates, [0.5, -1, 1, 0.1 / 200], rtol=1e-12
+    )  # negative curvature: the sign
     assert state.info.unclipped_fraction == 0.5
     rising = curvax.scale_by_sophia(b1=0.0, b2=0.0, gamma=lambda count: 1.0 + count)
     update = jax.jit(rising.update)
@@ -165,22 +189,33 @@ def test_curvature_every_counts_refreshes_in_the_bias_correction():
 
 
 def test_averages_keep_shapes_and_follow_flax_layouts():
-    tree = {"conv": np.arange(72.0).reshape(3, 2, 3, 4), "dense": np.arange(6.0).reshape(2, 3), "bias": np.arange(3.0)}
-    heads = {"query": {"bias": tree["dense"], "kernel": tree["dense"]}, "norm": {"scale": tree["dense"]}}
-    spatial = jax.jit(curvax.spatial_average())
+    tree = {
+        "conv": np.arange(72.0).reshape(3, 2, 3, 4),
+        "dense": np.arange(6.0).reshape(2, 3),
+        "bias": np.arange(3.0),
+    }
+    heads = {
+        "query": {"bias": tree["dense"], "kernel": tree["dense"]},
+        "norm": {"scale": tree["dense"]},
+    }
+    spatial = jax.jit(curvax.optim.spatial_average())
     averaged = spatial(heads)
     np.testing.assert_allclose(averaged["query"]["bias"], tree["dense"])
     np.testing.assert_allclose(averaged["norm"]["scale"], tree["dense"])
-    np.testing.assert_allclose(averaged["query"]["kernel"], np.broadcast_to(tree["dense"].mean(0), (2, 3)))
+    np.testing.assert_allclose(
+        averaged["query"]["kernel"], np.broadcast_to(tree["dense"].mean(0), (2, 3))
+    )
     got = spatial(tree)
-    np.testing.assert_allclose(got["conv"], np.broadcast_to(tree["conv"].mean((0, 1)), (3, 2, 3, 4)))
+    np.testing.assert_allclose(
+        got["conv"], np.broadcast_to(tree["conv"].mean((0, 1)), (3, 2, 3, 4))
+    )
     np.testing.assert_allclose(got["dense"], np.broadcast_to(tree["dense"].mean(0), (2, 3)))
     np.testing.assert_allclose(got["bias"], tree["bias"])
     for size in (1, 4, 5, 100):
-        for name, x in jax.jit(curvax.block_average(size))(tree).items():
+        for name, x in jax.jit(curvax.optim.block_average(size))(tree).items():
             np.testing.assert_allclose(x, published.block_mean(size)(name, tree[name]), rtol=1e-12)
     with pytest.raises(ValueError, match="size must be at least 1"):
-        curvax.block_average(0)
+        curvax.optim.block_average(0)
 
 
 def test_a_training_step_shares_its_forward_and_backward_pass_with_the_estimate():
@@ -188,10 +223,13 @@ def test_a_training_step_shares_its_forward_and_backward_pass_with_the_estimate(
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     params = [shape(64, 128), shape(128, 128), shape(128, 8)]
     objective = curvax.Objective(
-        lambda p, x: jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) @ p[2], curvax.losses.softmax_cross_entropy()
+        lambda p, x: jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) @ p[2],
+        curvax.losses.softmax_cross_entropy(),
     )
     batch = (shape(256, 64), jax.ShapeDtypeStruct((256,), jnp.int32))
     tx = curvax.adahessian(0.1, objective)
     flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
     step = lambda p, s, b: tx.update(jax.grad(objective)(p, b), s, p, batch=b)
-    assert flops(step, params, jax.eval_shape(tx.init, params), batch) < 3.1 * flops(jax.grad(objective), params, batch)
+    assert flops(step, params, jax.eval_shape(tx.init, params), batch) < 3.1 * flops(
+        jax.grad(objective), params, batch
+    )

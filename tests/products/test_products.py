@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import curvax
 from curvax import losses
 from curvax._batch import batch_size, with_index
-from curvax.losses.shares import pseudo_gradient_by_example
+from curvax.losses._shares import pseudo_gradient_by_example
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -33,13 +33,17 @@ def chunks(name):
 
 
 def dense(product, objective, params, batch, **kwargs):
-    return jax.jit(lambda p, b: curvax.to_dense(product(objective, p, b, **kwargs), p))(params, batch)
+    return jax.jit(lambda p, b: curvax.to_dense(product(objective, p, b, **kwargs), p))(
+        params, batch
+    )
 
 
 def all_dense(name, *variants):
     """Of each of some `(product, keywords)` of a case the dense matrix, all from one program."""
     objective, params, batch, _ = CASES[name]()
-    every = lambda p, b: [curvax.to_dense(product(objective, p, b, **kwargs), p) for product, kwargs in variants]
+    every = lambda p, b: [
+        curvax.to_dense(product(objective, p, b, **kwargs), p) for product, kwargs in variants
+    ]
     return jax.jit(every)(params, batch)
 
 
@@ -47,22 +51,30 @@ def all_dense(name, *variants):
 def test_hvp_and_ggnvp_equal_dense_matrices(name):
     case = CASES[name]()
     H, G = oracle.hessian(case), oracle.of(name).ggn
-    variants = [(product, {"microbatch": m}) for m in chunks(name) for product in (curvax.hvp, curvax.ggnvp)]
+    variants = [
+        (product, {"microbatch": m}) for m in chunks(name) for product in (curvax.hvp, curvax.ggnvp)
+    ]
     if name in ("mlp", "attention", "multi_head"):
         variants += [(curvax.hvp, {"mode": "rev_over_rev", "microbatch": 3})]
         variants += [(curvax.ggnvp, {"microbatch": 100})]  # larger than the batch
     for (product, _), got in zip(variants, all_dense(name, *variants), strict=True):
-        np.testing.assert_allclose(got, {curvax.hvp: H, curvax.ggnvp: G}[product], rtol=0, atol=1e-10)
+        np.testing.assert_allclose(
+            got, {curvax.hvp: H, curvax.ggnvp: G}[product], rtol=0, atol=1e-10
+        )
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_fishervp_equals_outer_products_of_its_draws_whatever_the_chunks(name):
     case, key, matrices = CASES[name](), jax.random.key(3), oracle.of(name)
     targets, index = case.batch[1], with_index(case.batch)[1]
-    draw = jax.jit(lambda key, f: pseudo_gradient_by_example(case.objective.loss, key, f, targets, index))
+    draw = jax.jit(
+        lambda key, f: pseudo_gradient_by_example(case.objective.loss, key, f, targets, index)
+    )
     draws = [draw(jax.random.fold_in(key, k), matrices.outputs) for k in range(2)]
     expected = sum(oracle.sum_over_examples(matrices, r) for r in draws) / 2
-    variants = [(curvax.fishervp, {"key": key, "num_samples": 2, "microbatch": m}) for m in chunks(name)]
+    variants = [
+        (curvax.fishervp, {"key": key, "num_samples": 2, "microbatch": m}) for m in chunks(name)
+    ]
     for got in all_dense(name, *variants):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
 
@@ -73,7 +85,9 @@ def test_empirical_fisher_equals_outer_products_of_per_example_gradients(name):
     size = batch_size(case.batch)
     residual = jax.jit(jax.grad(case.objective.loss))(matrices.outputs, oracle.targets(case))
     expected = size * oracle.sum_over_examples(matrices, residual)
-    rows = jax.jit(lambda p, b: curvax.per_example_grads(case.objective, p, b))(case.params, case.batch)
+    rows = jax.jit(lambda p, b: curvax.per_example_grads(case.objective, p, b))(
+        case.params, case.batch
+    )
     G = np.concatenate([np.reshape(x, (size, -1)) for x in jax.tree.leaves(rows)], axis=1)
     np.testing.assert_allclose(G.T @ G / size, expected, rtol=0, atol=1e-10)
     variants = [(curvax.empirical_fishervp, {"microbatch": m}) for m in chunks(name)]
@@ -81,12 +95,17 @@ def test_empirical_fisher_equals_outer_products_of_per_example_gradients(name):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["mlp", "multi_head", "masked_regression", "gaussian", "shared_targets"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "multi_head", "masked_regression", "gaussian", "shared_targets"]
+)
 def test_mc_fisher_is_unbiased_for_the_ggn(name):
     """The quadratic form v' F v of many independent draws, by z-test."""
     case = CASES[name]()
     v = jax.tree.map(jnp.ones_like, case.params)
-    form = lambda key: oracle.flat(curvax.fishervp(case.objective, case.params, case.batch, key)(v)) @ oracle.flat(v)
+    form = lambda key: (
+        oracle.flat(curvax.fishervp(case.objective, case.params, case.batch, key)(v))
+        @ oracle.flat(v)
+    )
     draws = jax.lax.map(form, jax.random.split(jax.random.key(0), 4000), batch_size=500)
     exact = oracle.of(name).ggn.sum()
     assert abs(draws.mean() - exact) < 4 * draws.std(ddof=1) / len(draws) ** 0.5
@@ -95,7 +114,10 @@ def test_mc_fisher_is_unbiased_for_the_ggn(name):
 
 def test_ggn_equals_hessian_of_a_linear_model():
     objective = curvax.Objective(lambda w, x: x @ w, losses.softmax_cross_entropy())
-    x, w = jax.random.normal(jax.random.key(0), (5, 3)), jax.random.normal(jax.random.key(1), (3, 4))
+    x, w = (
+        jax.random.normal(jax.random.key(0), (5, 3)),
+        jax.random.normal(jax.random.key(1), (3, 4)),
+    )
     batch = (x, jnp.arange(5) % 4)
     ours = [dense(product, objective, w, batch) for product in (curvax.ggnvp, curvax.hvp)]
     np.testing.assert_allclose(*ours, atol=1e-12)
@@ -140,15 +162,24 @@ def test_matvec_crosses_jit_as_an_argument_without_retracing(microbatch):
 
 @pytest.mark.parametrize("container", ["list", "namedtuple", "none", "nnx_state"])
 def test_any_pytree(container):
-    w1, w2 = jax.random.normal(jax.random.key(0), (3, 4)), jax.random.normal(jax.random.key(1), (4, 2))
+    w1, w2 = (
+        jax.random.normal(jax.random.key(0), (3, 4)),
+        jax.random.normal(jax.random.key(1), (4, 2)),
+    )
     Weights = collections.namedtuple("Weights", ["a", "b"])
     if container == "nnx_state":
         graph, params = nnx.split(
-            nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+            nnx.Sequential(
+                nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+            )
         )
         model = lambda p, x: nnx.merge(graph, p)(x)
     else:
-        params = {"list": [w1, w2], "namedtuple": Weights(w1, w2), "none": {"a": w1, "b": w2, "off": None}}[container]
+        params = {
+            "list": [w1, w2],
+            "namedtuple": Weights(w1, w2),
+            "none": {"a": w1, "b": w2, "off": None},
+        }[container]
         model = lambda p, x: functools.reduce(lambda h, w: jnp.tanh(h @ w), jax.tree.leaves(p), x)
     objective = curvax.Objective(model, losses.squared_error())
     batch = (jax.random.normal(jax.random.key(2), (5, 3)), jnp.ones((5, 2)))
@@ -165,7 +196,9 @@ def test_part_of_the_params_with_the_rest_frozen():
     frozen, part = case.params["Dense_0"], case.params["Dense_1"]
     model = lambda p, x: case.objective.model({"Dense_0": frozen, "Dense_1": p}, x)
     block = dense(curvax.ggnvp, curvax.Objective(model, case.objective.loss), part, case.batch)
-    np.testing.assert_allclose(block, oracle.of("mlp").ggn[-len(block) :, -len(block) :], atol=1e-12)
+    np.testing.assert_allclose(
+        block, oracle.of("mlp").ggn[-len(block) :, -len(block) :], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -195,7 +228,9 @@ def backward_only(fun, slope):
 
 
 # A kernel whose backward pass is a kernel too: forward mode has no way through either.
-backward_only_slope = backward_only(lambda x: 1 / jnp.cosh(x) ** 2, lambda x: -2 * jnp.tanh(x) / jnp.cosh(x) ** 2)
+backward_only_slope = backward_only(
+    lambda x: 1 / jnp.cosh(x) ** 2, lambda x: -2 * jnp.tanh(x) / jnp.cosh(x) ** 2
+)
 backward_only_tanh = backward_only(jnp.tanh, backward_only_slope)
 
 
@@ -209,7 +244,9 @@ def test_kernel_with_a_backward_pass_only():
     np.testing.assert_allclose(reverse, plain, atol=1e-12)
     for product in (curvax.hvp, curvax.ggnvp, curvax.empirical_fishervp):
         for microbatch in (None, 3):
-            apply = lambda w, product=product, m=microbatch: product(build(backward_only_tanh), w, batch, microbatch=m)(w)
+            apply = lambda w, product=product, m=microbatch: product(
+                build(backward_only_tanh), w, batch, microbatch=m
+            )(w)
             for call in (apply, jax.jit(apply)):  # JAX itself refuses only when it compiles
                 with pytest.raises(TypeError, match=r'hvp\(.*mode="rev_over_rev"'):
                     call(w)
@@ -239,22 +276,38 @@ def test_integer_vectors_and_other_float_types_are_taken_as_what_params_are():
 
 
 def test_outputs_in_any_container():
-    w, x = jax.random.normal(jax.random.key(0), (3, 2)), jax.random.normal(jax.random.key(1), (5, 3))
+    w, x = (
+        jax.random.normal(jax.random.key(0), (3, 2)),
+        jax.random.normal(jax.random.key(1), (5, 3)),
+    )
     Pair = collections.namedtuple("Pair", ["mean", "log_variance"])
     heads = losses.weighted_sum({"b": (2.0, losses.squared_error()), "a": (1.0, losses.poisson())})
     two = {"a": jnp.ones((5, 2)), "b": jnp.zeros((5, 2))}
     ordered = lambda h: collections.OrderedDict([("b", h), ("a", 2 * h)])
     for loss, containers, targets in (
-        (losses.gaussian(), (lambda h: (h, 2 * h), lambda h: [h, 2 * h], lambda h: Pair(h, 2 * h)), jnp.ones((5, 2))),
+        (
+            losses.gaussian(),
+            (lambda h: (h, 2 * h), lambda h: [h, 2 * h], lambda h: Pair(h, 2 * h)),
+            jnp.ones((5, 2)),
+        ),
         (heads, (lambda h: {"a": 2 * h, "b": h}, ordered), two),
     ):
 
         def of(container, w, batch, loss=loss):
-            objective, key = curvax.Objective(lambda w, x: container(jnp.tanh(x @ w)), loss), jax.random.key(0)
+            objective, key = (
+                curvax.Objective(lambda w, x: container(jnp.tanh(x @ w)), loss),
+                jax.random.key(0),
+            )
             diagonal = curvax.gauss_newton_bartlett(objective, w, batch, key)
-            return diagonal, curvax.ggnvp(objective, w, batch)(w), curvax.fishervp(objective, w, batch, key)(w)
+            return (
+                diagonal,
+                curvax.ggnvp(objective, w, batch)(w),
+                curvax.fishervp(objective, w, batch, key)(w),
+            )
 
-        every = jax.jit(lambda w, batch, of=of, containers=containers: [of(c, w, batch) for c in containers])
+        every = jax.jit(
+            lambda w, batch, of=of, containers=containers: [of(c, w, batch) for c in containers]
+        )
         results = every(w, (x, targets))
         for other in results[1:]:
             chex.assert_trees_all_close(other, results[0], atol=1e-12)
@@ -262,11 +315,14 @@ def test_outputs_in_any_container():
 
 def test_a_loss_whose_curvature_comes_in_another_precision():
     loss = losses.from_function(
-        lambda f, y: jnp.mean((f.astype(jnp.float32) - y) ** 2) / 2, hvp=lambda f, y, v: v * jnp.float32(0.5)
+        lambda f, y: jnp.mean((f.astype(jnp.float32) - y) ** 2) / 2,
+        curvature_product=lambda f, y, v: v * jnp.float32(0.5),
     )
     objective = curvax.Objective(lambda w, x: (x @ w).astype(jnp.bfloat16), loss)
     assert jnp.isfinite(
-        curvax.ggnvp(objective, jnp.ones((3, 1)), (jnp.ones((2, 3)), jnp.ones((2, 1))))(jnp.ones((3, 1)))
+        curvax.ggnvp(objective, jnp.ones((3, 1)), (jnp.ones((2, 3)), jnp.ones((2, 1))))(
+            jnp.ones((3, 1))
+        )
     ).all()
 
 
@@ -279,7 +335,9 @@ def test_explicitly_sharded_params_and_batch():
     )
 
     def results(gather, w, batch):
-        objective = curvax.Objective(lambda w, x: jnp.tanh(gather(w).T @ x.T).T, losses.squared_error())
+        objective = curvax.Objective(
+            lambda w, x: jnp.tanh(gather(w).T @ x.T).T, losses.squared_error()
+        )
         key = jax.random.key(2)
         return (
             curvax.hutchinson_diagonal(curvax.hvp(objective, w, batch), w, key, 2).mean,
@@ -290,7 +348,9 @@ def test_explicitly_sharded_params_and_batch():
     with jax.set_mesh(mesh):
         spread = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
         gather = lambda w: jax.sharding.reshard(w, P())
-        got = jax.device_get(jax.jit(functools.partial(results, gather))(spread(w), jax.tree.map(spread, batch)))
+        got = jax.device_get(
+            jax.jit(functools.partial(results, gather))(spread(w), jax.tree.map(spread, batch))
+        )
     alone = jax.device_get(jax.jit(functools.partial(results, lambda w: w))(w, batch))
     chex.assert_trees_all_close(got, alone, atol=1e-12)
 
@@ -307,7 +367,9 @@ def test_remat_scan_and_bfloat16_compute_inside_the_model(product):
     expected = dense(product, curvax.Objective(model, loss), params, batch)
     remat = curvax.Objective(lambda p, x: model(p, x, jax.checkpoint), loss)
     np.testing.assert_allclose(dense(product, remat, params, batch), expected, atol=1e-12)
-    half = curvax.Objective(lambda p, x: model(*jax.tree.map(lambda a: a.astype(jnp.bfloat16), (p, x))), loss)
+    half = curvax.Objective(
+        lambda p, x: model(*jax.tree.map(lambda a: a.astype(jnp.bfloat16), (p, x))), loss
+    )
     got = jax.jit(lambda p, b: product(half, p, b)(p))(params, batch)
     want = expected @ np.ravel(params)
     assert np.linalg.norm(np.ravel(got) - want) < 0.05 * np.linalg.norm(want)
@@ -323,12 +385,16 @@ def test_chunks_of_a_sharded_batch_are_computed_without_gathering_it():
     apply = jax.jit(lambda p, b, v: curvax.ggnvp(case.objective, p, b, microbatch=16)(v))
     compiled = apply.lower(params, sharded, params).compile()
     assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
-    chex.assert_trees_all_close(compiled(params, sharded, params), apply(case.params, batch, case.params), atol=1e-12)
+    chex.assert_trees_all_close(
+        compiled(params, sharded, params), apply(case.params, batch, case.params), atol=1e-12
+    )
 
 
 def test_microbatch_bounds_memory():
     params = {"w1": jnp.zeros((64, 256)), "w2": jnp.zeros((256, 8))}
-    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w2"], losses.squared_error())
+    objective = curvax.Objective(
+        lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w2"], losses.squared_error()
+    )
     batch = (jnp.zeros((4096, 64)), jnp.zeros((4096, 8)))
 
     def peak(product, microbatch):
@@ -342,7 +408,9 @@ def test_microbatch_bounds_memory():
 def test_errors_say_what_and_where():
     case = CASES["mlp"]()
     objective, params, batch = case.objective, case.params, case.batch
-    with pytest.raises(ValueError, match=r"unknown mode 'forward'; valid: 'fwd_over_rev', 'rev_over_rev'"):
+    with pytest.raises(
+        ValueError, match=r"unknown mode 'forward'; valid: 'fwd_over_rev', 'rev_over_rev'"
+    ):
         curvax.hvp(objective, params, batch, mode="forward")
     with pytest.raises(TypeError, match=r"int64\[2\] at params\['n'\]"):
         curvax.ggnvp(objective, {"n": jnp.zeros(2, int), "w": jnp.zeros(2)}, batch)
@@ -368,7 +436,9 @@ def test_errors_say_what_and_where():
         curvax.ggnvp(objective, params, batch)({"Dense_0": {"kernel": params["Dense_0"]["kernel"]}})
     with pytest.raises(ValueError, match=r"v\['Dense_0'\]\['bias'\] is float64\[1\], params"):
         curvax.ggnvp(objective, params, batch)(jax.tree.map(lambda p: p[:1], params))
-    flat_rows = curvax.Objective(lambda w, x: (x @ w).reshape(-1), lambda f, y: jnp.mean((f - jnp.repeat(y, 2)) ** 2))
+    flat_rows = curvax.Objective(
+        lambda w, x: (x @ w).reshape(-1), lambda f, y: jnp.mean((f - jnp.repeat(y, 2)) ** 2)
+    )
     with pytest.raises(ValueError, match="leading axis of 4 rows"):
         curvax.empirical_fishervp(flat_rows, jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.ones(4)))
 
@@ -385,7 +455,10 @@ def test_a_plain_function_that_is_no_objective_has_a_hessian():
 @pytest.mark.parametrize("product", [curvax.ggnvp, curvax.empirical_fishervp])
 def test_a_vector_that_is_constant_in_part(product):
     """Under `jit`, where the compiler sees its zeros; jaxlib 0.10.2 multiplies by those wrongly if nothing hides them."""
-    a, b = jax.random.normal(jax.random.key(0), (64, 64)) / 8, jax.random.normal(jax.random.key(1), (64, 10)) / 8
+    a, b = (
+        jax.random.normal(jax.random.key(0), (64, 64)) / 8,
+        jax.random.normal(jax.random.key(1), (64, 10)) / 8,
+    )
     objective = curvax.Objective(lambda p, x: x @ p[0] @ p[1], losses.softmax_cross_entropy())
     batch = (jax.random.normal(jax.random.key(2), (512, 64)) / 8, jnp.arange(512) % 10)
     apply = lambda p, w: product(objective, p, batch)([a, w])

@@ -22,11 +22,15 @@ KEY = jax.random.key(0)
 
 def cut(batch, size=3):
     """Batches of `size` rows, the last one ragged."""
-    return [map_rows(lambda x, i=i: x[i : i + size], batch) for i in range(0, batch_size(batch), size)]
+    return [
+        map_rows(lambda x, i=i: x[i : i + size], batch) for i in range(0, batch_size(batch), size)
+    ]
 
 
 def like(params):
-    return jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
+    return jax.tree.map(
+        lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "masked_sequence", "multi_head", "shared_statistics"])
@@ -38,19 +42,29 @@ def test_equals_the_product_over_the_concatenated_batch(name):
     for product, matrix in exact.items():
         got = streamed(product, case.objective, case.params, cut(case.batch))(v)
         np.testing.assert_allclose(oracle.flat(got), matrix @ vector, atol=1e-12)
-    want = jax.jit(lambda p, b, v: curvax.empirical_fishervp(case.objective, p, b)(v))(case.params, case.batch, v)
-    got = streamed(curvax.empirical_fishervp, case.objective, case.params, cut(case.batch), microbatch=2)(v)
+    want = jax.jit(lambda p, b, v: curvax.empirical_fishervp(case.objective, p, b)(v))(
+        case.params, case.batch, v
+    )
+    got = streamed(
+        curvax.empirical_fishervp, case.objective, case.params, cut(case.batch), microbatch=2
+    )(v)
     chex.assert_trees_all_close(got, want, atol=1e-12)
 
 
 def test_fisher_products_draw_with_a_key_for_each_batch():
     case, size = CASES["mlp"](), 7
     v = like(case.params)
-    got = streamed(curvax.fishervp, case.objective, case.params, cut(case.batch), key=KEY, num_samples=2)(v)
+    got = streamed(
+        curvax.fishervp, case.objective, case.params, cut(case.batch), key=KEY, num_samples=2
+    )(v)
     of_batch = jax.jit(
-        lambda batch, i: curvax.fishervp(case.objective, case.params, batch, jax.random.fold_in(KEY, i), 2)(v)
+        lambda batch, i: curvax.fishervp(
+            case.objective, case.params, batch, jax.random.fold_in(KEY, i), 2
+        )(v)
     )
-    parts = [batch_size(b) / size * oracle.flat(of_batch(b, i)) for i, b in enumerate(cut(case.batch))]
+    parts = [
+        batch_size(b) / size * oracle.flat(of_batch(b, i)) for i, b in enumerate(cut(case.batch))
+    ]
     np.testing.assert_allclose(oracle.flat(got), sum(parts), atol=1e-12)
 
 
@@ -65,7 +79,9 @@ def test_batches_of_numpy_arrays_in_lists_and_programs_that_are_compiled_once():
     for scale, params in ((1.0, case.params), (2.0, jax.tree.map(jnp.copy, case.params))):
         matvec = streamed(curvax.ggnvp, objective, params, batches)
         got = matvec(jax.tree.map(lambda x, s=scale: s * x, like(case.params)))
-        np.testing.assert_allclose(oracle.flat(got), scale * oracle.of("mlp").ggn @ oracle.flat(like(params)), atol=1e-12)
+        np.testing.assert_allclose(
+            oracle.flat(got), scale * oracle.of("mlp").ggn @ oracle.flat(like(params)), atol=1e-12
+        )
     assert not traced
     integer = matvec(jax.tree.map(lambda p: np.ones(p.shape, int), case.params))
     np.testing.assert_allclose(oracle.flat(integer), oracle.of("mlp").ggn.sum(1), atol=1e-12)
@@ -81,14 +97,25 @@ def test_spectra_run_their_loops_in_python():
     (values, vectors), info = eigsh(matvec, case.params, 5, KEY, which="both", tol=1e-11)
     np.testing.assert_allclose(values, [*exact[:-4:-1], *exact[1::-1]], atol=1e-10)
     U = np.asarray(jax.vmap(oracle.flat)(vectors))
-    np.testing.assert_allclose(info.residuals, np.linalg.norm(H @ U.T - U.T * values, axis=0), atol=1e-12)
-    density, info = spectral_density(matvec, case.params, KEY, 2, 6)
-    z = np.stack([oracle.flat(curvax.estimate.rademacher(jax.random.fold_in(KEY, i), case.params)) for i in range(2)])
     np.testing.assert_allclose(
-        np.sum(density.weights * density.nodes**3, axis=1), np.einsum("ni,ni->n", z @ H @ H, z @ H) / len(H), atol=1e-11
+        info.residuals, np.linalg.norm(H @ U.T - U.T * values, axis=0), atol=1e-12
+    )
+    density, info = spectral_density(matvec, case.params, KEY, 2, 6)
+    z = np.stack(
+        [
+            oracle.flat(curvax.estimate.rademacher(jax.random.fold_in(KEY, i), case.params))
+            for i in range(2)
+        ]
+    )
+    np.testing.assert_allclose(
+        np.sum(density.weights * density.nodes**3, axis=1),
+        np.einsum("ni,ni->n", z @ H @ H, z @ H) / len(H),
+        atol=1e-11,
     )
     found = lanczos(matvec, case.params, 4, KEY)  # case.params are left as they were
-    np.testing.assert_allclose(oracle.flat(jax.tree.map(lambda x: x[0], found.basis)), _unit(oracle.flat(case.params)))
+    np.testing.assert_allclose(
+        oracle.flat(jax.tree.map(lambda x: x[0], found.basis)), _unit(oracle.flat(case.params))
+    )
 
 
 def _unit(x):
@@ -101,20 +128,29 @@ def test_a_matvec_made_of_it_under_disable_jit():
     shifted = lambda v: jax.tree.map(lambda x, y: x + y, matvec(v), v)
     with jax.disable_jit():
         (values, _), _ = eigsh(shifted, case.params, 1, KEY, tol=1e-11)
-    np.testing.assert_allclose(values[0], 1 + np.linalg.eigvalsh(oracle.of("mlp").ggn)[-1], atol=1e-10)
+    np.testing.assert_allclose(
+        values[0], 1 + np.linalg.eigvalsh(oracle.of("mlp").ggn)[-1], atol=1e-10
+    )
 
 
 def test_errors_say_what_and_where():
     case = CASES["mlp"]()
     objective, params, batches = case.objective, case.params, cut(case.batch)
     build = functools.partial(streamed, curvax.ggnvp, objective, params)
-    with pytest.raises(TypeError, match=r"product must be one of curvax.hvp, curvax.ggnvp, .*; got functools.partial"):
+    with pytest.raises(
+        TypeError,
+        match=r"matvec_of must be one of curvax.hvp, curvax.ggnvp, .*; got functools.partial",
+    ):
         streamed(functools.partial(curvax.ggnvp, microbatch=2), objective, params, batches)
-    with pytest.raises(TypeError, match=r"batches is an iterator \(generator\), which can be gone through but once"):
+    with pytest.raises(
+        TypeError, match=r"batches is an iterator \(generator\), which can be gone through but once"
+    ):
         build(batch for batch in batches)
     with pytest.raises(ValueError, match="batches is empty"):
         build([])
-    with pytest.raises(TypeError, match=r"batches must hold pairs \(inputs, targets\), got float64\[7, 3\]"):
+    with pytest.raises(
+        TypeError, match=r"batches must hold pairs \(inputs, targets\), got float64\[7, 3\]"
+    ):
         build([case.batch[0]])
     with pytest.raises(ValueError, match=r"batch\[0\] has 7 rows, batch\[1\] is int\d+\[6\]"):
         build([(case.batch[0], case.batch[1][:6])])
@@ -124,7 +160,8 @@ def test_errors_say_what_and_where():
     for transform in (jax.jit, jax.grad, jax.linearize):
         with pytest.raises(TypeError, match=r"cannot be traced.*under `with jax.disable_jit\(\):`"):
             transform(
-                lambda v: sum(map(jnp.sum, jax.tree.leaves(matvec(v)))), *([params] if transform is jax.linearize else [])
+                lambda v: sum(map(jnp.sum, jax.tree.leaves(matvec(v)))),
+                *([params] if transform is jax.linearize else []),
             )(params)
     with pytest.raises(TypeError, match="cannot be traced"):
         jax.jit(lambda key: eigsh(matvec, params, 1, key))(KEY)

@@ -19,7 +19,9 @@ from curvax.solve import Result
 def problem(name, kind):
     """A case's matvec, right-hand side and dense matrix."""
     case = cases.CASES[name]()
-    product = {"hessian": curvax.hvp, "ggn": curvax.ggnvp, "fisher": curvax.empirical_fishervp}[kind]
+    product = {"hessian": curvax.hvp, "ggn": curvax.ggnvp, "fisher": curvax.empirical_fishervp}[
+        kind
+    ]
     matvec = product(case.objective, case.params, case.batch)
     b = jax.grad(case.objective.value)(case.params, case.batch)
     return matvec, b, np.asarray(jax.jit(lambda mv: curvax.to_dense(mv, case.params))(matvec))
@@ -32,7 +34,9 @@ every_problem = pytest.mark.parametrize(("name", "kind"), PROBLEMS)
 
 @functools.partial(jax.jit, static_argnums=0)
 def solve(solver, matrix, b, damping):
-    return solver(lambda v: {"w": matrix @ v["w"]}, {"w": b}, damping=damping, tol=1e-12, max_steps=600)
+    return solver(
+        lambda v: {"w": matrix @ v["w"]}, {"w": b}, damping=damping, tol=1e-12, max_steps=600
+    )
 
 
 def error(x, want):
@@ -40,13 +44,15 @@ def error(x, want):
 
 
 @every_problem
-@pytest.mark.parametrize("solver", [curvax.cg, curvax.minres, curvax.neumann], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "solver", [curvax.cg, curvax.solve.minres, curvax.solve.neumann], ids=lambda f: f.__name__
+)
 def test_solves_equal_dense_ones(solver, name, kind, x64):
     _, b, matrix = problem(name, kind)
     b = oracle.flat(b)
     lowest = np.linalg.eigvalsh(matrix)[0]
     # definite for cg and neumann, whose number of terms grows with the condition; as it is for minres
-    damping = 1e-2 if solver is curvax.minres else 0.3 - min(lowest, 0)
+    damping = 1e-2 if solver is curvax.solve.minres else 0.3 - min(lowest, 0)
     x, info = solve(solver, matrix, b, damping)
     want = np.linalg.solve(matrix + damping * np.eye(len(matrix)), b)
     assert info.converged, info.message
@@ -60,7 +66,7 @@ def test_a_singular_system_with_a_right_hand_side_in_its_range(name, kind, x64):
     b = oracle.flat(b)
     values = np.linalg.eigvalsh(matrix)
     assert values[0] < 1e-12 * values[-1]
-    for solver in (curvax.cg, curvax.minres):
+    for solver in (curvax.cg, curvax.solve.minres):
         x, info = solve(solver, matrix, matrix @ b, 0.0)
         assert info.residual < 1e-7 and np.linalg.norm(oracle.flat(x)) <= np.linalg.norm(b) * 1.001
 
@@ -92,11 +98,17 @@ def test_preconditioner_guess_and_progress(x64):
     want = np.linalg.solve(matrix + damping * np.eye(len(matrix)), oracle.flat(b))
     matvec, b = lambda v: matrix @ v, oracle.flat(b)
     inverse = np.linalg.inv(matrix + 2 * damping * np.eye(len(matrix)))
-    for solver in (curvax.cg, curvax.minres):
-        run = jax.jit(lambda b, x0, solver=solver, **how: solver(matvec, b, damping=damping, tol=1e-10, x0=x0, **how))
+    for solver in (curvax.cg, curvax.solve.minres):
+        run = jax.jit(
+            lambda b, x0, solver=solver, **how: solver(
+                matvec, b, damping=damping, tol=1e-10, x0=x0, **how
+            )
+        )
         _, plain = run(b, jnp.zeros_like(b))
         near = jax.jit(
-            lambda b, solver=solver: solver(matvec, b, damping=damping, tol=1e-10, preconditioner=lambda v: inverse @ v)
+            lambda b, solver=solver: solver(
+                matvec, b, damping=damping, tol=1e-10, preconditioner=lambda v: inverse @ v
+            )
         )
         x, info = near(b)
         assert error(x, want) < 1e-8 and info.steps <= plain.steps / 2
@@ -104,11 +116,13 @@ def test_preconditioner_guess_and_progress(x64):
         assert info.steps == 0 and info.converged
         x, info = run(b, 100 * b)
         assert error(x, want) < 1e-7
-    _, info = jax.jit(lambda b: curvax.cg(matvec, b, damping=1e-6, tol=0.0, max_steps=500, progress=5e-4))(b)
+    _, info = jax.jit(
+        lambda b: curvax.cg(matvec, b, damping=1e-6, tol=0.0, max_steps=500, progress=5e-4)
+    )(b)
     assert info.code == Result.LITTLE_PROGRESS and 10 < info.steps < 100
     _, info = jax.jit(lambda b: curvax.cg(matvec, b, tol=1e-9, preconditioner=jnp.negative))(b)
     assert info.code == Result.BAD_PRECONDITIONER and "preconditioner" in info.message
-    for solver in (curvax.cg, curvax.minres):
+    for solver in (curvax.cg, curvax.solve.minres):
         for wrong in (jnp.negative, jnp.zeros_like):
             x, info = solver(matvec, b, preconditioner=wrong)
             assert info.code == Result.BAD_PRECONDITIONER and not x.any()
@@ -122,10 +136,18 @@ def test_kronecker_inverse_and_window_precondition(x64):
 
     @jax.jit
     def both(params, batch, matvec, b):
-        factors = curvax.kron_factors(case.objective, layout, params, batch, jax.random.key(0), estimator="exact")
-        window = curvax.window_of(curvax.per_example_grads(case.objective, params, batch))
-        inverses = curvax.kron_inverse(layout, factors, damping), curvax.window_inverse(window, damping)
-        return [curvax.cg(matvec, b, damping=damping, tol=1e-12, preconditioner=inverse)[0] for inverse in inverses]
+        factors = curvax.kron_factors(
+            case.objective, layout, params, batch, jax.random.key(0), fisher="exact"
+        )
+        window = curvax.solve.window_of(curvax.per_example_grads(case.objective, params, batch))
+        inverses = (
+            curvax.kron_inverse(layout, factors, damping),
+            curvax.solve.window_inverse(window, damping),
+        )
+        return [
+            curvax.cg(matvec, b, damping=damping, tol=1e-12, preconditioner=inverse)[0]
+            for inverse in inverses
+        ]
 
     want = np.linalg.solve(matrix + damping * np.eye(len(matrix)), oracle.flat(b))
     for x in both(case.params, case.batch, matvec, b):
@@ -135,21 +157,21 @@ def test_kronecker_inverse_and_window_precondition(x64):
 def test_what_is_left_of_the_neumann_series(x64):
     matrix = jnp.array([[2.0, 0.5], [0.5, 1.0]])
     b, scale = jnp.array([1.0, -2.0]), 2.5
-    x, info = curvax.neumann(lambda v: matrix @ v, b, scale=scale, tol=0.0, max_steps=7)
+    x, info = curvax.solve.neumann(lambda v: matrix @ v, b, scale=scale, tol=0.0, max_steps=7)
     rest = np.linalg.matrix_power(np.eye(2) - matrix / scale, 7) @ b
     np.testing.assert_allclose(b - matrix @ x, rest, rtol=1e-12)
     np.testing.assert_allclose(info.residual, np.linalg.norm(rest) / np.linalg.norm(b), rtol=1e-12)
     assert info.code == Result.MAX_STEPS and info.steps == 7
-    x, info = curvax.neumann(lambda v: matrix @ v, b, scale=0.5)
+    x, info = curvax.solve.neumann(lambda v: matrix @ v, b, scale=0.5)
     assert info.code == Result.DIVERGED and "larger scale" in info.message and np.isfinite(x).all()
-    _, info = curvax.neumann(lambda v: -v, b)
+    _, info = curvax.solve.neumann(lambda v: -v, b)
     assert info.code == Result.DIVERGED
-    _, info = curvax.neumann(lambda v: 0 * v, b)
+    _, info = curvax.solve.neumann(lambda v: 0 * v, b)
     assert info.code == Result.NOT_DEFINITE
-    _, info = curvax.neumann(lambda v: matrix @ v, b, tol=0.0, max_steps=7, power_steps=10)
+    _, info = curvax.solve.neumann(lambda v: matrix @ v, b, tol=0.0, max_steps=7, power_steps=10)
     assert info.steps == 17
     with pytest.raises(ValueError, match="scale must be positive"):
-        curvax.neumann(lambda v: matrix @ v, b, scale=0.0)
+        curvax.solve.neumann(lambda v: matrix @ v, b, scale=0.0)
 
 
 def test_woodbury_equals_the_dense_solve(x64):
@@ -158,12 +180,18 @@ def test_woodbury_equals_the_dense_solve(x64):
     b = jax.grad(case.objective.value)(case.params, case.batch)
     dense = np.stack([oracle.flat(jax.tree.map(lambda x, i=i: x[i], rows)) for i in range(7)])
     for divisor, number in (("window", 9), ("count", 7)):
-        x, info = curvax.woodbury(curvax.window_of(rows, size=9), b, damping=1e-3, divisor=divisor)
-        want = np.linalg.solve(dense.T @ dense / number + 1e-3 * np.eye(dense.shape[1]), oracle.flat(b))
+        x, info = curvax.solve.woodbury(
+            curvax.solve.window_of(rows, size=9), b, damping=1e-3, divisor=divisor
+        )
+        want = np.linalg.solve(
+            dense.T @ dense / number + 1e-3 * np.eye(dense.shape[1]), oracle.flat(b)
+        )
         assert error(x, want) < 1e-10 and info.converged
 
 
-@pytest.mark.parametrize("solver", [curvax.cg, curvax.minres, curvax.neumann], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "solver", [curvax.cg, curvax.solve.minres, curvax.solve.neumann], ids=lambda f: f.__name__
+)
 def test_not_finite_stalled_zero_and_too_few_steps(solver):
     diagonal = jnp.array([1.0, 0.5, 0.25])
     x, info = solver(lambda v: diagonal * v * jnp.nan, jnp.ones(3))
@@ -174,7 +202,7 @@ def test_not_finite_stalled_zero_and_too_few_steps(solver):
     assert info.converged and x.tolist() == [0, 0, 0] and info.residual == 0
     x, info = solver(lambda v: diagonal * v, jnp.ones(3), max_steps=1)
     assert info.code == Result.MAX_STEPS and "raise max_steps" in info.message
-    assert info.steps == (11 if solver is curvax.neumann else 1)
+    assert info.steps == (11 if solver is curvax.solve.neumann else 1)
 
 
 def test_the_residual_is_the_true_one():
@@ -183,13 +211,19 @@ def test_the_residual_is_the_true_one():
     b = jnp.sin(jnp.arange(60.0))
     x, info = curvax.cg(lambda v: diagonal * v, b, tol=1e-6, max_steps=3000)
     assert info.code == Result.STALLED and not info.converged and "precision" in info.message
-    true = np.linalg.norm(np.asarray(b, np.float64) - np.asarray(diagonal, np.float64) * np.asarray(x, np.float64))
+    true = np.linalg.norm(
+        np.asarray(b, np.float64) - np.asarray(diagonal, np.float64) * np.asarray(x, np.float64)
+    )
     np.testing.assert_allclose(info.residual, true / np.linalg.norm(b), rtol=0.1, atol=1e-6)
-    same = curvax.minres(lambda v: diagonal * v, b, tol=1e-6, max_steps=3000, preconditioner=lambda v: v)[1]
+    same = curvax.solve.minres(
+        lambda v: diagonal * v, b, tol=1e-6, max_steps=3000, preconditioner=lambda v: v
+    )[1]
     assert not same.converged and same.residual > 1e-6
 
 
-@pytest.mark.parametrize("solver", [curvax.cg, curvax.minres, curvax.neumann], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "solver", [curvax.cg, curvax.solve.minres, curvax.solve.neumann], ids=lambda f: f.__name__
+)
 def test_scales_of_matrix_and_right_hand_side_do_not_matter(solver):
     diagonal, b = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 2.0, 3.0])
     for s, t in ((1e-4, 1e3), (1e6, 1e-6), (1.0, 1e12)):
@@ -203,7 +237,7 @@ def test_minres_ends_near_the_least_residual_where_there_is_no_solution(x64):
     Q, _ = np.linalg.qr(rng.normal(size=(20, 20)))
     values = np.where(np.arange(20) < 5, 0, rng.normal(size=20))
     matrix, b = jnp.asarray(Q * values @ Q.T), jnp.asarray(rng.normal(size=20))
-    x, info = curvax.minres(lambda v: matrix @ v, b, max_steps=200)
+    x, info = curvax.solve.minres(lambda v: matrix @ v, b, max_steps=200)
     assert info.code == Result.LEAST_SQUARES and "outside the range" in info.message
     least = np.linalg.norm(Q[:, :5].T @ b) / np.linalg.norm(b)
     np.testing.assert_allclose(info.residual, least, rtol=1e-6)
@@ -222,7 +256,7 @@ def test_bfloat16_vmap_and_eight_devices():
     assert len(set(infos.steps.tolist())) > 1
     mesh = jax.make_mesh((8,), ("data",))
     sharded = jax.device_put(b, NamedSharding(mesh, P("data")))
-    for solver in (curvax.cg, curvax.minres):
+    for solver in (curvax.cg, curvax.solve.minres):
         apart, _ = jax.jit(lambda b, solver=solver: solver(lambda v: diagonal * v, b))(sharded)
         np.testing.assert_allclose(apart, b / diagonal, rtol=1e-4)
         assert apart.sharding.is_equivalent_to(sharded.sharding, 1)
@@ -232,10 +266,14 @@ def test_errors():
     b = {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match=r"matvec\(v\) has no leaf at \['w'\]"):
         curvax.cg(lambda v: {}, b)
-    with pytest.raises(ValueError, match=r"matvec\(v\)\['w'\] is float32\[2\], v\['w'\] is float32\[3\]"):
-        curvax.minres(lambda v: {"w": v["w"][:2]}, b)
-    with pytest.raises(TypeError, match=r"matvec\(v\)\['w'\] is float16\[3\] where v is float32\[3\].*Cast"):
-        curvax.neumann(lambda v: {"w": v["w"].astype(jnp.float16)}, b)
+    with pytest.raises(
+        ValueError, match=r"matvec\(v\)\['w'\] is float32\[2\], v\['w'\] is float32\[3\]"
+    ):
+        curvax.solve.minres(lambda v: {"w": v["w"][:2]}, b)
+    with pytest.raises(
+        TypeError, match=r"matvec\(v\)\['w'\] is float16\[3\] where v is float32\[3\].*Cast"
+    ):
+        curvax.solve.neumann(lambda v: {"w": v["w"].astype(jnp.float16)}, b)
     with pytest.raises(ValueError, match=r"preconditioner\(v\) has no leaf"):
         curvax.cg(lambda v: v, b, preconditioner=lambda v: {})
     with pytest.raises(ValueError, match="x0 has no leaf"):
@@ -278,8 +316,10 @@ def test_products_over_batches_on_the_host(x64):
     matvec = curvax.products.streamed(curvax.ggnvp, case.objective, case.params, batches)
     whole = curvax.ggnvp(case.objective, case.params, case.batch)
     b = jax.grad(case.objective.value)(case.params, case.batch)
-    for solver in (curvax.cg, curvax.minres, curvax.neumann):
+    for solver in (curvax.cg, curvax.solve.minres, curvax.solve.neumann):
         got, info = solver(matvec, b, damping=1.0, tol=1e-4)
-        want, expected = jax.jit(lambda mv, b, solver=solver: solver(mv, b, damping=1.0, tol=1e-4))(whole, b)
+        want, expected = jax.jit(lambda mv, b, solver=solver: solver(mv, b, damping=1.0, tol=1e-4))(
+            whole, b
+        )
         np.testing.assert_allclose(oracle.flat(got), oracle.flat(want), rtol=1e-8, atol=1e-12)
         assert info.steps == expected.steps and info.converged

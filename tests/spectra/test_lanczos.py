@@ -52,7 +52,9 @@ def times(A):
 INDEFINITE = with_eigenvalues(np.random.default_rng(1).normal(size=DIMENSION))
 MATRICES = {
     "indefinite": INDEFINITE,
-    "repeated": with_eigenvalues(np.r_[[5, 5, 5, 4.5, -2, -2, -2], np.linspace(0, 4, DIMENSION - 7)]),
+    "repeated": with_eigenvalues(
+        np.r_[[5, 5, 5, 4.5, -2, -2, -2], np.linspace(0, 4, DIMENSION - 7)]
+    ),
     "low_rank": with_eigenvalues(np.r_[[3, 2, 2, -1], np.zeros(DIMENSION - 4)]),
     "diagonal": np.diag(np.linspace(-1, 2, DIMENSION) ** 3),
     "identity": np.eye(DIMENSION),
@@ -62,7 +64,11 @@ every_matrix = pytest.mark.parametrize("name", MATRICES)
 
 
 def tridiagonal(found):
-    return np.diag(found.diagonal) + np.diag(found.off_diagonal[:-1], 1) + np.diag(found.off_diagonal[:-1], -1)
+    return (
+        np.diag(found.diagonal)
+        + np.diag(found.off_diagonal[:-1], 1)
+        + np.diag(found.off_diagonal[:-1], -1)
+    )
 
 
 @functools.cache
@@ -72,7 +78,9 @@ def run_lanczos(steps, keyed=True):
 
 @functools.cache
 def run_eigsh(which):
-    return jax.jit(lambda A, key, tol=1e-12: eigsh(times(A), params(), 4, key, which=which, tol=tol))
+    return jax.jit(
+        lambda A, key, tol=1e-12: eigsh(times(A), params(), 4, key, which=which, tol=tol)
+    )
 
 
 @every_matrix
@@ -96,7 +104,11 @@ def test_where_the_krylov_space_ends():
     found, bare = run_lanczos(12)(A, start), run_lanczos(12, keyed=False)(A, start)
     assert found.off_diagonal[3] == 0 and (found.off_diagonal[:3] > 0.1).all()
     np.testing.assert_allclose(tridiagonal(bare)[:4, :4], tridiagonal(found)[:4, :4], atol=1e-14)
-    assert not rows(bare.basis)[4:].any() and not tridiagonal(bare)[4:].any() and not flat(bare.residual).any()
+    assert (
+        not rows(bare.basis)[4:].any()
+        and not tridiagonal(bare)[4:].any()
+        and not flat(bare.residual).any()
+    )
 
 
 @every_matrix
@@ -105,7 +117,11 @@ def test_eigenpairs_equal_those_of_the_dense_matrix(name, which):
     A = MATRICES[name]
     exact = np.linalg.eigvalsh(A)
     by_size = np.sort(np.abs(exact))[::-1]
-    want = {"largest": exact[::-1][:4], "smallest": exact[:4], "both": np.r_[exact[:-3:-1], exact[:2][::-1]]}
+    want = {
+        "largest": exact[::-1][:4],
+        "smallest": exact[:4],
+        "both": np.r_[exact[:-3:-1], exact[:2][::-1]],
+    }
     (values, vectors), info = run_eigsh(which)(A, KEY)
     if which == "magnitude":
         np.testing.assert_allclose(np.abs(values), by_size[:4], atol=1e-11)
@@ -113,7 +129,9 @@ def test_eigenpairs_equal_those_of_the_dense_matrix(name, which):
         np.testing.assert_allclose(values, want[which], atol=1e-11)
     U = rows(vectors)
     np.testing.assert_allclose(U @ U.T, np.eye(4), atol=1e-12)
-    np.testing.assert_allclose(info.residuals, np.linalg.norm(A @ U.T - U.T * values, axis=0), atol=1e-13)
+    np.testing.assert_allclose(
+        info.residuals, np.linalg.norm(A @ U.T - U.T * values, axis=0), atol=1e-13
+    )
     assert info.residuals.max() <= 1e-12 * by_size[0]
     assert info.converged and info.message == "converged to the tolerance." and info.steps >= 20
 
@@ -127,7 +145,9 @@ def test_repeated_eigenvalues_come_as_often_as_they_occur_at_a_loose_tolerance_t
 
 def test_steps_and_vectors_are_like_those_of_arpack():
     A, counted = with_eigenvalues(np.random.default_rng(2).normal(size=DIMENSION)), []
-    operator = scipy.sparse.linalg.LinearOperator(A.shape, matvec=lambda x: (counted.append(0), A @ x)[1], dtype=float)
+    operator = scipy.sparse.linalg.LinearOperator(
+        A.shape, matvec=lambda x: (counted.append(0), A @ x)[1], dtype=float
+    )
     exact, V = scipy.sparse.linalg.eigsh(operator, 4, which="LA", ncv=20, tol=1e-12)
     (values, vectors), info = run_eigsh("largest")(A, KEY)
     np.testing.assert_allclose(values, exact[::-1], atol=1e-12)
@@ -144,8 +164,12 @@ def test_all_pairs():
 
 
 def test_keys_are_mapped_over():
-    (values, vectors), info = jax.jit(jax.vmap(run_eigsh("largest"), (None, 0)))(INDEFINITE, jax.random.split(KEY, 3))
-    np.testing.assert_allclose(values, np.tile(np.linalg.eigvalsh(INDEFINITE)[::-1][:4], (3, 1)), atol=1e-11)
+    (values, vectors), info = jax.jit(jax.vmap(run_eigsh("largest"), (None, 0)))(
+        INDEFINITE, jax.random.split(KEY, 3)
+    )
+    np.testing.assert_allclose(
+        values, np.tile(np.linalg.eigvalsh(INDEFINITE)[::-1][:4], (3, 1)), atol=1e-11
+    )
     assert info.converged.all() and vectors["a"].shape == (3, 4, 3, 4)
 
 
@@ -155,7 +179,10 @@ def test_how_it_ended():
 
     @jax.jit
     def find(coarse, zero, tol):
-        product = lambda v: jnp.where(coarse, (INDEFINITE @ v).astype(jnp.float32).astype(v.dtype), INDEFINITE @ v) / zero
+        product = lambda v: (
+            jnp.where(coarse, (INDEFINITE @ v).astype(jnp.float32).astype(v.dtype), INDEFINITE @ v)
+            / zero
+        )
         return eigsh(product, jnp.zeros(size), 2, KEY, tol=tol, max_restarts=2)
 
     (values, _), info = find(False, 1.0, 1e-14)
@@ -165,7 +192,11 @@ def test_how_it_ended():
     assert info.code == Result.STALLED and "check_symmetric" in info.message and not info.converged
     np.testing.assert_allclose(values, exact, atol=1e-6)
     _, info = find(False, 0.0, 1e-10)
-    assert info.code == Result.NOT_FINITE and "Look for inf or NaN" in info.message and info.steps == 20
+    assert (
+        info.code == Result.NOT_FINITE
+        and "Look for inf or NaN" in info.message
+        and info.steps == 20
+    )
 
 
 def test_float32_is_orthogonal_to_its_precision_where_one_entry_is_large():
@@ -176,7 +207,9 @@ def test_float32_is_orthogonal_to_its_precision_where_one_entry_is_large():
     found = jax.jit(lambda a, v: lanczos(lambda v: a * v, v, 8))(diagonal, start)
     V = np.asarray(found.basis, np.float64)
     np.testing.assert_allclose(V @ V.T, np.eye(8), atol=5e-6)
-    np.testing.assert_allclose((V * np.asarray(diagonal)) @ V.T, tridiagonal(found), atol=5e-6 * np.abs(diagonal).max())
+    np.testing.assert_allclose(
+        (V * np.asarray(diagonal)) @ V.T, tridiagonal(found), atol=5e-6 * np.abs(diagonal).max()
+    )
 
 
 def test_bfloat16_params_have_a_basis_in_float32():
@@ -197,7 +230,12 @@ def of_quartic(like):
     """Pairs of the Hessian of `sum w^4 + (sum w)^2`, and what subspaces make of them."""
     matvec = curvax.hvp(lambda w: jnp.sum(w**4) + jnp.sum(w) ** 2, like)
     (values, vectors), info = eigsh(matvec, like, 3, KEY, tol=1e-10)
-    return vectors, (values, subspace_overlap(vectors, vectors), fraction_in_subspace(vectors, like), info.steps)
+    return vectors, (
+        values,
+        subspace_overlap(vectors, vectors),
+        fraction_in_subspace(vectors, like),
+        info.steps,
+    )
 
 
 @functools.cache
@@ -225,7 +263,9 @@ def test_memory_is_the_basis_and_a_few_vectors():
     diagonal = lambda v: jax.tree.map(lambda x: 2 * x, v)
     short = lambda found: (found.diagonal, found.off_diagonal)
     assert temporaries(lambda v: short(lanczos(diagonal, v, 30)), like) < 30 + 3.5
-    assert temporaries(lambda v: eigsh(diagonal, v, 10, KEY), like) < 21 + 15 + 2  # 15 are made anew in a restart
+    assert (
+        temporaries(lambda v: eigsh(diagonal, v, 10, KEY), like) < 21 + 15 + 2
+    )  # 15 are made anew in a restart
 
 
 def test_overlap_and_fraction_equal_dense_projections():
@@ -239,12 +279,20 @@ def test_overlap_and_fraction_equal_dense_projections():
 
     for part in (lambda t: t, lambda t: t["a"], lambda t: t["b"]):
         A, B, G = (
-            np.asarray(jax.vmap(lambda t: ravel_pytree(t)[0])(part(x))) for x in (a, b, jax.tree.map(lambda x: x[None], g))
+            np.asarray(jax.vmap(lambda t: ravel_pytree(t)[0])(part(x)))
+            for x in (a, b, jax.tree.map(lambda x: x[None], g))
         )
-        overlap, fraction = subspace_overlap(part(a), part(b)), fraction_in_subspace(part(a), part(g))
+        overlap, fraction = (
+            subspace_overlap(part(a), part(b)),
+            fraction_in_subspace(part(a), part(g)),
+        )
         np.testing.assert_allclose(overlap, np.trace(projection(A) @ projection(B)) / 5, atol=1e-12)
-        np.testing.assert_allclose(fraction, G[0] @ projection(A) @ G[0] / (G[0] @ G[0]), atol=1e-12)
-    np.testing.assert_allclose(subspace_overlap(b, jax.tree.map(lambda x: 2 * x[::-1], b)), 1, atol=1e-12)
+        np.testing.assert_allclose(
+            fraction, G[0] @ projection(A) @ G[0] / (G[0] @ G[0]), atol=1e-12
+        )
+    np.testing.assert_allclose(
+        subspace_overlap(b, jax.tree.map(lambda x: 2 * x[::-1], b)), 1, atol=1e-12
+    )
 
 
 def test_outliers_are_as_many_as_classes_and_hold_the_gradient():
@@ -252,15 +300,23 @@ def test_outliers_are_as_many_as_classes_and_hold_the_gradient():
     rng, classes = np.random.default_rng(0), 10
     centres = rng.normal(size=(classes, 40))
     labels = np.arange(500) % classes
-    inputs = 4 * (centres / np.linalg.norm(centres, axis=1, keepdims=True))[labels] + 0.3 * rng.normal(size=(500, 40))
-    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p[0]) @ p[1], curvax.losses.softmax_cross_entropy())
+    inputs = 4 * (centres / np.linalg.norm(centres, axis=1, keepdims=True))[
+        labels
+    ] + 0.3 * rng.normal(size=(500, 40))
+    objective = curvax.Objective(
+        lambda p, x: jnp.tanh(x @ p[0]) @ p[1], curvax.losses.softmax_cross_entropy()
+    )
     start = [rng.normal(size=(40, 50)) / 40**0.5, rng.normal(size=(50, classes)) / 50**0.5]
 
     @jax.jit
     def measure(params, batch):
-        descend = lambda _, p: jax.tree.map(lambda w, g: w - 0.3 * g, p, jax.grad(objective)(p, batch))
+        descend = lambda _, p: jax.tree.map(
+            lambda w, g: w - 0.3 * g, p, jax.grad(objective)(p, batch)
+        )
         params = jax.lax.fori_loop(0, 200, descend, params)
-        (values, vectors), _ = eigsh(curvax.hvp(objective, params, batch), params, 2 * classes, KEY, tol=1e-3)
+        (values, vectors), _ = eigsh(
+            curvax.hvp(objective, params, batch), params, 2 * classes, KEY, tol=1e-3
+        )
         top = jax.tree.map(lambda x: x[:classes], vectors)
         return values, fraction_in_subspace(top, jax.grad(objective)(params, batch))
 
@@ -270,7 +326,9 @@ def test_outliers_are_as_many_as_classes_and_hold_the_gradient():
 
 def test_errors_say_what_and_where():
     identity = lambda v: v
-    with pytest.raises(ValueError, match="num_steps must be at most the 40 entries of params, got 41"):
+    with pytest.raises(
+        ValueError, match="num_steps must be at most the 40 entries of params, got 41"
+    ):
         lanczos(identity, params(), 41)
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
         lanczos(identity, params(), 0)
@@ -278,9 +336,13 @@ def test_errors_say_what_and_where():
         eigsh(identity, params(), 41, KEY)
     with pytest.raises(ValueError, match="basis_size must be above k: got 4 for k = 4"):
         eigsh(identity, params(), 4, KEY, basis_size=4)
-    with pytest.raises(ValueError, match="basis_size must be at most the 40 entries of params, got 50"):
+    with pytest.raises(
+        ValueError, match="basis_size must be at most the 40 entries of params, got 50"
+    ):
         eigsh(identity, params(), 4, KEY, basis_size=50)
-    with pytest.raises(ValueError, match="unknown which 'LA'; valid: 'largest', 'smallest', 'both', 'magnitude'"):
+    with pytest.raises(
+        ValueError, match="unknown which 'LA'; valid: 'largest', 'smallest', 'both', 'magnitude'"
+    ):
         eigsh(identity, params(), 4, KEY, which="LA")
     with pytest.raises(ValueError, match="max_restarts must be at least 0, got -1"):
         eigsh(identity, params(), 4, KEY, max_restarts=-1)
@@ -291,7 +353,11 @@ def test_errors_say_what_and_where():
     with pytest.raises(TypeError, match=r"matvec\(v\)\['a'\] is float32"):
         eigsh(lambda v: jax.tree.map(lambda x: x.astype(jnp.float32), v), params(), 2, KEY)
     vectors = jax.tree.map(lambda x: x[None], params())
-    with pytest.raises(ValueError, match=r"gradient\['a'\] is .*\[4, 3\], a vector\['a'\] is .*\[3, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"gradient\['a'\] is .*\[4, 3\], a vector\['a'\] is .*\[3, 4\]"
+    ):
         fraction_in_subspace(vectors, {**params(), "a": jnp.zeros((4, 3))})
     with pytest.raises(ValueError, match=r"b\['a'\] is .*\[2, 3, 4\], a\['a'\] is .*\[1, 3, 4\]"):
-        subspace_overlap(vectors, jax.tree.map(lambda x: jnp.tile(x, (2, *(1,) * (x.ndim - 1))), vectors))
+        subspace_overlap(
+            vectors, jax.tree.map(lambda x: jnp.tile(x, (2, *(1,) * (x.ndim - 1))), vectors)
+        )

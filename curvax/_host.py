@@ -1,0 +1,68 @@
+"""Loops in Python over compiled parts, for data that does not fit on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """A function that loops in Python over compiled parts, and therefore cannot be traced.
+
+    Args:
+      function: is called with arrays, never with tracers.
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function with `jit` in force, whatever surrounds it."""
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
+            raise TypeError(
+                "a matvec over batches on the host cannot be traced. Call what uses it outside of jax.jit, vmap and grad, "
+                "and hand it over as curvax.streamed returned it; if it is part of a function of your own, call that "
+                "under `with jax.disable_jit():`, where JAX runs loops in Python."
+            )
+        with jax.disable_jit(False):
+            return self.function(*args)
+
+
+def loops_for(matvec: Any) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which `lax` loops run in Python if `matvec` is `OnHost`, else one that changes nothing."""
+    return jax.disable_jit() if isinstance(matvec, OnHost) else contextlib.nullcontext()
+
+
+def loops_in_python() -> bool:
+    """Tell whether `jax.disable_jit` is in force."""
+    return bool(
+        getattr(jax.config, "jax_disable_jit", False)
+    )  # (the attribute is not declared to type checkers)
+
+
+def compiled(
+    fn: Callable[..., T], donate: tuple[int, ...] = (), static: tuple[int, ...] = ()
+) -> Callable[..., T]:
+    """Return `fn` as one compiled call where loops run in Python; elsewhere as it is, part of the program around it.
+
+    For functions at the top level of a module, so that each is compiled once. Buffers of the arguments `donate` are reused,
+    `static` ones are Python values.
+    """
+    program = jax.jit(fn, donate_argnums=donate, static_argnums=static)
+
+    @functools.wraps(fn)
+    def call(*args: Any) -> T:
+        if not loops_in_python():
+            return fn(*args)
+        with jax.disable_jit(False):
+            result: T = program(*args)
+        return result
+
+    return call

@@ -1,0 +1,34 @@
+"""Batches that are read one after the other from the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax._batch import check_batch
+from curvax._checks import describe
+from curvax._types import Batch
+
+
+def check_rereadable(batches: Iterable[Batch]) -> None:
+    """Raise if `batches` is an iterator."""
+    if iter(batches) is batches:
+        raise TypeError(
+            f"batches is an iterator ({type(batches).__name__}), which can be gone through but once; here they are read "
+            "again and again. Give a list, a DataLoader, or an object whose __iter__ begins anew."
+        )
+
+
+def on_device(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Go through batches of NumPy, JAX or PyTorch arrays as JAX arrays."""
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"batches must hold pairs (inputs, targets), got {describe(batch)}.")
+        arrays: Batch = jax.tree.map(
+            lambda x: x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)), tuple(batch)
+        )
+        check_batch(arrays)
+        yield arrays

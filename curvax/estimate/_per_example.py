@@ -1,0 +1,64 @@
+"""Gradients of single examples."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, PyTree
+
+from curvax._batch import batch_size, check_batch, map_chunks, map_examples
+from curvax._checks import check_count, check_params
+from curvax._types import Batch, Params, Scalar
+from curvax.objective import Objective, scaled_to_share, total_terms
+
+
+def per_example_grads(
+    objective: Objective, params: Params, batch: Batch, *, microbatch: int | None = None
+) -> PyTree[Array]:
+    """Return the gradient of every example's part of the mean loss, `g_b`, scaled so that their mean is the gradient.
+
+    With N terms in the batch (examples, or unmasked positions) and `L_b` the sum over the terms of example b,
+    `g_b = B/N grad L_b`; then `1/B sum_b g_b = grad objective` and the empirical Fisher is `1/B sum_b g_b g_b'`.
+
+    Args:
+      objective: a `curvax.Objective`.
+      params: pytree of float arrays.
+      batch: `(inputs, targets)`; B rows.
+      microbatch: rows worked on at a time; bounds the activations held, not the result, which is B trees like params.
+
+    Returns:
+      A tree like params with a leading axis B, in the order of the batch.
+
+    Raises:
+      ValueError: `microbatch` below 1, or leading axes that disagree.
+      TypeError: params that are not float.
+
+    Cost: one gradient in FLOPs, without the sharing of weights between rows; memory B d numbers. Sums over examples that
+    need no B d numbers: `curvax.estimate.empirical_fisher_diagonal`, `curvax.empirical_fishervp`.
+
+    Deviates: every example is evaluated alone, so models that mix examples (BatchNorm in training) see a batch of one.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> batch = (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.array([2.0, 1.0]))
+      >>> curvax.per_example_grads(objective, jnp.zeros(2), batch).tolist()
+      [[-2.0, -0.0], [-0.0, -3.0]]
+    """
+    check_params(params)
+    check_batch(batch)
+    size = batch_size(batch)
+    chunk = size if microbatch is None else microbatch
+    check_count(1, microbatch=chunk)
+    totals = total_terms(objective, params, batch, microbatch)
+    shares = map_chunks(lambda rows: gradient_shares(objective, params, rows, totals), batch, chunk)
+    return jax.tree.map(lambda g: size * g, shares)
+
+
+def gradient_shares(
+    objective: Objective, params: Params, rows: Batch, totals: PyTree[Scalar]
+) -> PyTree[Array]:
+    """Return each row's part of the gradient, a tree like params with a leading axis; the parts sum to the gradient."""
+    return map_examples(
+        lambda row: jax.grad(scaled_to_share(objective, params, row, totals).value)(params, row),
+        rows,
+    )

@@ -1,0 +1,316 @@
+"""EK-FAC: second moments of gradients in the eigenbasis of the Kronecker factors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, PyTree
+
+from curvax._batch import ENTRIES_AT_A_TIME
+from curvax._types import Batch, Params, PRNGKey, at_least_float32
+from curvax.kron._factors import (
+    Factors,
+    PassOptions,
+    Reduction,
+    TermCounts,
+    WeightedMean,
+    accumulate,
+    factor_sums,
+    make_factors,
+)
+from curvax.kron._layout import Block, Layout
+from curvax.kron._sides import combined_factors, eigens, multiply_left, multiply_right
+from curvax.kron._tapping import Capture, PerUseArray, UseCotangents
+from curvax.objective import Objective
+
+
+class Basis(NamedTuple):
+    """Eigenvectors of both sides of a block, `[stack, n, n]` in columns; None for a diagonal side.
+
+    Attributes:
+      a: of A.
+      g: of G.
+    """
+
+    a: Array | None
+    g: Array | None
+
+
+class EigenFactors(NamedTuple):
+    """Curvature as EK-FAC gives it: diagonal in a Kronecker eigenbasis.
+
+    Attributes:
+      basis: for each block.
+      moments: for each block the second moments of gradients in that basis, `[stack, in (+ 1), out]`.
+      diagonal: for leaves with entries in no block the diagonal of the Fisher, by path.
+    """
+
+    basis: dict[str, Basis]
+    moments: dict[str, WeightedMean]
+    diagonal: dict[str, WeightedMean]
+
+
+def kron_basis(layout: Layout, factors: Factors) -> dict[str, Basis]:
+    """Return the eigenbases of Kronecker factors.
+
+    Cost: one eigendecomposition for every full side.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> params, batch = jnp.zeros((2, 3)), (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros((2, 3)))
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> factors = curvax.kron_factors(objective, layout, params, batch, jax.random.key(0), fisher="exact")
+      >>> abs(curvax.kron.kron_basis(layout, factors)[""].a[0]).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
+    pairs = [combined_factors(block, factors.blocks[block.name]) for block in layout.blocks]
+    vectors = iter([done.vectors for done in eigens([side for pair in pairs for side in pair])])
+    return {block.name: Basis(next(vectors), next(vectors)) for block in layout.blocks}
+
+
+def kron_moments(
+    objective: Objective,
+    layout: Layout,
+    basis: dict[str, Basis],
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    *,
+    fisher: str = "mc",
+    num_samples: int = 1,
+    microbatch: int | None = None,
+) -> EigenFactors:
+    """Estimate the second moments `sum_b (Q_A' D_b Q_G)^2` of the examples' gradients D_b in a Kronecker eigenbasis.
+
+    D_b is the gradient of example b under a pseudo-gradient, summed over positions and uses. Of all matrices that are
+    diagonal in this basis, the one with these moments is nearest to the Fisher in Frobenius norm, and has its trace.
+
+    Args:
+      objective: a `curvax.Objective`.
+      layout: of this objective and params.
+      basis: of `kron_basis(layout, factors)`.
+      params: pytree of float arrays.
+      batch: `(inputs, targets)`.
+      key: JAX key, for "mc".
+      fisher: "mc", "exact" or "empirical", as in `kron_factors`.
+      num_samples: samples for each term, with "mc".
+      microbatch: rows worked on at a time.
+
+    Returns:
+      `EigenFactors`, for `kron_inverse(layout, eigen_factors, damping)`.
+
+    Raises:
+      As `kron_factors`; examples are always told apart.
+
+    Cost: as `kron_factors`, with `in * out` multiplications for each example in place of `in^2 + out^2`, and as many for
+      each position where an example has several. Never holds a matrix for each example of the batch, only for a few.
+
+    References: George et al. (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis.
+    """
+    sums, terms = accumulate(
+        objective,
+        layout,
+        params,
+        batch,
+        key,
+        moment_sums(layout, basis),
+        PassOptions(fisher, num_samples, microbatch, by_example=True),
+    )
+    return EigenFactors(basis, *make_moments(sums, terms))
+
+
+def moment_sums(layout: Layout, basis: dict[str, Basis]) -> Reduction:
+    """Say what is summed for `make_moments`."""
+
+    def contribution(
+        basis: dict[str, Basis], recorded: Capture, u: UseCotangents, v: UseCotangents | None
+    ) -> PyTree[Array]:
+        second = {}
+        for block in layout.blocks:
+            other = None if v is None else v.blocks[block.name]
+            rows = recorded.inputs[block.name], u.blocks[block.name], other
+            second[block.name] = block_moments(block, basis[block.name], *rows)
+        rest = (u if v is None else v).outside
+        squares = {
+            path: jnp.sum(at_least_float32(x * rest[path]), axis=0) for path, x in u.outside.items()
+        }
+        return second, squares
+
+    return Reduction(Partial(contribution, basis), Partial(lambda recorded, sums: sums))
+
+
+def make_moments(
+    sums: Any, terms: TermCounts
+) -> tuple[dict[str, WeightedMean], dict[str, WeightedMean]]:
+    """Put sums over a batch together: moments by block, and the diagonal by path."""
+    moments, diagonal = jax.tree.map(terms.factor, sums)
+    return moments, diagonal
+
+
+class EigenCurvature(NamedTuple):
+    """Curvature of a batch as data for `scale_by_ekfac`: factors, and the rows of which moments in any basis are made.
+
+    PerUseArray do not average: of two batches (or micro-batches), `curvax.kron.merge` the curvatures.
+
+    Attributes:
+      factors: Kronecker factors.
+      inputs: for each block what its uses were given, `[examples, stack, positions, in]`.
+      cotangents: for each block the uses' cotangents, `[examples, stack, positions, out]`.
+      terms: number of terms of the mean.
+    """
+
+    factors: Factors
+    inputs: dict[str, list[PerUseArray]]
+    cotangents: dict[str, list[PerUseArray]]
+    terms: Array
+
+
+def eigen_curvature(
+    objective: Objective, layout: Layout, params: Params, batch: Batch, key: PRNGKey
+) -> EigenCurvature:
+    """Sample what EK-FAC needs of a batch: `kron_factors` (of one sample), and what `kron_moments` is made of.
+
+    Args:
+      objective: a `curvax.Objective`.
+      layout: of this objective and params.
+      params: pytree of float arrays.
+      batch: `(inputs, targets)`.
+      key: JAX key.
+
+    Raises:
+      As `kron_moments`.
+
+    Cost: as `kron_factors`.
+    """
+    sums = factor_sums(layout)
+
+    def contribution(recorded: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
+        return sums.contribution(recorded, u, v), u.blocks
+
+    def finish(recorded: Capture, found: PyTree[Array]) -> PyTree[Array]:
+        return sums.finish(recorded, found[0]), recorded.inputs, found[1]
+
+    (found, inputs, cotangents), terms = accumulate(
+        objective,
+        layout,
+        params,
+        batch,
+        key,
+        Reduction(Partial(contribution), Partial(finish)),
+        PassOptions("mc", 1, None, by_example=True),
+    )
+    of_inputs, products, squares = found
+    return EigenCurvature(
+        make_factors(of_inputs, products, squares, terms), inputs, cotangents, terms.of_batch
+    )
+
+
+def carried_moments(old: Basis, new: Basis, moments: WeightedMean) -> WeightedMean:
+    """Express second moments in a new basis: the diagonal there of the matrix that is diagonal in the old one.
+
+    With `R = new' old` for each side it is `(R_A * R_A) moments (R_G * R_G)'`; its sum, the trace, stays.
+    """
+    squares = lambda old, new: (
+        None if old is None else jnp.square(multiply_left(new, old, transpose=True))
+    )
+    total = multiply_left(squares(old.a, new.a), moments.total)
+    return WeightedMean(
+        multiply_right(total, squares(old.g, new.g), transpose=True), moments.weight
+    )
+
+
+def block_moments(
+    block: Block,
+    basis: Basis,
+    inputs: list[PerUseArray],
+    g: list[PerUseArray],
+    h: list[PerUseArray] | None = None,
+) -> Float[Array, "s i o"]:
+    """Sum over examples `(Q_A' D Q_G) * (Q_A' E Q_G)`, D from the cotangents g and E from h (by default g)."""
+    first = rotated_pairs(block, basis, inputs, g)
+    second = first if h is None else rotated_pairs(block, basis, inputs, h)
+    is_lookup = any(jnp.issubdtype(left.dtype, jnp.integer) for left, _ in first)
+    if (
+        len(inputs) == 1 and inputs[0].shape[2] == 1 and not is_lookup
+    ):  # one position: (a g')^2 = a^2 (g^2)'
+        left, right = (x * y for x, y in zip(first[0], second[0], strict=True))
+        return jnp.einsum("esni,esno->sio", left, right, precision=lax.Precision.HIGHEST)
+
+    def of_examples(rows: Any) -> Float[Array, "s i o"]:
+        gradients = [sum(gradient_of_pair(block, *pair) for pair in pairs) for pairs in rows]
+        return jnp.sum(gradients[0] * gradients[-1], axis=0)
+
+    rows = (first,) if h is None else (first, second)
+    size, per_example = inputs[0].shape[0], math.prod(block.shape)
+    few = min(size, max(1, ENTRIES_AT_A_TIME // per_example))
+    whole = size // few * few
+    cut = lambda x: x[:whole].reshape(-1, few, *x.shape[1:])
+    if whole == few == size:
+        return of_examples(rows)
+    start = jnp.zeros(block.shape, first[0][1].dtype)
+    total, _ = lax.scan(
+        lambda t, rows: (t + of_examples(rows), None), start, jax.tree.map(cut, rows)
+    )
+    return total + of_examples(jax.tree.map(lambda x: x[whole:], rows)) if whole < size else total
+
+
+def rotated_pairs(
+    block: Block, basis: Basis, inputs: list[PerUseArray], g: list[PerUseArray]
+) -> list[tuple[Array, Array]]:
+    """Return `rotated_pair` of every use."""
+    return [rotated_pair(block, k, basis, inputs[k], g[k]) for k in range(len(inputs))]
+
+
+def rotated_pair(
+    block: Block, k: int, basis: Basis, a: PerUseArray, g: PerUseArray
+) -> tuple[Array, Array]:
+    """Return what the kernel's gradient is the outer product of, `[e, s, n, i]` and `[e, s, n, o]`, in the eigenbasis.
+
+    Of a lookup without bias whose side is diagonal the first is the row numbers, `[e, s, n, 1]`.
+    """
+    member, g = block.members[k], at_least_float32(g)
+    if member.transposed:
+        edge = [(0, 0)] * 3 + [(0, int(block.bias is not None))]
+        given = (
+            jax.nn.one_hot(a[..., 0], block.shape[2], dtype=g.dtype)
+            if member.kind == "lookup"
+            else a.astype(g.dtype)
+        )
+        return _into(basis.a, jnp.pad(g, edge)), _into(basis.g, given)
+    right = _into(basis.g, g)
+    if member.kind == "lookup" and block.bias is not None:
+        a = jax.nn.one_hot(a[..., 0], block.kernel.shape[1], dtype=g.dtype)
+    elif member.kind == "lookup":
+        return (
+            a if basis.a is None else jax.vmap(lambda q, ids: q[ids[..., 0]], (0, 1), 1)(basis.a, a)
+        ), right
+    one = jnp.full((*a.shape[:-1], 1), member.biased, g.dtype)
+    joined = (
+        a.astype(g.dtype)
+        if block.bias is None
+        else jnp.concatenate([a.astype(g.dtype), one], axis=-1)
+    )
+    return _into(basis.a, joined), right
+
+
+def _into(vectors: Array | None, x: PerUseArray) -> PerUseArray:
+    if vectors is None:
+        return x
+    return jnp.einsum("esni,sij->esnj", x, vectors, precision=lax.Precision.HIGHEST)
+
+
+def gradient_of_pair(block: Block, left: Array, right: Array) -> Float[Array, "e s i o"]:
+    """Return each example's gradient, the sum over positions of outer products."""
+    if not jnp.issubdtype(left.dtype, jnp.integer):
+        return jnp.einsum("esni,esno->esio", left, right, precision=lax.Precision.HIGHEST)
+    known = jnp.where(
+        left < 0, block.shape[1], left
+    )  # indexing would count negative numbers from the end
+    rows = lambda ids, g: jnp.zeros(block.shape[1:], g.dtype).at[ids[:, 0]].add(g, mode="drop")
+    return jax.vmap(jax.vmap(rows))(known, right)

@@ -1,0 +1,172 @@
+"""Levenberg-Marquardt: damping adapted to how well the quadratic model predicts the loss; steps that fail are rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int, PyTree
+
+from curvax._checks import check_count, check_damping
+from curvax._trees import inner_product, keep_unless
+from curvax._types import Batch, Count, Matvec, Params, Scalar
+from curvax.objective import Objective
+from curvax.optim._quadratic_model import quadratic_form
+from curvax.optim._refresh import refresh_if
+
+
+class LevenbergMarquardtInfo(NamedTuple):
+    """Diagnostics of the latest trial.
+
+    Attributes:
+      ratio: reduction of the loss over the reduction that the quadratic model predicted; 1 is a perfect model.
+      accepted: whether the latest step was taken.
+      num_rejected: steps rejected so far.
+    """
+
+    ratio: Scalar
+    accepted: Bool[Array, ""]
+    num_rejected: Int[Array, ""]
+
+
+class LevenbergMarquardtState(NamedTuple):
+    """State of `levenberg_marquardt`.
+
+    Attributes:
+      count: steps tried.
+      damping: that the next step takes.
+      inner_state: of the wrapped transformation.
+      info: `LevenbergMarquardtInfo`.
+    """
+
+    count: Count
+    damping: Scalar
+    inner_state: Any
+    info: LevenbergMarquardtInfo
+
+
+def levenberg_marquardt(
+    inner: optax.GradientTransformation,
+    objective: Objective,
+    damping: float | Array,
+    every: int = 5,
+    factor: float = 0.95,
+    bounds: tuple[float, float] = (1e-8, 1e8),
+    matvec_of: Callable[..., Matvec] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adapt the damping of `inner`, and reject steps that do not lower the loss.
+
+    Every `every` steps the step d of `inner` is tried: with `M(d) = g.d + d' F d / 2` (F the exact Gauss-Newton matrix of
+    the batch, undamped) and `rho = (L(params + d) - L(params)) / M(d)`,
+
+      rho > 3/4: damping *= factor^every;   rho < 1/4, or NaN: damping /= factor^every.
+
+    If the loss does not go down, or is not finite, the step is rejected: the update is zero and the state of `inner` stays
+    bitwise what it was; only the damping grows.
+
+    Args:
+      inner: a whole optimizer that takes `damping=` in its updates: `curvax.quadratic_model(...)`, or a chain with
+        `curvax.scale_by_kfac` that ends with the learning rate. This wrapper is the outermost one.
+      objective: a `curvax.Objective`.
+      damping: the first damping.
+      every: steps between trials. Steps in between are taken as they come.
+      factor: per step, in (0, 1).
+      bounds: of the damping.
+      matvec_of: `(objective, params, batch) -> matvec`, the F of the model in place of the Gauss-Newton matrix: `curvax.hvp`
+        for methods on the Hessian.
+
+    Returns:
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)` with gradients of the same
+      batch. State is a `LevenbergMarquardtState`.
+
+    Raises:
+      ValueError: damping that is not positive; a factor outside (0, 1); no params or no batch.
+
+    Cost: every `every` steps two evaluations of the loss and a product of the Jacobian with a vector: about a gradient.
+      With `matvec_of` one of those.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, curvax
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> params, batch = jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1)))
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> estimator = curvax.kron.estimator(objective, layout)
+      >>> rule = curvax.estimating(curvax.scale_by_kfac(layout), estimator)
+      >>> tx = curvax.levenberg_marquardt(curvax.quadratic_model(rule, objective), objective, damping=1.0, every=1)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jax.grad(objective)(params, batch), state, params, batch=batch)
+      >>> bool(state.info.accepted), round(state.damping.item(), 3), 0.7 < state.info.ratio.item()
+      (True, 0.95, True)
+
+    References: Martens and Grosse (2015), section 6.5; Moré (1978), The Levenberg-Marquardt algorithm.
+    """
+    check_damping(damping)
+    check_count(1, every=every)
+    if not 0 < factor < 1:
+        raise ValueError(f"factor must lie in (0, 1), got {factor}.")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Params) -> LevenbergMarquardtState:
+        info = LevenbergMarquardtInfo(
+            jnp.zeros([], jnp.float32), jnp.array(True), jnp.zeros([], jnp.int32)
+        )
+        start = jnp.asarray(damping, jnp.float32) + jnp.zeros([], jnp.float32)
+        return LevenbergMarquardtState(jnp.zeros([], jnp.int32), start, inner.init(params), info)
+
+    def update(
+        updates: PyTree,
+        state: LevenbergMarquardtState,
+        params: Params | None = None,
+        *,
+        batch: Batch | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, LevenbergMarquardtState]:
+        if params is None or batch is None:
+            raise ValueError(
+                "a trial of the step needs both: tx.update(grads, state, params, batch=batch)."
+            )
+        step, inner_state = inner.update(
+            updates, state.inner_state, params, batch=batch, damping=state.damping, **extra
+        )
+
+        def curvature_along(step: PyTree, params: Params, batch: Batch) -> Scalar:
+            if matvec_of is None:  # by half a product
+                return quadratic_form(objective, params, batch, [step])[0, 0]
+            return inner_product(step, matvec_of(objective, params, batch)(step))
+
+        def trial(
+            grads: PyTree, step: PyTree, params: Params, batch: Batch
+        ) -> tuple[Scalar, Array]:
+            before = objective.value(params, batch)
+            after = objective.value(cast(Params, optax.apply_updates(params, step)), batch)
+            model = inner_product(grads, step) + curvature_along(step, params, batch) / 2
+            # At a minimum rounding decides what is lower: then the step is taken, and damping stays as it is.
+            rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+            flat = (jnp.abs(model) <= rounding) & (after - before <= rounding)
+            lower = (flat | (after < before)) & jnp.isfinite(after)  # NaN is not lower
+            return jnp.where(flat, 0.5, (after - before) / model).astype(jnp.float32), lower
+
+        keep = lambda *_: (state.info.ratio, jnp.array(True))
+        due = state.count % every == 0
+        ratio, lower = refresh_if(due, trial, keep, updates, step, params, batch)
+        less, more = state.damping * factor**every, state.damping / factor**every
+        adapted = jnp.where(
+            ratio > 0.75, less, jnp.where(ratio >= 0.25, state.damping, more)
+        )  # NaN: more
+        adapted = jnp.where(lower, adapted, more)
+        strength = jnp.where(due, jnp.clip(adapted, *bounds), state.damping).astype(
+            state.damping.dtype
+        )
+        step = jax.tree.map(lambda s: jnp.where(lower, s, 0), step)
+        info = LevenbergMarquardtInfo(ratio, lower, state.info.num_rejected + ~lower)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return step, LevenbergMarquardtState(
+            count, strength, keep_unless(lower, inner_state, state.inner_state), info
+        )
+
+    return optax.GradientTransformationExtraArgs(
+        init, cast(optax.TransformUpdateExtraArgsFn, update)
+    )
