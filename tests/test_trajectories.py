@@ -135,7 +135,7 @@ def curvatures(objective, params, batch):
     yield "hutchinson_trace", curvax.hutchinson_trace(ggn, params, key, num_probes=3)
     yield "gauss_newton_bartlett", curvax.gauss_newton_bartlett(objective, params, batch, key)
     yield "cg", curvax.cg(ggn, g, damping=0.1)[0]
-    yield "minres", curvax.solve.minres(hessian, g, damping=0.1)[0]
+    yield "minres", curvax.solve.minres(hessian, g, damping=0.1, tol=1e-12)[0]
     yield "direct", curvax.solve.direct(sample_space(objective, params, batch), g, damping=0.1)[0]
     yield "eigsh", curvax.eigsh(ggn, params, 3, key)[0][0]
     yield "density", curvax.spectral_density(ggn, params, key, num_probes=2, num_steps=10)[0].nodes

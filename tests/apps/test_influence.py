@@ -116,7 +116,7 @@ def kfac_inverse(name, damping):
 def run(name, queries=None, batches=None, fit=None, **options):
     case = CASES[name]()
     queries, batches = queries or case.batch, batches or [case.batch]
-    args = fit or fitted(name), case.objective, case.objective, case.params, queries, batches
+    args = fit or fitted(name), case.objective, case.params, queries, batches
     return influence.influence(*args, **options)
 
 
