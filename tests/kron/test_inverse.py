@@ -552,7 +552,7 @@ def test_moments_are_the_diagonal_of_the_fisher_in_the_eigenbasis(name, fisher, 
     problem = PROBLEMS[name]()
     objective, params, batch, _ = problem
     layout = problem.layout()
-    fisher = {"exact": curvax.ggnvp, "empirical": curvax.empirical_fishervp}[fisher]
+    matvec_of = {"exact": curvax.ggnvp, "empirical": curvax.empirical_fishervp}[fisher]
 
     @jax.jit
     def compute(params, batch):
@@ -577,7 +577,7 @@ def test_moments_are_the_diagonal_of_the_fisher_in_the_eigenbasis(name, fisher, 
             found.append(estimate())
         curvature = functools.partial(curvax.kron_inverse, layout, damping=0.0, power=1.0)
         matrices = (
-            fisher(objective, params, batch),
+            matvec_of(objective, params, batch),
             curvature(factors=found[0]),
             curvature(factors=factors),
         )
