@@ -360,7 +360,7 @@ def test_batches_with_other_shares_of_terms_add_up_to_the_whole(name, fisher):
     cuts = [rows(case.batch, 0, 2), rows(case.batch, 2, 3), rows(case.batch, 3)]
     whole, parts = own([case.batch]), own(cuts)
     means = lambda tree: jax.tree.map(
-        lambda x: x.mean, tree, is_leaf=lambda x: isinstance(x, curvax.kron.Factor)
+        lambda x: x.mean, tree, is_leaf=lambda x: isinstance(x, curvax.kron.WeightedMean)
     )
     same(means(parts.factors), means(whole.factors))
     same(means(parts.eigen.moments), means(whole.eigen.moments), 1e-7)
