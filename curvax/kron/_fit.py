@@ -25,6 +25,7 @@ from curvax.kron._fit_passes import (
     FitPass,
     FitResults,
     factor_passes,
+    fit_options,
     moment_passes,
 )
 from curvax.kron._layout import Layout, check_layout
@@ -100,7 +101,7 @@ def fit_factors(
     References: Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored
       approximate curvature, section 3, https://arxiv.org/abs/1503.05671.
     """
-    options = PassOptions(fisher, 1, microbatch, by_example=True)
+    options = fit_options(fisher, microbatch)
     results = fit_passes(
         factor_passes(objective, layout, options),
         layout,
@@ -172,7 +173,7 @@ def fit_moments(
     References: George et al. (2018), Fast approximate natural gradient descent in a
       Kronecker-factored eigenbasis, https://arxiv.org/abs/1806.03884.
     """
-    options = PassOptions(fisher, 1, microbatch, by_example=True)
+    options = fit_options(fisher, microbatch)
     results = fit_passes(
         moment_passes(objective, layout, options),
         layout,
@@ -222,6 +223,7 @@ def fit_passes(
     check_layout(layout, params)
     check_fisher(options.fisher, options.num_samples)
     check_count(1, save_every=save_every)
+    # An iterator is exhausted after one pass.
     if len(passes) > 1:
         check_rereadable(batches)
     if options.microbatch is not None:
@@ -256,8 +258,8 @@ def read_passes(
 ) -> tuple[FitResults, tuple[str, ...]]:
     """Read the complete passes of a folder; also return the names of the passes that are missing.
 
-    Reading ends at the first pass that is not complete: what is saved of later passes was made from
-    another result of this one.
+    Reading ends at the first pass that is not complete: a later pass that is saved was computed
+    from another result of this one.
     """
     results = FitResults()
     for number, one_pass in enumerate(passes):
@@ -274,11 +276,11 @@ def read_passes(
 
 
 class Counted(NamedTuple):
-    """What a pass over data sums up.
+    """The sum of a pass over data, and the number of terms that it covers.
 
     Attributes:
-      value: the sum that the pass states.
-      terms: the number of terms of the batches, which every pass counts along.
+      value: the sum of the pass's contributions.
+      terms: the number of terms in the batches, which is counted in every pass.
     """
 
     value: Any

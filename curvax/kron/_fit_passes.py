@@ -17,7 +17,9 @@ from curvax._xla import with_auto_sharding
 from curvax.kron._factors import (
     Factors,
     PassOptions,
+    Reduction,
     StreamPosition,
+    TermCounts,
     WeightedMean,
     accumulate,
     factor_sums,
@@ -32,10 +34,10 @@ T = TypeVar("T")
 
 
 class FitResults(NamedTuple):
-    """What the complete passes of a fit have computed; None for what they have not.
+    """The results of the completed passes of a fit; a field is None until its pass is complete.
 
     Attributes:
-      examples: the number of examples, if it was counted before the curvature (`TermCountPass`).
+      examples: the number of examples, if a `TermCountPass` counts it before the curvature.
       terms: the number of terms that the mean loss is over; of a `weighted_sum` a dict by head.
       factors: the Kronecker factors.
       basis: the basis of every block in which second moments are taken.
@@ -71,14 +73,15 @@ class FitResults(NamedTuple):
 def _require(value: T | None, one_pass: type) -> T:
     if value is None:
         raise ValueError(
-            f"the fit has no {one_pass.__name__} where its result is needed; put one before."
+            f"the fit has no {one_pass.__name__} where its result is needed. Put one before it in "
+            "the list of passes."
         )
     return value
 
 
 @runtime_checkable
 class DataPass(Protocol):
-    """A pass that adds something up over the batches of a data set.
+    """A pass whose result is a sum over the batches of a data set.
 
     A pass is a frozen dataclass of static, hashable facts: it is an argument of `jax.jit`, and two
     equal passes share one compiled program. All arrays are in `FitResults`.
@@ -94,7 +97,7 @@ class DataPass(Protocol):
 
     @property
     def options(self) -> PassOptions:
-        """How a batch is gone through."""
+        """The estimator, the number of samples, and the microbatch size."""
 
     def init(self, params: Params) -> PyTree[Array]:
         """Return the zeros that the sum starts from."""
@@ -165,7 +168,7 @@ class CovariancePass:
     Attributes:
       objective: the `curvax.Objective` whose curvature is fitted.
       layout: the `Layout` of the objective.
-      options: how a batch is gone through.
+      options: the estimator, the number of samples, and the microbatch size.
     """
 
     objective: Objective
@@ -181,17 +184,10 @@ class CovariancePass:
         self, results: FitResults, params: Params, batch: Batch, key: PRNGKey, first: Array
     ) -> Factors:
         # inputs: sums of a a' over positions; products: sums of g g'; squares: sums of the squared
-        # gradients of entries in no block. A row's number in the data set decides its draws.
-        (inputs, products, squares), terms = accumulate(
-            self.objective,
-            self.layout,
-            params,
-            batch,
-            key,
-            factor_sums(self.layout),
-            self.options,
-            results.stream_position(first),
-        )
+        # gradients of entries in no block.
+        position = results.stream_position(first)
+        sums, terms = _accumulated(self, factor_sums(self.layout), params, batch, key, position)
+        inputs, products, squares = sums
         return make_factors(inputs, products, squares, terms)
 
     def put(self, results: FitResults, value: Any) -> FitResults:
@@ -234,7 +230,7 @@ class MomentPass:
     Attributes:
       objective: the `curvax.Objective` whose curvature is fitted.
       layout: the `Layout` of the objective.
-      options: how a batch is gone through.
+      options: the estimator, the number of samples, and the microbatch size.
       in_eigenbasis: whether the moments are taken in the basis of an earlier `EigenbasisPass`. If
         not, Q_A and Q_G are identities, and the moments are the diagonal of the Fisher.
     """
@@ -258,16 +254,9 @@ class MomentPass:
         self, results: FitResults, params: Params, batch: Batch, key: PRNGKey, first: Array
     ) -> tuple[dict[str, WeightedMean], dict[str, WeightedMean]]:
         # A position's gradient is a g', so that Q_A' D_b Q_G = sum_t (Q_A' a_t) (Q_G' g_t)'.
-        sums, terms = accumulate(
-            self.objective,
-            self.layout,
-            params,
-            batch,
-            key,
-            moment_sums(self.layout, self.basis(results)),
-            self.options,
-            results.stream_position(first),
-        )
+        reduction = moment_sums(self.layout, self.basis(results))
+        position = results.stream_position(first)
+        sums, terms = _accumulated(self, reduction, params, batch, key, position)
         return make_moments(sums, terms)
 
     def put(self, results: FitResults, value: Any) -> FitResults:
@@ -281,6 +270,33 @@ class MomentPass:
             return results.require_basis()
         # None stands for the identity, as for a diagonal factor, whose eigenvectors are the axes.
         return {block.name: Basis(None, None) for block in self.layout.blocks}
+
+
+def _accumulated(
+    one_pass: CovariancePass | MomentPass,
+    reduction: Reduction,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    position: StreamPosition,
+) -> tuple[PyTree[Array], TermCounts]:
+    """Sum a reduction over a batch that is part of a data set."""
+    return accumulate(
+        one_pass.objective,
+        one_pass.layout,
+        params,
+        batch,
+        key,
+        reduction,
+        one_pass.options,
+        position,
+    )
+
+
+def fit_options(fisher: str, microbatch: int | None) -> PassOptions:
+    """Return the options of a fit: one sample for each term, and examples told apart."""
+    # By example, a row's draws follow its number in the data set, whatever batch it is in.
+    return PassOptions(fisher=fisher, num_samples=1, microbatch=microbatch, by_example=True)
 
 
 def counting_passes(

@@ -55,11 +55,11 @@ class Position(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A pass as far as it has come.
+    """The state of a pass, complete or not.
 
     Attributes:
       value: the sums over the batches so far, or the result of a pass without data.
-      position: how far the pass had come.
+      position: how far the pass has come in the data.
     """
 
     value: Any
@@ -97,8 +97,10 @@ class Store(NamedTuple):
             if step is None:  # the process was killed before its first save was complete
                 return None
             restored = manager.restore(step, args=parts)
-        arrays = [jnp.asarray(leaf) for _, leaf in sorted(restored["sums"].items())]
-        return Snapshot(jax.tree.unflatten(structure, arrays), Position(**restored["at"]))
+        by_number = sorted(restored["sums"].items())
+        arrays = [jnp.asarray(leaf) for _, leaf in by_number]
+        value = jax.tree.unflatten(structure, arrays)
+        return Snapshot(value, Position(**restored["at"]))
 
     def write(self, name: str, value: PyTree[Array], position: Position) -> None:
         """Save a pass in place of its last save; an interruption leaves one of the two intact."""
@@ -180,10 +182,12 @@ def check_facts(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         if isinstance(here, Mapping) and isinstance(there, Mapping):
             path = _first_difference(there, here)
             subject = f"{name}: {path}"
-            there, here = there.get(path, "absent"), here.get(path, "absent")
+            there = there.get(path, "absent")
+            here = here.get(path, "absent")
         elif name in ("params", "key"):
             subject = f"the values of {name}"
-            there, here = f"checksum {there}", f"checksum {here}"
+            there = f"checksum {there}"
+            here = f"checksum {here}"
         else:
             subject = name
         raise ValueError(
@@ -224,7 +228,8 @@ def _words(x: Array) -> UInt[Array, "..."]:
         return x.astype(jnp.int32).astype(jnp.uint32)
     # A 64-bit number becomes two words, along a new last axis.
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    return bits.astype(jnp.uint32)
 
 
 def _numbered(leaves: list[Any]) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def test_influence_reads_a_fit_that_was_made_here(tmp_path):
 
 @dataclass(frozen=True)
 class GradientPass:
-    """A pass that is not in the library: the gradient of the mean loss."""
+    """A pass that is not in the library: the gradient of the mean loss, put where moments are."""
 
     objective: curvax.Objective
     options: PassOptions

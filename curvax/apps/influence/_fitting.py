@@ -12,13 +12,14 @@ from jaxtyping import PyTree
 
 from curvax._checks import check_choice
 from curvax._types import Batch, Params, PRNGKey, Scalar
-from curvax.kron._factors import Factors, PassOptions
+from curvax.kron._factors import Factors
 from curvax.kron._fit import fit_passes, read_passes
 from curvax.kron._fit_passes import (
     FitResults,
     counting_passes,
     diagonal_passes,
     factor_passes,
+    fit_options,
     moment_passes,
 )
 from curvax.kron._layout import Layout
@@ -186,8 +187,8 @@ def fit(
     Deviates: all leaves that are not held fixed take part, and those in no block with the diagonal
       of the Fisher; the paper keeps only the weights of the multilayer perceptrons.
     """
-    # Examples are told apart: a row's draws follow its number, whatever batch it is in.
-    options = PassOptions(fisher, 1, microbatch, by_example=True)
+    # The method only chooses the passes; what a pass does is stated in `kron._fit_passes`.
+    options = fit_options(fisher, microbatch)
     passes = check_choice("method", method, PASSES_OF)(objective, layout, options)
     results = fit_passes(
         passes,
@@ -230,7 +231,8 @@ def load(folder: Path | str, objective: Objective, layout: Layout, params: Param
     # The folder says which method and which Fisher were fitted; the rest must be as it is given.
     saved = read_facts(folder)
     store = open_store(folder, facts_of(layout, params), save_every=1)
-    options = PassOptions(saved["fisher"], 1, None, by_example=True)
+    # A microbatch changes no shape of what is saved, and need not be known.
+    options = fit_options(saved["fisher"], microbatch=None)
     method: str = saved["method"]
     passes = check_choice("method", method, PASSES_OF)(objective, layout, options)
     results, missing = read_passes(passes, params, store)
