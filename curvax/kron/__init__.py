@@ -2,6 +2,7 @@
 
 from curvax.kron._estimator import estimator
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean, kron_factors, moving_average
+from curvax.kron._fit import fit_factors, fit_moments
 from curvax.kron._inverse import EigenPower, FactoredPower, KronPower, kron_inverse
 from curvax.kron._layout import Block, Layout, Leaf, kron_layout
 from curvax.kron._merging import merge
@@ -30,6 +31,8 @@ __all__ = [
     "WeightedMean",
     "eigen_curvature",
     "estimator",
+    "fit_factors",
+    "fit_moments",
     "kron_basis",
     "kron_factors",
     "kron_inverse",

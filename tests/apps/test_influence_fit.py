@@ -17,7 +17,7 @@ import pytest
 import curvax
 from curvax import losses
 from curvax.apps import influence
-from curvax.apps.influence._storage import checksum
+from curvax.kron._storage import checksum
 
 KEY = jax.random.key(7)
 
