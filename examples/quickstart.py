@@ -59,7 +59,8 @@ def train_with_kfac(num_steps: int) -> None:
 
 # From here on: the comparison.
 
-# Cautious at first, while the factors are those of a few batches; without, K-FAC needs ten times smaller rates.
+# Cautious at first, while the factors are those of a few batches; without, K-FAC needs ten times
+# smaller rates.
 DAMPING = optax.exponential_decay(1.0, transition_steps=10, decay_rate=0.5, end_value=1e-2)
 
 # To compare another method, add a row. Sophia's weight decay is off, since the others have none.
