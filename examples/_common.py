@@ -12,8 +12,9 @@ import numpy as np
 def load_images(folder: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return images `[n, height, width]` scaled to [0, 1] and integer labels `[n]`.
 
-    Without a folder, scikit-learn's digits (1,797 images of 8x8, part of that package); else the MNIST idx files in it,
-    pairs `*images*idx3-ubyte[.gz]` and `*labels*idx1-ubyte[.gz]`, joined in order of their names.
+    Without a folder, scikit-learn's digits (1,797 images of 8x8, part of that package); else the
+    MNIST idx files in it, pairs `*images*idx3-ubyte[.gz]` and `*labels*idx1-ubyte[.gz]`, joined in
+    order of their names.
     """
     if folder is None:
         from sklearn.datasets import load_digits
@@ -31,20 +32,26 @@ def load_images(folder: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_split(folder: Path | None) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return images, labels, and how many are for training: the first 80%, in file order. Exits if there are none."""
+    """Return images, labels, and how many are for training: the first 80%, in file order.
+
+    Exits if there are none.
+    """
     try:
         images, labels = load_images(folder)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--data: {error}") from error
     num_train = int(0.8 * len(images))
     print(
-        f"{num_train} train, {len(images) - num_train} test images of {images.shape[1]}x{images.shape[2]} pixels"
+        f"{num_train} train, {len(images) - num_train} test images "
+        f"of {images.shape[1]}x{images.shape[2]} pixels"
     )
     return images, labels, num_train
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read one file of MNIST's idx format, possibly compressed: a header of big-endian sizes, then bytes."""
+    """Read one file of MNIST's idx format, possibly compressed: a header of big-endian sizes, then
+    bytes.
+    """
     packed = path.read_bytes()
     content = gzip.decompress(packed) if path.suffix == ".gz" else packed
     if content[:3] != b"\0\0\x08" or len(content) < 4:

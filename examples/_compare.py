@@ -1,9 +1,10 @@
 """A comparison of optimizers on equal terms, for the example scripts.
 
-Every optimizer gets the same initial parameters and the same batches. Of its runs, one for each of its settings, the one
-with the lowest final train loss goes into the table. The target is the final train loss of the best run of the
-reference, which is the first optimizer of those chosen. Seconds are steps times the step time, which is measured after
-training, without compilation, with all optimizers taking turns: so whatever else the machine does slows them alike.
+Every optimizer gets the same initial parameters and the same batches. Of its runs, one for each of
+its settings, the one with the lowest final train loss goes into the table. The target is the final
+train loss of the best run of the reference, which is the first optimizer of those chosen. Seconds
+are steps times the step time, which is measured after training, without compilation, with all
+optimizers taking turns: so whatever else the machine does slows them alike.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from tqdm import tqdm
 
 import curvax
 
-CHUNK = 10  # steps in one compiled call; refresh intervals of curvature should divide it, for a step time that is typical
+# Steps in one compiled call; refresh intervals of curvature should divide it, for a step time that
+# is typical.
+CHUNK = 10
 WINDOW = 50  # "train loss" is the mean over the batches of the last 50 steps
 
 Batch = tuple[jax.Array, jax.Array]  # inputs, targets
@@ -33,7 +36,9 @@ Setting = dict[str, float]
 
 
 class Task(NamedTuple):
-    """A model to train: its objective, initial parameters, data (inputs, targets), and what to measure in the end."""
+    """A model to train: its objective, initial parameters, data (inputs, targets), and what to
+    measure in the end.
+    """
 
     name: str
     objective: curvax.Objective
@@ -68,7 +73,9 @@ class Run(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came out of one task, by optimizer: all runs, the one in the table, and seconds per step."""
+    """What came out of one task, by optimizer: all runs, the one in the table, and seconds per
+    step.
+    """
 
     task: Task
     runs: dict[str, list[Run]]
@@ -100,7 +107,7 @@ def parser(
     doc: str, methods: Mapping[str, Method], steps: int, batch: int
 ) -> argparse.ArgumentParser:
     """The flags that every comparison has."""
-    flags = argparse.ArgumentParser(description=doc.splitlines()[0])
+    flags = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
     flags.add_argument(
         "--optimizers",
         default=",".join(methods),
@@ -148,7 +155,8 @@ def compare(tasks: Sequence[Task], args: argparse.Namespace, picture: str) -> No
     """Train on all tasks, print what comes out, and draw it."""
     began = time.perf_counter()
     print(
-        f"{args.num_chunks * CHUNK} steps with batches of {args.batch} on {jax.devices()[0].device_kind}"
+        f"{args.num_chunks * CHUNK} steps with batches of {args.batch} "
+        f"on {jax.devices()[0].device_kind}"
     )
     results = [run_all(task, args) for task in tasks]
     for result in results:
@@ -174,8 +182,9 @@ def run_all(task: Task, args: argparse.Namespace) -> Result:
             runs[name].append(run)
             if run is best(runs[name]):
                 steps[name] = (chunk, carry, setting, task.train, batches[0])
-            result = f"train loss {run.losses[-1]:<9.4g}  {task.measure} {run.test:<9.4g}  {run.seconds:.2f} s"
-            print(f"    {describe(setting):<{width}}  {result}", flush=True)
+            result = f"train loss {run.losses[-1]:<9.4g}  {task.measure} {run.test:<9.4g}"
+            label = f"{describe(setting):<{width}}"
+            print(f"    {label}  {result}  {run.seconds:.2f} s", flush=True)
     chosen = {name: best(each) for name, each in runs.items()}
     return Result(task, runs, chosen, time_steps(steps, rounds=3 if args.smoke else 15))
 
@@ -183,10 +192,11 @@ def run_all(task: Task, args: argparse.Namespace) -> Result:
 def compile_chunk(
     method: Method, task: Task, rows: jax.Array, level: int
 ) -> Callable[..., tuple[Any, jax.Array]]:
-    """Compile `(carry, setting, data, rows [CHUNK, batch]) -> (carry, losses [CHUNK])`, and run it once to warm up.
+    """Compile `(carry, setting, data, rows [CHUNK, batch]) -> (carry, losses [CHUNK])`, and run it
+    once to warm up.
 
-    The numbers of a setting are arguments, so that one compilation serves the whole grid. With a low `level` of
-    optimization, XLA compiles in half the time to a slower program.
+    The numbers of a setting are arguments, so that one compilation serves the whole grid. With a
+    low `level` of optimization, XLA compiles in half the time to a slower program.
     """
 
     @jax.jit
@@ -215,7 +225,9 @@ def start(method: Method, task: Task, setting: Setting) -> tuple[Any, Any]:
 
 
 def draw_batches(num_examples: int, args: argparse.Namespace) -> jax.Array:
-    """Return row numbers `[num_chunks, CHUNK, batch]`: one shuffled pass over the data after another."""
+    """Return row numbers `[num_chunks, CHUNK, batch]`: one shuffled pass over the data after
+    another.
+    """
     rng, shape = np.random.default_rng(args.seed), (args.num_chunks, CHUNK, args.batch)
     passes = [rng.permutation(num_examples) for _ in range(-(-np.prod(shape) // num_examples))]
     return jnp.asarray(np.concatenate(passes)[: np.prod(shape)].reshape(shape), jnp.int32)
@@ -296,7 +308,10 @@ def report(result: Result) -> None:
         "ms/step",
         share,
     )
-    title = f"{result.task.name}: steps and seconds to train loss {result.target:.4g} (final, of the best run of {reference})"
+    title = (
+        f"{result.task.name}: steps and seconds to train loss {result.target:.4g} "
+        f"(final, of the best run of {reference})"
+    )
     print_table(title, header, rows)
     print(f"best by steps: {lowest(steps)}; best by seconds: {lowest(seconds)}")
 
@@ -307,7 +322,9 @@ def lowest(values: Mapping[str, float]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Draw train loss by step and by second, a row of axes for each task; runs not in the table are faint."""
+    """Draw train loss by step and by second, a row of axes for each task; runs not in the table are
+    faint.
+    """
     figure = Figure(figsize=(11, 4 * len(results)), layout="constrained")
     axes = figure.subplots(len(results), 2, sharey="row", squeeze=False)
     for row, result in zip(axes, results, strict=True):

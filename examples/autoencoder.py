@@ -4,8 +4,9 @@
     python examples/autoencoder.py --data folder/with/mnist-idx-files --steps 2000
     python examples/autoencoder.py --smoke                          # does it run? about 20 seconds
 
-Hidden layers of 1000-500-250-30-250-500-1000 units, tanh but for the 30 of the code, which are linear; pixels are
-probabilities, the loss is their cross-entropy. `_compare.py` says how the table is made.
+Hidden layers of 1000-500-250-30-250-500-1000 units, tanh but for the 30 of the code, which are
+linear; pixels are probabilities, the loss is their cross-entropy. `_compare.py` says how the table
+is made.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ import curvax
 
 
 def kfac(task: Task, rate: float, damping: float) -> optax.GradientTransformation:
-    """K-FAC with a fixed rate. Damping comes down to its value in fifty steps: sooner, the first steps go too far."""
+    """K-FAC with a fixed rate.
+
+    Damping comes down to its value in fifty steps: sooner, the first steps go too far.
+    """
     schedule = lambda step: damping * (1 + 99 * 0.9**step)
     return curvax.kfac(
         rate, task.objective, task.layout, schedule, curvature_every=5, inverse_every=10
@@ -33,7 +37,9 @@ def kfac(task: Task, rate: float, damping: float) -> optax.GradientTransformatio
 
 
 def kfac_lm(task: Task, damping: float) -> optax.GradientTransformation:
-    """K-FAC as in the paper: rate and momentum minimize the quadratic model, damping adapts to how well that predicts."""
+    """K-FAC as in the paper: rate and momentum minimize the quadratic model, damping adapts to how
+    well that predicts.
+    """
     objective, layout = task.objective, task.layout
     estimator = curvax.kron.estimator(objective, layout)
     rule = curvax.estimating(

@@ -1,13 +1,13 @@
 """Train a small transformer on the characters of a text with AdamW, Sophia-G, K-FAC and EK-FAC.
 
-    python examples/char_lm.py                                      # the sources of Python's standard library
+    python examples/char_lm.py                                      # Python's standard library
     python examples/char_lm.py --data tinyshakespeare.txt --steps 2000
-    python examples/char_lm.py --smoke                              # does it run? about 20 seconds
+    python examples/char_lm.py --smoke                              # does it run? 20 seconds
 
-Two layers with Flax's own attention, under `nn.scan`, with parameters in float32; nothing in the model knows of curvax.
-The layout, printed first, shows what is found: each kernel of a layer is a stack of two. By default layers compute in
-bfloat16 on GPUs and TPUs, and in float32 on CPUs, which have no fast bfloat16 products (`--dtype` decides). `_compare.py`
-says how the table is made.
+Two layers with Flax's own attention, under `nn.scan`, with parameters in float32; nothing in the
+model knows of curvax. The layout, printed first, shows what is found: each kernel of a layer is a
+stack of two. By default layers compute in bfloat16 on GPUs and TPUs, and in float32 on CPUs, which
+have no fast bfloat16 products (`--dtype` decides). `_compare.py` says how the table is made.
 """
 
 from __future__ import annotations

@@ -1,18 +1,22 @@
-"""Which training digits made a network say this? Wrong labels found, pictures, and a score for every method.
+"""Which training digits made a network say this? Wrong labels found, pictures, and a score for
+every method.
 
-    python examples/influence.py                                      # scikit-learn's digits, about four minutes
+    python examples/influence.py                                      # digits, about four minutes
     python examples/influence.py --data folder/with/mnist-idx-files
-    python examples/influence.py --smoke                              # does it run? about 20 seconds
+    python examples/influence.py --smoke                              # does it run? 20 seconds
 
-1. Wrong labels. A tenth of the training labels are flipped. Examples are ranked by self-influence (how much their own loss
-   would rise without them) and by loss; the table says how many of the wrong labels are found when the first few percent
-   of the ranking are looked at, mean and standard error over networks.
-2. A picture: the test digits of the highest loss, beside the training digits that help and harm them most. Removal of a
-   helpful one would raise the loss on the test digit, that of a harmful one would lower it.
-3. The linear datamodeling score: networks are trained on random halves of the data, all subsets together under `vmap`; a
-   method is as good as its sums of scores rank what came out for every test digit (the margin of the right class).
-   "ceiling" is what a method could reach that predicts the mean over seeds: the root of the measurement's reliability,
-   by Spearman and Brown from the correlation of one half of the seeds with the other.
+1. Wrong labels. A tenth of the training labels are flipped. Examples are ranked by self-influence
+   (how much their own loss would rise without them) and by loss; the table says how many of the
+   wrong labels are found when the first few percent of the ranking are looked at, mean and standard
+   error over networks.
+2. A picture: the test digits of the highest loss, beside the training digits that help and harm
+   them most. Removal of a helpful one would raise the loss on the test digit, that of a harmful one
+   would lower it.
+3. The linear datamodeling score: networks are trained on random halves of the data, all subsets
+   together under `vmap`; a method is as good as its sums of scores rank what came out for every
+   test digit (the margin of the right class). "ceiling" is what a method could reach that predicts
+   the mean over seeds: the root of the measurement's reliability, by Spearman and Brown from the
+   correlation of one half of the seeds with the other.
 """
 
 from __future__ import annotations
@@ -53,7 +57,9 @@ OBJECTIVE = curvax.Objective(MODEL.apply, curvax.losses.softmax_cross_entropy())
 
 
 class Training(NamedTuple):
-    """How networks are trained: Adam on random batches, the rate falling to zero, with a penalty `decay |w|^2 / 2`."""
+    """How networks are trained: Adam on random batches, the rate falling to zero, with a penalty
+    `decay |w|^2 / 2`.
+    """
 
     steps: int
     batch: int = 64
@@ -142,7 +148,9 @@ def wrong_labels(data: Data, training: Training, seeds: int) -> None:
 
 
 def pictures(data: Data, test: Data, training: Training, path: Path) -> None:
-    """Draw the test digits of the highest loss beside their most helpful and most harmful training digits."""
+    """Draw the test digits of the highest loss beside their most helpful and most harmful training
+    digits.
+    """
     params = train(training, data, jax.random.key(0), jnp.ones(len(data[1])))
     logits = MODEL.apply(params, test[0])
     print(f"\ntest accuracy {np.mean(np.argmax(logits, -1) == test[1]):.1%}")
@@ -178,7 +186,8 @@ def draw(
         0.5, 1.5, "harmful", transform=axes[0, 8].transAxes, ha="center", color="tab:red"
     )
     figure.suptitle(
-        "test digits, and training digits with the change of the test digit's loss if they were removed"
+        "test digits, and training digits with the change of the test digit's loss "
+        "if they were removed"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -218,7 +227,9 @@ def scores_by_method(
 
 
 def datamodeling(data: Data, test: Data, training: Training, args: argparse.Namespace) -> None:
-    """Retrain on random halves, and compare with every method's scores, of single networks and averaged over them."""
+    """Retrain on random halves, and compare with every method's scores, of single networks and
+    averaged over them.
+    """
     queries = tuple(x[: args.queries] for x in test)
     measure = lambda params: jax.lax.map(
         lambda query: margin(params, jax.tree.map(lambda x: x[None], query)), queries
@@ -248,7 +259,10 @@ def datamodeling(data: Data, test: Data, training: Training, args: argparse.Name
         [np.corrcoef(a, b)[0, 1] for a, b in zip(ranks(first).T, ranks(second).T, strict=True)]
     )
     rows.append(["ceiling", "", spread(np.sqrt(np.maximum(2 * halves / (1 + halves), 0)), 3)])
-    title = f"linear datamodeling score: {args.subsets} halves, {args.seeds} seeds each, {args.queries} test digits"
+    title = (
+        f"linear datamodeling score: {args.subsets} halves, {args.seeds} seeds each, "
+        f"{args.queries} test digits"
+    )
     print_table(
         title,
         ("method", "one network (± over networks)", f"mean of {args.networks} (± over digits)"),
@@ -263,7 +277,7 @@ def spread(values: Any, digits: int) -> str:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     flags.add_argument(
         "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
     )

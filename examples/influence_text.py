@@ -1,20 +1,23 @@
-"""Which training sequences made a small transformer write this? Influence with EK-FAC, down to single characters.
+"""Which training sequences made a small transformer write this? Influence with EK-FAC, down to
+single characters.
 
-    python examples/influence_text.py                               # the sources of Python's standard library, some minutes
+    python examples/influence_text.py                   # Python's standard library, some minutes
     python examples/influence_text.py --data tinyshakespeare.txt --queries 10
-    python examples/influence_text.py --candidates 500              # only sequences that share rare 4-grams with a query
-    python examples/influence_text.py --smoke                       # does it run? about 20 seconds
+    python examples/influence_text.py --candidates 500  # only those that share rare 4-grams
+    python examples/influence_text.py --smoke           # does it run? 20 seconds
 
-The character model of `char_lm.py` is trained with AdamW. A query is a sequence of the validation text, and what is
-measured is the log-probability of its last 8 characters given those before: a function of our own, not the training loss.
-For every query the training sequences are found whose removal is predicted to change that most. `change if removed` is in
-nats: negative where a sequence raised the log-probability (helpful), positive where it lowered it (harmful).
+The character model of `char_lm.py` is trained with AdamW. A query is a sequence of the validation
+text, and what is measured is the log-probability of its last 8 characters given those before: a
+function of our own, not the training loss. For every query the training sequences are found whose
+removal is predicted to change that most. `change if removed` is in nats: negative where a sequence
+raised the log-probability (helpful), positive where it lowered it (harmful).
 
-Printed are the best of them, whether the parts of characters sum to the whole, and how much text they share with the query,
-against all sequences. `influence_text.html` in the folder of `--out` shows each, shaded by the influence of its characters.
+Printed are the best of them, whether the parts of characters sum to the whole, and how much text
+they share with the query, against all sequences. `influence_text.html` in the folder of `--out`
+shows each, shaded by the influence of its characters.
 
-Weights and curvature are saved in a folder of `--out` that is named by settings and text: a second run reads them back, and
-one that was interrupted while it fitted the curvature goes on from there.
+Weights and curvature are saved in a folder of `--out` that is named by settings and text: a second
+run reads them back, and one that was interrupted while it fitted the curvature goes on from there.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ class Problem(NamedTuple):
 
 
 class Found(NamedTuple):
-    """One training sequence for one query: text, its score, and the parts of characters and layers."""
+    """A training sequence for one query: text, score, and the parts of characters and layers."""
 
     number: int
     text: str
@@ -71,7 +74,9 @@ class Found(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One query: text, log-probability of what is measured, and sequences at both ends, the furthest first."""
+    """One query: text, log-probability of what is measured, and sequences at both ends, the
+    furthest first.
+    """
 
     text: str
     log_probability: float
@@ -80,7 +85,9 @@ class Answer(NamedTuple):
 
 
 def split(codes: np.ndarray) -> tuple[Batch, Batch]:
-    """Cut a text into sequences; the last tenth is for validation, training gets a whole number of batches."""
+    """Cut a text into sequences; the last tenth is for validation, training gets a whole number of
+    batches.
+    """
     count = (len(codes) - 1) // LENGTH
     num_train = count * 9 // 10 // SCORING * SCORING
     if num_train == 0 or count == num_train:
@@ -92,7 +99,9 @@ def split(codes: np.ndarray) -> tuple[Batch, Batch]:
 def trained(
     model: Transformer, objective: curvax.Objective, train: Batch, steps: int, seed: int, path: Path
 ) -> Any:
-    """Train with AdamW, or read what was trained before: scores are of these weights, and so is the curvature."""
+    """Train with AdamW, or read what was trained before: scores are of these weights, and so is the
+    curvature.
+    """
     params = jax.jit(model.init)(jax.random.key(seed), train[0][:2])
     if path.exists():
         print(f"weights read from {path}")
@@ -121,9 +130,10 @@ def trained(
 def layout_of(problem: Problem) -> curvax.kron.Layout:
     """Hold norms and embeddings fixed.
 
-    Grosse et al. follow influence through perceptrons only, because they hold most of the weights. Here that is all linear
-    maps: of attention, of perceptrons, and of the output. What is left, norms and embeddings, is few weights; and an
-    embedding has a part for every character, so that a character's mere presence would count.
+    Grosse et al. follow influence through perceptrons only, because they hold most of the weights.
+    Here that is all linear maps: of attention, of perceptrons, and of the output. What is left,
+    norms and embeddings, is few weights; and an embedding has a part for every character, so that a
+    character's mere presence would count.
     """
     two = tuple(x[:2] for x in problem.train)
     layout = curvax.kron_layout(problem.objective, problem.params, two, unmatched="identity")
@@ -141,9 +151,11 @@ def of_targets(model: Transformer, params: Any, batch: Batch) -> jax.Array:
 
 
 def choose_queries(problem: Problem, number: int) -> Batch:
-    """Choose validation sequences whose end the model has learned: far more probable than its characters' frequencies say.
+    """Choose validation sequences whose end the model has learned: far more probable than its
+    characters' frequencies say.
 
-    Of the tenth that it is surest of, those where it gains most come first, and no two ends share a 4-gram.
+    Of the tenth that it is surest of, those where it gains most come first, and no two ends share a
+    4-gram.
     """
     inputs, targets = problem.validation
     chunks = [(inputs[i : i + 256], targets[i : i + 256]) for i in range(0, len(inputs), 256)]
@@ -163,7 +175,7 @@ def choose_queries(problem: Problem, number: int) -> Batch:
 
 
 def text_of(codes: np.ndarray) -> str:
-    """Turn numbers into text; the one number for all but printable ASCII is most often a newline."""
+    """Turn numbers into text; the number for all but printable ASCII is most often a newline."""
     return "".join("\n" if code == CHARACTERS - 1 else chr(code + 32) for code in codes)
 
 
@@ -177,7 +189,9 @@ def grams(text: str) -> list[str]:
 
 
 def candidates(queries: Batch, train: Batch, number: int | None) -> np.ndarray:
-    """Return the numbers of training sequences to score: all, or those that BM25 finds for some query."""
+    """Return the numbers of training sequences to score: all, or those that BM25 finds for some
+    query.
+    """
     if number is None:
         return np.arange(len(train[0]))
     found = influence.bm25(
@@ -204,7 +218,8 @@ def prepare(
     if rank:
         prepared, info = COMPRESS(prepared, rank)
         print(
-            f"queries compressed to rank {rank}: relative error {info.error.min():.2f} to {info.error.max():.2f}"
+            f"queries compressed to rank {rank}: relative error "
+            f"{info.error.min():.2f} to {info.error.max():.2f}"
         )
     return prepared
 
@@ -212,7 +227,9 @@ def prepare(
 def search(
     problem: Problem, prepared: influence.Queries, queries: Batch, rows: np.ndarray, k: int
 ) -> list[Answer]:
-    """Score the training sequences in `rows`, then the k at both ends of every query by character and by layer."""
+    """Score the training sequences in `rows`, then the k at both ends of every query by character
+    and by layer.
+    """
     bar = tqdm(batches_of(problem.train, rows), desc="scoring", unit="batch")
     ends = influence.top_k(prepared, problem.objective, problem.params, bar, k)
     highest, lowest = (
@@ -273,7 +290,10 @@ def report(answers: list[Answer]) -> None:
             for kind, side in (("helpful", answer.helpful), ("harmful", answer.harmful))
             for found in side[:3]
         ]
-        title = f'"{escaped(context[-32:])}" then "{escaped(end)}", log-probability {answer.log_probability:.2f}'
+        title = (
+            f'"{escaped(context[-32:])}" then "{escaped(end)}", '
+            f"log-probability {answer.log_probability:.2f}"
+        )
         print_table(
             title, ("around its strongest character", "", "sequence", "change if removed"), rows
         )
@@ -297,9 +317,11 @@ def escaped(text: str) -> str:
 
 
 def check_meaning(answers: list[Answer], train: Batch) -> None:
-    """Print how much text sequences share with what was measured: those found, against all. Influence sees no text.
+    """Print how much text sequences share with what was measured: those found, against all.
+    Influence sees no text.
 
-    BM25 is that of the 4-grams that end in a measured character. Chance would put one in a hundred into its best hundredth.
+    BM25 is that of the 4-grams that end in a measured character. Chance would put one in a hundred
+    into its best hundredth.
     """
     documents = [grams(text) for text in texts(train)]
     asked = [grams(answer.text[-MEASURED - GRAM + 1 :]) for answer in answers]
@@ -321,14 +343,17 @@ def check_meaning(answers: list[Answer], train: Batch) -> None:
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto;
+  padding: 0 1rem; color: #222;
   background: #fff; }
-pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0;
+pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  margin: .2rem 0;
   padding: .4rem .7rem; border: 1px solid #ddd; border-radius: 4px; background: #fcfcfc; }
 mark { background: #ffe08a; }
 small { color: #666; display: block; margin-bottom: .9rem; }
 section { border-top: 2px solid #ccc; margin-top: 2rem; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 1.5rem; }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr));
+  gap: 0 1.5rem; }
 """
 RAISED, LOWERED = "33,102,172", "214,80,60"
 
@@ -337,11 +362,13 @@ def page(answers: list[Answer], about: str) -> str:
     """Write one page that needs no other file."""
     swatch = lambda color, name: f'<span style="background:rgba({color},.6)">{name}</span>'
     legend = (
-        "The log-probability of the characters <mark>marked</mark> was measured. Beneath each query are the training "
-        "sequences whose removal is predicted to change it most. Characters are shaded by their part: those "
-        f"that {swatch(RAISED, 'raised it')}, and those that {swatch(LOWERED, 'lowered it')}. The part of a position is "
-        "shown on the character that was predicted there; its gradient holds the losses of later characters, too. "
-        "Shades are relative to the strongest character of each sequence. &crarr; is a newline (or no printable ASCII). "
+        "The log-probability of the characters <mark>marked</mark> was measured. Beneath each "
+        "query are the training sequences whose removal is predicted to change it most. Characters "
+        f"are shaded by their part: those that {swatch(RAISED, 'raised it')}, and those that "
+        f"{swatch(LOWERED, 'lowered it')}. The part of a position is shown on the character that "
+        "was predicted there; its gradient holds the losses of later characters, too. Shades are "
+        "relative to the strongest character of each sequence. &crarr; is a newline (or no "
+        "printable ASCII). "
         f"Scores: {SIGN}. In small print, the parts of layers in percent of the score."
     )
     sections = "\n".join(map(_section, answers))
@@ -359,7 +386,10 @@ def _section(answer: Answer) -> str:
         f"<div><h3>{name}</h3>{''.join(map(_sequence, side))}</div>"
         for name, side in (("Most helpful", answer.helpful), ("Most harmful", answer.harmful))
     )
-    query = f"<h2>Log-probability {answer.log_probability:.2f}</h2><pre>{context}<mark>{end}</mark></pre>"
+    query = (
+        f"<h2>Log-probability {answer.log_probability:.2f}</h2>"
+        f"<pre>{context}<mark>{end}</mark></pre>"
+    )
     return f'<section>{query}<div class="sides">{sides}</div></section>'
 
 
@@ -383,7 +413,7 @@ def _shown(text: str) -> str:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     flags.add_argument(
         "--data", type=Path, help="a text file; default: sources of Python's standard library"
     )
@@ -426,7 +456,10 @@ def main() -> None:
         -of_targets(model, params, tuple(x[::16] for x in batch)).mean()
         for batch in (train, validation)
     ]
-    about = f"{len(train[0]):,} training sequences of {LENGTH} characters; loss {losses[0]:.3f}, validation {losses[1]:.3f}"
+    about = (
+        f"{len(train[0]):,} training sequences of {LENGTH} characters; "
+        f"loss {losses[0]:.3f}, validation {losses[1]:.3f}"
+    )
     print(about)
     layout = layout_of(problem)
     print(layout)

@@ -1,10 +1,11 @@
-"""Regularized logistic regression to a gradient norm of 1e-10: Newton's method with gradient regularization, and others.
+"""Regularized logistic regression to a gradient norm of 1e-10: Newton's method with gradient
+regularization, and others.
 
     python examples/newton.py                       # scikit-learn's breast cancer data
     python examples/newton.py --data a9a.t          # any LIBSVM file of two classes
 
-Float64. Each method starts from zero and stops at the target or at its limit of steps. Seconds are those of compiled steps;
-compilation is shown apart.
+Float64. Each method starts from zero and stops at the target or at its limit of steps. Seconds are
+those of compiled steps; compilation is shown apart.
 """
 
 import argparse
@@ -40,7 +41,9 @@ def load(path):
 
 
 def regression(x, y, l2):
-    """Return the objective `mean log-loss + l2 / 2 |w|^2` and its batch; the penalty is a head whose output is w."""
+    """Return the objective `mean log-loss + l2 / 2 |w|^2` and its batch; the penalty is a head
+    whose output is w.
+    """
     penalty = curvax.losses.from_function(
         lambda w, _: jnp.sum(w[0] ** 2) / 2, num_terms=lambda w, _: jnp.ones(())
     )
@@ -56,7 +59,9 @@ def regression(x, y, l2):
 
 
 def run(name, tx, objective, batch, num_steps, extra=lambda value, grad, value_fn: {}):
-    """Minimize until the gradient's norm is below the target; return a row of the table, and the norms."""
+    """Minimize until the gradient's norm is below the target; return a row of the table, and the
+    norms.
+    """
     value_fn = lambda w, **_: objective(w, batch)
 
     @jax.jit
@@ -164,7 +169,9 @@ def main():
 
 
 def _without_batch(tx):
-    """Keep `batch=` from optax's line search, which hands all that it gets to the function it evaluates."""
+    """Keep `batch=` from optax's line search, which hands all that it gets to the function it
+    evaluates.
+    """
     return optax.GradientTransformationExtraArgs(
         tx.init, lambda g, s, p, *, batch, **extra: tx.update(g, s, p, **extra)
     )

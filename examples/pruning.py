@@ -1,12 +1,14 @@
-"""Prune a classifier by magnitude, diagonal Fisher, optimal brain apoptosis, and optimal brain surgeon with M-FAC.
+"""Prune a classifier by magnitude, diagonal Fisher, optimal brain apoptosis, and optimal brain
+surgeon with M-FAC.
 
-    python examples/pruning.py                                      # scikit-learn's digits, about three minutes
+    python examples/pruning.py                                      # digits, about three minutes
     python examples/pruning.py --data folder/with/mnist-idx-files
-    python examples/pruning.py --smoke                              # does it run? about 20 seconds
+    python examples/pruning.py --smoke                              # does it run? 20 seconds
 
-Every network (one for each seed) is pruned to several sparsities by every method, and then fine-tuned with what was
-removed kept at zero. "surgeon" scores, removes and corrects in one go, "surgeon 16x" in sixteen rounds. The table gives
-test accuracy in percent, mean and standard error over seeds.
+Every network (one for each seed) is pruned to several sparsities by every method, and then
+fine-tuned with what was removed kept at zero. "surgeon" scores, removes and corrects in one go,
+"surgeon 16x" in sixteen rounds. The table gives test accuracy in percent, mean and standard error
+over seeds.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ def accuracy(problem: Problem, params: Any) -> float:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     flags.add_argument(
         "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
     )

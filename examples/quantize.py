@@ -1,13 +1,15 @@
-"""Quantize a classifier with as many bits for each layer as its curvature says it needs: HAWQ and HAWQ-V2.
+"""Quantize a classifier with as many bits for each layer as its curvature says it needs: HAWQ and
+HAWQ-V2.
 
-    python examples/quantize.py                                      # scikit-learn's digits, about a minute
+    python examples/quantize.py                                      # digits, about a minute
     python examples/quantize.py --data folder/with/mnist-idx-files
-    python examples/quantize.py --smoke                              # does it run? about 20 seconds
+    python examples/quantize.py --smoke                              # does it run? 20 seconds
 
-Every network (one for each seed) is quantized to uniform widths, and to mixed ones that HAWQ, HAWQ-V2 or chance allocate
-within a number of bits on average; then it is fine-tuned with straight-through gradients. The table gives accuracy in
-percent and mean loss on the test images, mean and standard error over seeds. The last line says how well HAWQ-V2's sum of
-sensitivities ranks random allocations by the training loss of the quantized network.
+Every network (one for each seed) is quantized to uniform widths, and to mixed ones that HAWQ,
+HAWQ-V2 or chance allocate within a number of bits on average; then it is fine-tuned with
+straight-through gradients. The table gives accuracy in percent and mean loss on the test images,
+mean and standard error over seeds. The last line says how well HAWQ-V2's sum of sensitivities ranks
+random allocations by the training loss of the quantized network.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Network(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=3)
 def fit(params: Any, bits: Any, data: Data, steps: int, rate: float, seed: int) -> Any:
-    """Train by Adam with batches of 64; where there are bits, the loss is that of the quantized network."""
+    """Train by Adam with batches of 64; where there are bits, the loss is that of the quantized
+    network.
+    """
     tx = optax.adam(rate)
     loss = lambda params, batch: OBJECTIVE(
         quantization.quantize(params, bits, SCHEME) if bits else params, batch
@@ -90,7 +94,9 @@ def evaluate(params: Any, bits: Any, data: Data) -> tuple[jax.Array, jax.Array]:
 def allocations(
     network: Network, widths: tuple[int, ...], averages: list[float], seed: int
 ) -> dict[str, quantization.Allocation | None]:
-    """Return what is compared: full precision, uniform widths, and mixed ones within sizes, by methods and by chance."""
+    """Return what is compared: full precision, uniform widths, and mixed ones within sizes, by
+    methods and by chance.
+    """
     sizes = network.sizes
     uniform = {f"{width} bits": allocation(network, [width] * len(sizes)) for width in widths}
     drawn = [allocation(network, row) for row in draws(len(sizes), widths, 50, seed)]
@@ -129,7 +135,7 @@ def rank_correlation(network: Network, train: Data, widths: tuple[int, ...], num
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     flags.add_argument(
         "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
     )
@@ -207,7 +213,8 @@ def report(results: dict[str, list[list[float]]], correlations: list[float]) -> 
     print_table("test images, after quantization and after fine-tuning", header, rows)
     each = ", ".join(f"{x:.2f}" for x in correlations)
     print(
-        f"\nSpearman's rank correlation of Omega and the loss, by network: {each}; mean {np.mean(correlations):.3f}"
+        f"\nSpearman's rank correlation of Omega and the loss, by network: {each}; "
+        f"mean {np.mean(correlations):.3f}"
     )
 
 

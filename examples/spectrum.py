@@ -1,14 +1,16 @@
-"""How the Hessian's spectrum of a classifier changes in training: outliers, bulk, and where the gradient lies.
+"""How the Hessian's spectrum of a classifier changes in training: outliers, bulk, and where the
+gradient lies.
 
-    python examples/spectrum.py                                     # scikit-learn's digits, about a minute
+    python examples/spectrum.py                                     # digits, about a minute
     python examples/spectrum.py --data folder/with/mnist-idx-files
-    python examples/spectrum.py --smoke                             # does it run? about 20 seconds
+    python examples/spectrum.py --smoke                             # does it run? 20 seconds
 
-At several times in training by SGD: the loss; the largest and the smallest eigenvalue of the Hessian of the training loss
-over all data, in batches; how many outliers stand above the bulk (the largest ratio between neighbours among the top
-eigenvalues is where they end), to be compared with the number of classes; the share of the gradient's squared length in
-the span of the top eigenvectors, one for each class, and what a random subspace would hold; the overlap of that span with
-the one before. The picture shows the spectral densities, with the outliers marked.
+At several times in training by SGD: the loss; the largest and the smallest eigenvalue of the
+Hessian of the training loss over all data, in batches; how many outliers stand above the bulk (the
+largest ratio between neighbours among the top eigenvalues is where they end), to be compared with
+the number of classes; the share of the gradient's squared length in the span of the top
+eigenvectors, one for each class, and what a random subspace would hold; the overlap of that span
+with the one before. The picture shows the spectral densities, with the outliers marked.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Spectrum(NamedTuple):
 
 
 def outliers(top: np.ndarray) -> int:
-    """Count the eigenvalues above the widest gap, by ratio, in descending ones; one that is not positive ends the list."""
+    """Count the eigenvalues above the widest gap, by ratio, in descending ones; one that is not
+    positive ends the list.
+    """
     positive = top[: np.argmax(top <= 0)] if (top <= 0).any() else top
     return int(np.argmax(positive[:-1] / positive[1:])) + 1 if len(positive) > 1 else len(positive)
 
@@ -94,7 +98,7 @@ def measure(
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     flags.add_argument(
         "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
     )
@@ -161,7 +165,8 @@ def report(found: list[Spectrum], dimension: int) -> None:
         )
     print_table(f"Hessian of {dimension} parameters; {CLASSES} classes", header, rows)
     print(
-        f"a random subspace of {CLASSES} dimensions holds {100 * CLASSES / dimension:.2f} % of a gradient"
+        f"a random subspace of {CLASSES} dimensions holds "
+        f"{100 * CLASSES / dimension:.2f} % of a gradient"
     )
     print("top eigenvalues at the end:", ", ".join(f"{x:.3g}" for x in found[-1].top))
 

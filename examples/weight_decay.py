@@ -1,14 +1,16 @@
-"""Tune a weight decay for every parameter by hypergradients, beside one decay for all that is found by grid.
+"""Tune a weight decay for every parameter by hypergradients, beside one decay for all that is found
+by grid.
 
-    python examples/weight_decay.py                                      # scikit-learn's digits, about a minute and a half
+    python examples/weight_decay.py                            # digits, about a minute and a half
     python examples/weight_decay.py --data folder/with/mnist-idx-files --fit 1000
-    python examples/weight_decay.py --smoke                              # does it run? about 20 seconds
+    python examples/weight_decay.py --smoke                    # does it run? 20 seconds
 
-A softmax regression is fitted to its minimum on some rows, with a penalty `sum_i exp(h_i) w_i^2 / 2`. Decays h follow the
-hypergradient of the loss on other rows, the validation rows, starting from the grid's. With as many decays as weights that
-loss can be driven far below what it means: a third set of rows, which no gradient has seen, says when to stop. The grid
-chooses by both. The last line gives all rows to training instead. Mean and standard error are over random splits; the
-difference is to the grid, split by split.
+A softmax regression is fitted to its minimum on some rows, with a penalty `sum_i exp(h_i) w_i^2 /
+2`. Decays h follow the hypergradient of the loss on other rows, the validation rows, starting from
+the grid's. With as many decays as weights that loss can be driven far below what it means: a third
+set of rows, which no gradient has seen, says when to stop. The grid chooses by both. The last line
+gives all rows to training instead. Mean and standard error are over random splits; the difference
+is to the grid, split by split.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ Data = tuple[jax.Array, jax.Array]
 
 
 class Splits(NamedTuple):
-    """Rows for fitting, for hypergradients, and for deciding when to stop; a leading axis of splits, but for test."""
+    """Rows for fitting, for hypergradients, and for deciding when to stop; a leading axis of
+    splits, but for test.
+    """
 
     fit: Data
     validation: Data
@@ -49,7 +53,9 @@ class Splits(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Losses, test accuracy in percent, and the gradient's norm that the fit ended with; `[steps, splits]`."""
+    """Losses, test accuracy in percent, and the gradient's norm that the fit ended with; `[steps,
+    splits]`.
+    """
 
     validation: np.ndarray
     stopping: np.ndarray
@@ -91,7 +97,9 @@ def scores(params: Any, decays: Any, splits: Splits) -> Scores:
 
 @functools.partial(jax.jit, static_argnums=0)
 def follow(spread: Callable[[Any], Any], params: Any, h: Any, state: Any, splits: Splits) -> Any:
-    """Fit, score, and take one step of Adam on h, from which `spread` makes decays; for every split."""
+    """Fit, score, and take one step of Adam on h, from which `spread` makes decays; for every
+    split.
+    """
 
     def own(params: Any, h: Any, state: Any, fit: Data, validation: Data, stopping: Data) -> Any:
         params = minimize(params, spread(h), fit, 2)
@@ -170,7 +178,7 @@ def draw_splits(
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     flags.add_argument(
         "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
     )

@@ -84,7 +84,9 @@ def problems(smoke: bool) -> list[Problem]:
 
 
 def seconds(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median time of each function over `rounds` rounds in which all take turns, after one warm-up each."""
+    """Median time of each function over `rounds` rounds in which all take turns, after one warm-up
+    each.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round in range(-1, rounds):
         for name, function in functions.items():

@@ -1,16 +1,18 @@
-"""What influence functions cost: a fit and its passes, scores of training examples, and memory over a long stream.
+"""What influence functions cost: a fit and its passes, scores of training examples, and memory over
+a long stream.
 
     python examples/benchmarks/influence.py                      # about three minutes, 2 GB
     python examples/benchmarks/influence.py --json influence.json
 
-"passes": time for a batch, in gradients of the same batch (of all parameters), by the clock and by the compiler's count of
-operations. The bounds we aim at, on the transformer, are 3.5 gradients for the covariances, 5 for the eigenvalues, 3 for
-scores of 64 queries at once. "rank 16" are scores of compressed queries, "by token" scores of each position, "self"
-self-influence. Where an example has one position (the perceptron), scores of q queries take q/3 gradients by count, with
-no sum over positions to share; a low rank helps.
+"passes": time for a batch, in gradients of the same batch (of all parameters), by the clock and by
+the compiler's count of operations. The bounds we aim at, on the transformer, are 3.5 gradients for
+the covariances, 5 for the eigenvalues, 3 for scores of 64 queries at once. "rank 16" are scores of
+compressed queries, "by token" scores of each position, "self" self-influence. Where an example has
+one position (the perceptron), scores of q queries take q/3 gradients by count, with no sum over
+positions to share; a low rank helps.
 
-"memory": the most that the process holds (resident) after a fit and scores of a stream of n batches, kept nowhere, with a
-few and with eight times as many.
+"memory": the most that the process holds (resident) after a fit and scores of a stream of n
+batches, kept nowhere, with a few and with eight times as many.
 """
 
 from __future__ import annotations
@@ -96,7 +98,9 @@ def passes(problem: Problem, num_queries: int, rounds: int) -> list[dict[str, An
 
 
 def operations(compiled: dict[str, tuple[Any, ...]], name: str) -> Any:
-    """Return what the compiler counts, in gradients; it counts the body of a loop once, so not where there are loops."""
+    """Return what the compiler counts, in gradients; it counts the body of a loop once, so not
+    where there are loops.
+    """
     if name not in compiled:
         return "-"
     traces = {

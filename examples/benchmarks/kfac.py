@@ -3,11 +3,13 @@
     python examples/benchmarks/kfac.py                    # a few minutes
     python examples/benchmarks/kfac.py --json kfac.json
 
-Every figure is the mean time of a step over a cycle of ten, divided by Adam's in the same run: all optimizers take turns,
-and the median over rounds is printed. "limit" is the same ratio in floating-point operations, for the gradient, a backward
-pass without kernels' gradients, symmetric products of inputs and cotangents, Cholesky inverses, and the two products of the
-step; no implementation that does this work can be faster, unless its operations run at a higher rate than Adam's.
-"bound" is what we aim at on two CPU cores. Memory is that of the optimizer's state, without momentum.
+Every figure is the mean time of a step over a cycle of ten, divided by Adam's in the same run: all
+optimizers take turns, and the median over rounds is printed. "limit" is the same ratio in
+floating-point operations, for the gradient, a backward pass without kernels' gradients, symmetric
+products of inputs and cotangents, Cholesky inverses, and the two products of the step; no
+implementation that does this work can be faster, unless its operations run at a higher rate than
+Adam's. "bound" is what we aim at on two CPU cores. Memory is that of the optimizer's state, without
+momentum.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Cnn(nn.Module):
 
 
 class Setting(NamedTuple):
-    """Intervals, the fraction of the batch that factors are estimated on, and the bound for the ratio (None: no bound)."""
+    """Intervals, the fraction of the batch that factors are estimated on, and the bound for the
+    ratio (None: no bound).
+    """
 
     method: str
     curvature_every: int
@@ -85,7 +89,9 @@ SETTINGS = {
 
 
 def problems(smoke: bool) -> list[Problem]:
-    """The autoencoder of the K-FAC paper on 8x8 images, a small convolutional network, a character transformer."""
+    """The autoencoder of the K-FAC paper on 8x8 images, a small convolutional network, a character
+    transformer.
+    """
     key = jax.random.key(0)
 
     def problem(
@@ -129,7 +135,9 @@ def optimizer(
 
 
 def cycle(tx: Any, problem: Problem) -> tuple[Callable[[], Any], float, int, float]:
-    """Return a function that runs a cycle of steps, the seconds of the first step, bytes of state, and FLOPs of a step."""
+    """Return a function that runs a cycle of steps, the seconds of the first step, bytes of state,
+    and FLOPs of a step.
+    """
     tx = optax.with_extra_args_support(tx)
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:

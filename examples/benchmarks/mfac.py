@@ -3,14 +3,16 @@
     python examples/benchmarks/mfac.py                    # two minutes, 6 GB
     python examples/benchmarks/mfac.py --json mfac.json
 
-"speed": a step (`scale_by_mfac`) reads the window twice and writes one row; bytes per second of that, as a share of the
-best that a plain product `G @ v` or a sum over the same array reaches in the same run. "solve" is the share of the step
-that the m x m work takes, "temporary" the memory beside the window, both relative. The bounds we aim at: 0.6 of the
-speed, 0.05 for the solve at m = 256, 0.15 for temporary memory.
+"speed": a step (`scale_by_mfac`) reads the window twice and writes one row; bytes per second of
+that, as a share of the best that a plain product `G @ v` or a sum over the same array reaches in
+the same run. "solve" is the share of the step that the m x m work takes, "temporary" the memory
+beside the window, both relative. The bounds we aim at: 0.6 of the speed, 0.05 for the solve at m =
+256, 0.15 for temporary memory.
 
-"accuracy": relative residual of the inverse times a gradient, for damping relative to the largest eigenvalue of the
-window's Fisher matrix, on gradients of a trained network; beside it, the published recurrence over the rows in float32.
-"step" is the product of the newest row, as the optimizer computes it.
+"accuracy": relative residual of the inverse times a gradient, for damping relative to the largest
+eigenvalue of the window's Fisher matrix, on gradients of a trained network; beside it, the
+published recurrence over the rows in float32. "step" is the product of the newest row, as the
+optimizer computes it.
 """
 
 from __future__ import annotations

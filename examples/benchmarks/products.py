@@ -2,8 +2,9 @@
 
     python examples/benchmarks/products.py [--json FILE] [--rounds N] [--smoke]
 
-Times are medians of interleaved rounds, FLOPs what the compiler counts. A product is well built if its time ratio is that
-of its FLOPs; `time/FLOPs` is the quotient of the two ratios, with the bound that we hold ourselves to.
+Times are medians of interleaved rounds, FLOPs what the compiler counts. A product is well built if
+its time ratio is that of its FLOPs; `time/FLOPs` is the quotient of the two ratios, with the bound
+that we hold ourselves to.
 """
 
 from __future__ import annotations

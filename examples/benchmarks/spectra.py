@@ -1,19 +1,21 @@
-"""What Lanczos costs beside its products, the memory of a spectral density, and an exact Gauss-Newton step.
+"""What Lanczos costs beside its products, the memory of a spectral density, and an exact
+Gauss-Newton step.
 
     python examples/benchmarks/spectra.py                     # about five minutes, 2 GB
     python examples/benchmarks/spectra.py --json spectra.json
 
-"time": Lanczos with 30 steps on the Gauss-Newton matrix and on the Hessian of a perceptron with a million parameters, as a
-multiple of the time of 30 products alone; the bound we aim at is 1.15. "GB" is what orthogonalizing reads and writes in
-all steps, counted: four passes over the basis and about twenty over single vectors a step; "GB/s" that over the time beside
-the products.
+"time": Lanczos with 30 steps on the Gauss-Newton matrix and on the Hessian of a perceptron with a
+million parameters, as a multiple of the time of 30 products alone; the bound we aim at is 1.15.
+"GB" is what orthogonalizing reads and writes in all steps, counted: four passes over the basis and
+about twenty over single vectors a step; "GB/s" that over the time beside the products.
 
-"memory": a spectral density of the same network with 10 probes of 80 steps, in copies of the parameters, the parameters
-themselves, the batch and all activations included; the bound is 85.
+"memory": a spectral density of the same network with 10 probes of 80 steps, in copies of the
+parameters, the parameters themselves, the batch and all activations included; the bound is 85.
 
-"exact step": a training step of `curvax.egn` (gradient, system of batch x outputs, its solve) on digits, 64-100-24-10 with
-a batch of 128, in units of one Cholesky factorization of a matrix of that size; the bound is 4. "memory" is what the step
-needs for its work, "jacobian" what the Jacobian of the outputs would take.
+"exact step": a training step of `curvax.egn` (gradient, system of batch x outputs, its solve) on
+digits, 64-100-24-10 with a batch of 128, in units of one Cholesky factorization of a matrix of that
+size; the bound is 4. "memory" is what the step needs for its work, "jacobian" what the Jacobian of
+the outputs would take.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def num_params(params: Any) -> int:
 def time(
     name: str, widths: tuple[int, ...], batch_size: int, steps: int, rounds: int
 ) -> dict[str, Any]:
-    """Time Lanczos and as many products, called one after the other; both start from the linearization."""
+    """Time Lanczos and as many products, called one after the other; both start from the
+    linearization.
+    """
     problem = perceptron(widths, batch_size)
     matvec = PRODUCTS[name](problem.objective, problem.params, problem.batch)
     start = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), problem.params)
