@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -111,10 +111,15 @@ def check_scalar(value: Array, name: str) -> Array:
     return value
 
 
-def check_choice(name: str, value: str, choices: Mapping[str, T]) -> T:
-    """Return `choices[value]`, or raise listing the valid names."""
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise unless `value` is one of `choices`, and list those, in their order."""
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(map(repr, choices))}.")
+
+
+def look_up(name: str, value: str, choices: Mapping[str, T]) -> T:
+    """Return `choices[value]`, or raise as `check_choice` does."""
+    check_choice(name, value, choices)
     return choices[value]
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from curvax._types import Params, Scalar, at_least_float32
 from curvax._xla import with_auto_sharding
@@ -35,6 +35,29 @@ def norm(a: PyTree[Array]) -> Scalar:
 def add_scaled(a: PyTree[Array], factor: Any, b: PyTree[Array]) -> PyTree[Array]:
     """Return `a + factor b` in the dtypes of a."""
     return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)
+
+
+def cast_like(tree: PyTree[Array], like: PyTree[Any]) -> PyTree[Array]:
+    """Cast every leaf of `tree` to the dtype of the leaf of `like` that stands in its place."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def safe_divide(x: Any, y: Array) -> Array:
+    """Return `x / y`, and 0 where y is 0; derivatives are finite there too."""
+    # The division itself must not see the zero: its derivative would be 0 * inf = NaN.
+    is_zero = y == 0
+    return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
+
+
+def out_of_range_if_negative(ids: Int[Array, "..."], size: int) -> Int[Array, "..."]:
+    """Replace negative numbers by `size`, the first that is out of range.
+
+    Indexing counts negative numbers from the end, so that a wrong one would silently fetch some other entry; numbers past
+    the end go where the lookup's `mode` sends them.
+    """
+    # In 8 or 16 bits `size` itself could wrap around to a number in range.
+    wide = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
+    return jnp.where(wide < 0, size, wide)
 
 
 def row_products(rows: PyTree[Array], v: Params) -> Float[Array, " m"]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from curvax._checks import describe
+from curvax._trees import out_of_range_if_negative
 from curvax._types import PRNGKey, Scalar, at_least_float32
 from curvax.losses._loss import Loss, from_function
 
@@ -64,12 +65,8 @@ def softmax_cross_entropy(ignore_index: int | None = None, label_smoothing: floa
     def value(outputs: Array, targets: Array, smoothing: float) -> Scalar:
         f, y, counts = read(outputs, targets)
         log_p = jax.nn.log_softmax(f)
-        known = jnp.where(
-            y < 0, f.shape[-1], y
-        )  # gather wraps negative indices; send them out of range, to NaN
-        chosen = jnp.take_along_axis(
-            log_p, known[..., None], axis=-1, mode="fill", fill_value=jnp.nan
-        )[..., 0]
+        ids = out_of_range_if_negative(y, f.shape[-1])[..., None]
+        chosen = jnp.take_along_axis(log_p, ids, axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
         terms = (
             (1 - smoothing) * chosen + smoothing * jnp.mean(log_p, axis=-1) if smoothing else chosen
         )

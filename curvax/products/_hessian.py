@@ -9,7 +9,7 @@ import jax
 from jax.tree_util import Partial
 from jaxtyping import Array
 
-from curvax._checks import check_choice, check_params, check_scalar
+from curvax._checks import check_params, check_scalar, look_up
 from curvax._types import Batch, Matvec, Params, Scalar
 from curvax.objective import Objective
 from curvax.products._linear import linearize, on_params, over_batch
@@ -55,7 +55,7 @@ def hvp(
 
     References: Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
-    differentiate = check_choice(
+    differentiate = look_up(
         "mode", mode, {"fwd_over_rev": _fwd_over_rev, "rev_over_rev": _rev_over_rev}
     )
     if microbatch is None:

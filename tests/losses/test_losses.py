@@ -268,6 +268,13 @@ def test_labels_in_bytes_do_not_bound_the_sampled_classes():
     assert jnp.abs(losses.pseudo_gradient(loss, key(0), f, labels)).max() < 1e-12
 
 
+def test_negative_labels_in_bytes_give_nan_for_any_number_of_classes():
+    loss = losses.softmax_cross_entropy()
+    for classes in (3, 200, 300):
+        assert jnp.isnan(loss(jnp.zeros((2, classes)), jnp.array([1, -2], jnp.int8)))
+        assert not jnp.isnan(loss(jnp.zeros((2, classes)), jnp.array([1, 2], jnp.int8)))
+
+
 def test_large_poisson_rates_are_sampled_without_overflow():
     f = jnp.full((4000, 1), 30.0)
     counts = losses.poisson().sample(key(0), f, f)
