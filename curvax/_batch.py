@@ -112,7 +112,11 @@ def _chunks(rows: PyTree, microbatch: int) -> tuple[int, Callable[[Array], PyTre
     return n, chunk, map_rows(lambda x: x[n * microbatch :], rows)
 
 
-def sum_over_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: int) -> PyTree:
+def sum_over_chunks(
+    fn: Callable[[PyTree], PyTree],
+    rows: PyTree,
+    microbatch: int,
+) -> PyTree:
     """Sum `fn(chunk)` over chunks of `microbatch` rows, one at a time, in at least float32."""
     n, chunk, remainder = _chunks(rows, microbatch)
     if n == 0 or (n == 1 and remainder is None):
@@ -134,7 +138,11 @@ def sum_over_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: in
     return cast_like(total, result)
 
 
-def map_chunks(fn: Callable[[PyTree], PyTree], rows: PyTree, microbatch: int) -> PyTree:
+def map_chunks(
+    fn: Callable[[PyTree], PyTree],
+    rows: PyTree,
+    microbatch: int,
+) -> PyTree:
     """Apply `fn`, which maps rows to rows, to chunks of `microbatch` rows, one at a time.
 
     The results come back in the order of the rows.

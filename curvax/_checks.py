@@ -49,7 +49,11 @@ def check_params(params: PyTree) -> None:
     check_floats(params, "params", advice)
 
 
-def check_floats(tree: PyTree, name: str, advice: str) -> None:
+def check_floats(
+    tree: PyTree,
+    name: str,
+    advice: str,
+) -> None:
     """Raise unless every leaf of `tree` is a float array; the error ends with `advice`."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         dtype = getattr(leaf, "dtype", None)
@@ -72,7 +76,12 @@ def check_no_masked(params: PyTree) -> None:
             )
 
 
-def check_like(tree: PyTree, reference: PyTree, name: str, reference_name: str) -> None:
+def check_like(
+    tree: PyTree,
+    reference: PyTree,
+    name: str,
+    reference_name: str,
+) -> None:
     """Raise unless `tree` has the paths and shapes of `reference`; name the first other path.
 
     Where `reference` holds an `optax.MaskedNode`, `tree` may hold anything.
@@ -129,19 +138,32 @@ def check_scalar(value: Array, name: str) -> Array:
     return value
 
 
-def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+def check_choice(
+    name: str,
+    value: str,
+    choices: Collection[str],
+) -> None:
     """Raise unless `value` is one of `choices`, and list those, in their order."""
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(map(repr, choices))}.")
 
 
-def look_up(name: str, value: str, choices: Mapping[str, T]) -> T:
+def look_up(
+    name: str,
+    value: str,
+    choices: Mapping[str, T],
+) -> T:
     """Return `choices[value]`, or raise as `check_choice` does."""
     check_choice(name, value, choices)
     return choices[value]
 
 
-def check_function(name: str, value: Any, signature: str, valid: str) -> None:
+def check_function(
+    name: str,
+    value: Any,
+    signature: str,
+    valid: str,
+) -> None:
     """Raise unless `value` is callable; tell its signature and some that are valid."""
     if not callable(value):
         raise TypeError(f"{name} must be a function {signature}, such as {valid}; got {value!r}.")

@@ -52,7 +52,9 @@ def loops_in_python() -> bool:
 
 
 def compiled(
-    fn: Callable[..., T], donate: tuple[int, ...] = (), static: tuple[int, ...] = ()
+    fn: Callable[..., T],
+    donate: tuple[int, ...] = (),
+    static: tuple[int, ...] = (),
 ) -> Callable[..., T]:
     """Return `fn` as one compiled call where loops run in Python.
 

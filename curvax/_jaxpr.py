@@ -89,7 +89,10 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 
 def interpret(
-    closed: Any, args: Sequence[Any], concerned: Concerned, rule: EquationRule
+    closed: Any,
+    args: Sequence[Any],
+    concerned: Concerned,
+    rule: EquationRule,
 ) -> list[Any]:
     """Evaluate a program; the results of every `concerned` equation come from `rule`."""
     jaxpr = closed.jaxpr
@@ -117,7 +120,11 @@ def interpret(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _evaluate(closed: Any, args: Sequence[Any], rules: Mapping[str, Rule]) -> list[Any]:
+def _evaluate(
+    closed: Any,
+    args: Sequence[Any],
+    rules: Mapping[str, Rule],
+) -> list[Any]:
     """Evaluate a program with the primitives named in `rules` computed by their rules."""
 
     def has_rule(eqn: Any) -> bool:
@@ -130,7 +137,12 @@ def _evaluate(closed: Any, args: Sequence[Any], rules: Mapping[str, Rule]) -> li
         del index
         return has_rule(eqn)
 
-    def rule(index: int, eqn: Any, operands: list[Any], as_it_is: AsItIs) -> Sequence[Any]:
+    def rule(
+        index: int,
+        eqn: Any,
+        operands: list[Any],
+        as_it_is: AsItIs,
+    ) -> Sequence[Any]:
         del index, as_it_is
         if eqn.primitive.name in rules:
             return [rules[eqn.primitive.name](*operands, **eqn.params)]
@@ -143,7 +155,10 @@ def _evaluate(closed: Any, args: Sequence[Any], rules: Mapping[str, Rule]) -> li
 
 
 def _run(
-    jaxpr: Any, eqns: list[Any], values: Mapping[Any, Any], needed: set[Any]
+    jaxpr: Any,
+    eqns: list[Any],
+    values: Mapping[Any, Any],
+    needed: set[Any],
 ) -> dict[Any, Any]:
     """Evaluate consecutive equations as a program; return the values that are needed elsewhere."""
     # Dicts in place of sets: the order of inputs and outputs is that of the equations.
@@ -158,7 +173,11 @@ def _run(
     return dict(zip(outputs, results, strict=True))
 
 
-def _run_one(jaxpr: Any, eqn: Any, values: Mapping[Any, Any]) -> list[Any]:
+def _run_one(
+    jaxpr: Any,
+    eqn: Any,
+    values: Mapping[Any, Any],
+) -> list[Any]:
     """Evaluate one equation; return its results."""
     results = _run(jaxpr, [eqn], values, set(eqn.outvars))
     return list(results.values())

@@ -34,7 +34,11 @@ def norm(a: PyTree[Array]) -> Scalar:
     return jnp.sqrt(inner_product(a, a))
 
 
-def add_scaled(a: PyTree[Array], factor: Any, b: PyTree[Array]) -> PyTree[Array]:
+def add_scaled(
+    a: PyTree[Array],
+    factor: Any,
+    b: PyTree[Array],
+) -> PyTree[Array]:
     """Return `a + factor b` in the dtypes of a."""
     # The sum is rounded once: a 16-bit `factor * y` would lose what a wider factor holds.
     return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)
@@ -140,7 +144,11 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     return functools.reduce(jnp.logical_and, by_leaf, jnp.array(True))
 
 
-def keep_unless(good: Bool[Array, ""], new: T, old: T) -> T:
+def keep_unless(
+    good: Bool[Array, ""],
+    new: T,
+    old: T,
+) -> T:
     """Return `new` if it is good, else `old`."""
     # A selection by leaf: NaN in what is not chosen does no harm.
     chosen: T = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)

@@ -80,26 +80,43 @@ class Objective:
         # A frozen dataclass offers no other way to set a field.
         object.__setattr__(self, "loss", as_loss(self.loss))
 
-    def __call__(self, params: Params, batch: Batch) -> Any:
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+    ) -> Any:
         """Return the mean loss, or `(loss, aux)` with `has_aux`."""
         check_batch(batch)
         inputs, targets = batch
+        # f = model(params, inputs), L = loss(f, targets)
         outputs, aux = self._apply(params, inputs)
         value = check_scalar(self.loss(outputs, unwrap(targets)), "the loss")
         return (value, aux) if self.has_aux else value
 
-    def value(self, params: Params, batch: Batch) -> Scalar:
+    def value(
+        self,
+        params: Params,
+        batch: Batch,
+    ) -> Scalar:
         """Return the mean loss alone."""
         result = self(params, batch)
         value: Scalar = result[0] if self.has_aux else result
         return value
 
-    def outputs(self, params: Params, inputs: Any) -> Outputs:
+    def outputs(
+        self,
+        params: Params,
+        inputs: Any,
+    ) -> Outputs:
         """Return the model's outputs alone."""
         outputs, _ = self._apply(params, inputs)
         return outputs
 
-    def _apply(self, params: Params, inputs: Any) -> tuple[Outputs, Any]:
+    def _apply(
+        self,
+        params: Params,
+        inputs: Any,
+    ) -> tuple[Outputs, Any]:
         """Return outputs and aux; aux is None for a model without."""
         result = self.model(params, unwrap(inputs))
         if not self.has_aux:
@@ -113,7 +130,10 @@ class Objective:
 
 
 def total_terms(
-    objective: Objective, params: Params, batch: Batch, microbatch: int | None
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    microbatch: int | None,
 ) -> PyTree[Scalar]:
     """Count the terms N that the mean over the batch is over, `microbatch` rows at a time.
 
@@ -127,7 +147,10 @@ def total_terms(
 
 
 def scaled_to_share(
-    objective: Objective, params: Params, chunk: Batch, totals: PyTree[Scalar]
+    objective: Objective,
+    params: Params,
+    chunk: Batch,
+    totals: PyTree[Scalar],
 ) -> Objective:
     """Return `objective` scaled on `chunk` to its share of the batch's mean, `N_c / N`.
 
@@ -139,6 +162,11 @@ def scaled_to_share(
     return replace(objective, loss=share_of(objective.loss, counts, totals))
 
 
-def _terms(objective: Objective, params: Params, chunk: Batch) -> PyTree[Scalar]:
+def _terms(
+    objective: Objective,
+    params: Params,
+    chunk: Batch,
+) -> PyTree[Scalar]:
+    # Which terms count may depend on the outputs: their dtype is that of the count.
     inputs, targets = chunk
     return term_counts(objective.loss, objective.outputs(params, inputs), targets)
