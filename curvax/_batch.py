@@ -122,6 +122,7 @@ def sum_over_chunks(
     if n == 0 or (n == 1 and remainder is None):
         return fn(rows)
     fn = fast_convs_in_loops(fn)
+    # Shapes and dtypes of the result, without running anything.
     result = jax.eval_shape(lambda: fn(chunk(jnp.int32(0))))
 
     def add(total: PyTree, part: PyTree) -> PyTree:
@@ -148,6 +149,7 @@ def map_chunks(
     The results come back in the order of the rows.
     """
     n, chunk, remainder = _chunks(rows, microbatch)
+    # One chunk holds all rows: no loop.
     if n == 0 or (n == 1 and remainder is None):
         return fn(rows)
     by_chunk = lax.map(lambda i: fast_convs_in_loops(fn)(chunk(i)), jnp.arange(n))

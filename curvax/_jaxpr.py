@@ -143,6 +143,7 @@ def _evaluate(
         operands: list[Any],
         as_it_is: AsItIs,
     ) -> Sequence[Any]:
+        """Apply the rule of a primitive, or go into a nested program."""
         del index, as_it_is
         if eqn.primitive.name in rules:
             return [rules[eqn.primitive.name](*operands, **eqn.params)]
@@ -167,6 +168,7 @@ def _run(
     inputs = [variable for variable in operands if variable not in defined]
     outputs = [variable for variable in defined if variable in needed]
 
+    # Constants are inputs like all others: `values` holds them too.
     part = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=eqns)
     program = core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
     results = program(*(values[variable] for variable in inputs))

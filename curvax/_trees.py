@@ -100,6 +100,7 @@ def leaf_products(rows: Float[Array, "m ..."], v: Float[Array, "..."]) -> Float[
 def leaf_combination(c: Float[Array, " m"], rows: Float[Array, "m ..."]) -> Float[Array, "..."]:
     """Do `combine_rows` for one leaf."""
     dtype = wide_dtype(rows)
+    # c' R, where nothing has to be widened.
     if rows.dtype == dtype:
         return jnp.tensordot(c.astype(dtype), rows, 1, precision=lax.Precision.HIGHEST)
 

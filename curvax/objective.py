@@ -157,7 +157,7 @@ def scaled_to_share(
     With `totals` from `total_terms` of the batch, the shares of all chunks sum to the whole; the
     head of this module says why.
     """
-    # A count needs outputs only for their shapes: then the forward pass here is dead code.
+    # Most counts need outputs only for their dtype: the forward pass that they run is dead code.
     counts = _terms(objective, params, chunk)
     return replace(objective, loss=share_of(objective.loss, counts, totals))
 
@@ -167,6 +167,6 @@ def _terms(
     params: Params,
     chunk: Batch,
 ) -> PyTree[Scalar]:
-    # Which terms count may depend on the outputs: their dtype is that of the count.
+    # The count has the outputs' dtype; a user's own `num_terms` may look at their values too.
     inputs, targets = chunk
     return term_counts(objective.loss, objective.outputs(params, inputs), targets)

@@ -113,6 +113,7 @@ def ggn_diagonal(
 
     # f: [C] outputs of one example, S: [C, C] its output-space curvature, J: leaves [C, ...]
     def diagonal_of_row(row: Batch) -> PyTree[Array]:
+        """Return one example's share of the diagonal."""
         inputs, targets = row
         loss = scaled_to_share(objective, params, row, totals).loss
         outputs = objective.outputs(params, inputs)

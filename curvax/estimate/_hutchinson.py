@@ -186,6 +186,7 @@ def _mean_over_probes(
     # Chan's merge of (mean, squared deviations) of the n probes seen and the k of the next chunk:
     # one pass over the probes, no cancellation.
     def add(carry: tuple[PyTree, PyTree], n: Array) -> tuple[tuple[PyTree, PyTree], None]:
+        """Merge the probes of one chunk into mean and squared deviations."""
         mean, squares = carry
         # The last chunk may be ragged.
         index = n + jnp.arange(chunk_size)

@@ -83,6 +83,7 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
         targets: Heads,
         v: Heads,
     ) -> Heads:
+        """Multiply each head's vector by its curvature and weight."""
         check(outputs, targets)
         products = {}
         for name, w, loss in parts:
@@ -109,6 +110,7 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
         outputs: Heads,
         targets: Heads,
     ) -> Heads:
+        """Draw each head's pseudo-gradient, scaled by the root of its weight."""
         check(outputs, targets)
         draws = {}
         for i, (name, w, loss) in enumerate(parts):
@@ -154,6 +156,7 @@ def masked(loss: Any) -> Loss:
 
     # Positions become rows, each a batch of one for `inner`. m: [positions] weights
     def read(outputs: PyTree, targets: PyTree) -> tuple[PyTree, PyTree, Weights]:
+        """Return outputs and targets by row, with zeros where the mask is 0, and the weights."""
         y, mask = _check_mask(outputs, targets)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(outputs))
         m = jnp.asarray(mask, dtype).reshape(-1)

@@ -144,6 +144,7 @@ def gaussian() -> Loss:
         targets: Array,
         v: Gaussians,
     ) -> Outputs:
+        """Multiply mean and log-variance by their Fisher information."""
         _, s, _ = read(outputs, targets)
         dm, ds = map(at_least_float32, v)
         n = s.shape[0]

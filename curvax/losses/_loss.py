@@ -97,6 +97,7 @@ def from_function(
         outputs: Outputs,
         targets: Targets,
     ) -> Outputs:
+        """Draw targets, and return `sqrt(N)` times the gradient of the loss at them."""
         # The draw depends on the outputs; a derivative of r must not go through it.
         f = jax.lax.stop_gradient(outputs)
         y = loss.sample(key, f, targets)

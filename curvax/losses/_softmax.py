@@ -77,6 +77,7 @@ def softmax_cross_entropy(ignore_index: int | None = None, label_smoothing: floa
         targets: Labels,
         smoothing: float,
     ) -> Scalar:
+        """Return the mean of `-(1 - s) log p_y - s/C sum_c log p_c` over labels that count."""
         f, y, counts = read(outputs, targets)
         log_p = jax.nn.log_softmax(f)
         # log p_y, and NaN for a label that is no class.
@@ -93,6 +94,7 @@ def softmax_cross_entropy(ignore_index: int | None = None, label_smoothing: floa
         targets: Labels,
         v: Array,
     ) -> Logits:
+        """Multiply by the Hessian of the mean with respect to the logits."""
         f, _, counts = read(outputs, targets)
         p, u = jax.nn.softmax(f), at_least_float32(v)
         mean = jnp.sum(p * u, axis=-1, keepdims=True)

@@ -82,6 +82,7 @@ def ggnvp(
         targets: Targets,
         index: Array,
     ) -> OutputMatvec:
+        """Return the product with the loss's own curvature S."""
         del index
 
         # A plain function, whatever kind of callable the loss holds: it becomes part of the type
@@ -149,6 +150,7 @@ def fishervp(
         targets: Targets,
         index: Array,
     ) -> OutputMatvec:
+        """Draw pseudo-gradients, and return the product with the sum of their outer ones."""
         _check_rows(outputs, index.size)
 
         # The loss is that of the share of a chunk, whose root the pseudo-gradient holds already.
@@ -216,6 +218,7 @@ def empirical_fishervp(
         targets: Targets,
         index: Array,
     ) -> OutputMatvec:
+        """Return the product with the outer products of the rows of the gradient."""
         _check_rows(outputs, index.size)
         e = tree_at_least_float32(jax.grad(loss)(outputs, unwrap(targets)))
         # A leading axis of one sample.
@@ -240,6 +243,7 @@ def _through_outputs(
         chunk: Batch,
         index: Array,
     ) -> Matvec:
+        """Linearize the model on a chunk, and put M between `J'` and J."""
         inputs, targets = chunk
 
         def model(p: Params) -> Outputs:

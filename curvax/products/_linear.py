@@ -37,6 +37,7 @@ def on_params(matvec: Matvec, params: Params) -> Matvec:
 
 
 def _apply(matvec: Matvec, params: Params, v: Params) -> Params:
+    """Apply a matvec to a vector whose leaves may have other dtypes than params."""
     check_like(v, params, "v", "params")
 
     # The sum with zeros gives v the sharding of params. That they are zeros must be hidden: jaxlib
@@ -83,6 +84,8 @@ def over_batch(
         totals: PyTree,
         v: Params,
     ) -> Params:
+        """Add the products of all chunks, one chunk at a time."""
+
         def product(chunk_rows: Rows) -> Params:
             chunk, index = chunk_rows
             share = scaled_to_share(objective, params, chunk, totals)

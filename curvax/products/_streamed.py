@@ -106,6 +106,7 @@ def streamed(
 
     # C v = sum_c C_c v, with C_c the curvature of the share of batch c in the mean.
     def matvec(v: Params) -> Params:
+        """Add the products of all batches, one batch at a time."""
         check_like(v, params, "v", "params")
         total = jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params)
         seen = 0

@@ -1,4 +1,4 @@
-"""Losses: values and curvature against plain formulas and autodiff, and the law of their pseudo-gradients."""
+"""Losses: values and curvature against formulas and autodiff, the law of pseudo-gradients."""
 
 import jax
 import jax.numpy as jnp
