@@ -22,9 +22,9 @@ whole exactly, for any partition down to single examples:
 * heads of a `weighted_sum` have counts of their own, `L = sum_h w_h 1/N_h sum_i L_hi`: counts and
   shares are then dicts by head, and each head is scaled by its own `N_hc/N_h`.
 
-What is quadratic in the loss is not a sum of shares, and its callers say what factor is due: the
-gradient of example b, which per-example gradients scale to `g_b = B/N grad L_b` so that their mean
-is the gradient, is B times its share.
+What is not linear in the loss needs a factor of its own, which its function states. With `s_b` the
+gradient of the share of example b, per-example gradients are `g_b = B s_b`, so that their mean is
+the gradient, and the empirical Fisher is `1/B sum_b g_b g_b' = B sum_b s_b s_b'`.
 """
 
 from __future__ import annotations
