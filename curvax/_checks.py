@@ -1,8 +1,11 @@
-"""Checks of arguments, made at trace time: what is wrong, what came (by path, shape, dtype), what to do."""
+"""Checks of arguments at trace time.
+
+An error says what is wrong, what came (by path, shape, dtype), and what to do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -27,22 +30,31 @@ def describe(x: Any) -> str:
 
 
 def check_params(params: PyTree) -> None:
-    """Raise unless `params` is a non-empty pytree of floating-point arrays (`MaskedNode`s aside)."""
-    leaves = jax.tree.leaves_with_path(params)
+    """Raise unless `params` is a non-empty pytree of float arrays (`MaskedNode`s aside)."""
+    # optax hands over None if the caller left params out; as a pytree that would just be empty.
     if params is None:
         raise ValueError(
-            "params are missing: got None; pass the pytree of float arrays, e.g. update(..., params)."
+            "params are missing: got None; pass the pytree of float arrays, e.g. "
+            "update(..., params)."
         )
-    if not leaves and not any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+    # A mask that takes everything out leaves `MaskedNode`s, which are no leaves: allowed.
+    if not jax.tree.leaves(params, is_leaf=is_masked):
         raise ValueError(
             f"params is an empty pytree ({type(params).__name__}); pass at least one float array."
         )
-    advice = "Keep what is not trained out of params: close over it, or pass it in inputs as curvax.Shared(tree)."
+    advice = (
+        "Keep what is not trained out of params: close over it, or pass it in inputs as "
+        "curvax.Shared(tree)."
+    )
     check_floats(params, "params", advice)
 
 
-def check_floats(tree: PyTree, name: str, advice: str) -> None:
-    """Raise unless every leaf of `tree` is a floating-point array; tell the first that is not, by path, and the advice."""
+def check_floats(
+    tree: PyTree,
+    name: str,
+    advice: str,
+) -> None:
+    """Raise unless every leaf of `tree` is a float array; the error ends with `advice`."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -57,25 +69,35 @@ def check_no_masked(params: PyTree) -> None:
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
         if is_masked(leaf):
             raise ValueError(
-                f"the curvature estimate needs the whole model, but params{jax.tree_util.keystr(path)} is masked out. "
-                "Pass all parameters by update(..., batch=batch, model_params=params), or put the mask inside: "
+                "the curvature estimate needs the whole model, but "
+                f"params{jax.tree_util.keystr(path)} is masked out. Pass all parameters by "
+                "update(..., batch=batch, model_params=params), or put the mask inside: "
                 "curvax.estimating(optax.partition({...}, labels), estimator)."
             )
 
 
-def check_like(tree: PyTree, reference: PyTree, name: str, reference_name: str) -> None:
-    """Raise unless `tree` has the paths and shapes of `reference`; name the first path that differs.
+def check_like(
+    tree: PyTree,
+    reference: PyTree,
+    name: str,
+    reference_name: str,
+) -> None:
+    """Raise unless `tree` has the paths and shapes of `reference`; name the first other path.
 
     Where `reference` holds an `optax.MaskedNode`, `tree` may hold anything.
     """
     nodes = dict(jax.tree.leaves_with_path(reference, is_leaf=is_masked))
     want = {path: leaf for path, leaf in nodes.items() if not is_masked(leaf)}
     masked = nodes.keys() - want.keys()
-    got = {
-        path: leaf
-        for path, leaf in jax.tree.leaves_with_path(tree)
-        if not any(path[:k] in masked for k in range(len(path) + 1))
-    }
+
+    # A whole subtree may stand where the reference is masked: any beginning of a path counts.
+    def below_masked(path: tuple[Any, ...]) -> bool:
+        return any(path[:k] in masked for k in range(len(path) + 1))
+
+    leaves = jax.tree.leaves_with_path(tree)
+    got = {path: leaf for path, leaf in leaves if not below_masked(path)}
+
+    # First what is missing, then what is too much or of another shape.
     for path in want:
         if path not in got:
             raise ValueError(
@@ -91,12 +113,17 @@ def check_like(tree: PyTree, reference: PyTree, name: str, reference_name: str) 
             )
         if jnp.shape(leaf) != jnp.shape(want[path]):
             raise ValueError(
-                f"{name}{where} is {describe(leaf)}, {reference_name}{where} is {describe(want[path])}; shapes must agree."
+                f"{name}{where} is {describe(leaf)}, {reference_name}{where} is "
+                f"{describe(want[path])}; shapes must agree."
             )
-    ours, theirs = str(jax.tree.structure(tree)), str(jax.tree.structure(reference))
+
+    # The same paths in other containers (a list for a tuple): `jax.tree.map` would refuse them.
+    ours = str(jax.tree.structure(tree))
+    theirs = str(jax.tree.structure(reference))
     if not masked and ours != theirs:
         raise ValueError(
-            f"{name} and {reference_name} hold the same leaves in different containers: {ours} and {theirs}."
+            f"{name} and {reference_name} hold the same leaves in different containers: {ours} "
+            f"and {theirs}."
         )
 
 
@@ -111,22 +138,44 @@ def check_scalar(value: Array, name: str) -> Array:
     return value
 
 
-def check_choice(name: str, value: str, choices: Mapping[str, T]) -> T:
-    """Return `choices[value]`, or raise listing the valid names."""
+def check_choice(
+    name: str,
+    value: str,
+    choices: Collection[str],
+) -> None:
+    """Raise unless `value` is one of `choices`, and list those, in their order."""
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(map(repr, choices))}.")
+
+
+def look_up(
+    name: str,
+    value: str,
+    choices: Mapping[str, T],
+) -> T:
+    """Return `choices[value]`, or raise as `check_choice` does."""
+    check_choice(name, value, choices)
     return choices[value]
 
 
-def check_function(name: str, value: Any, signature: str, valid: str) -> None:
+def check_function(
+    name: str,
+    value: Any,
+    signature: str,
+    valid: str,
+) -> None:
     """Raise unless `value` is callable; tell its signature and some that are valid."""
     if not callable(value):
         raise TypeError(f"{name} must be a function {signature}, such as {valid}; got {value!r}.")
 
 
 def check_at_least(minimum: float, **values: Any) -> None:
-    """Raise if a named value is a concrete number below `minimum`; arrays, tracers and schedules pass."""
+    """Raise if a named value is a concrete number below `minimum`.
+
+    Arrays, tracers and schedules pass.
+    """
     for name, value in values.items():
+        # `not >=` also refuses NaN.
         if isinstance(value, int | float | np.number) and not value >= minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
@@ -136,14 +185,19 @@ def check_count(minimum: int, **values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, int | np.integer):
             raise TypeError(
-                f"{name} must be a Python integer, known when the function is traced; got {describe(value)}."
+                f"{name} must be a Python integer, known when the function is traced; "
+                f"got {describe(value)}."
             )
     check_at_least(minimum, **values)
 
 
 def check_integer(low: int, high: int, **values: Any) -> None:
-    """Raise unless every named value is an integer, perhaps traced; if it is concrete, in [low, high]."""
+    """Raise unless every named value is an integer, and if it is concrete, in [low, high].
+
+    It may be traced.
+    """
     for name, value in values.items():
+        # A schedule has no dtype to ask for.
         if callable(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
             raise TypeError(f"{name} must be an integer (perhaps traced), got {describe(value)}.")
         if isinstance(value, int | np.integer) and not low <= value <= high:
@@ -155,7 +209,8 @@ def check_decay(**values: Any) -> None:
     for name, value in values.items():
         if callable(value):
             raise TypeError(
-                f"{name} must be a number, got a function; let optax.inject_hyperparams follow the schedule."
+                f"{name} must be a number, got a function; let optax.inject_hyperparams follow "
+                "the schedule."
             )
         if isinstance(value, int | float | np.number) and not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value}.")
@@ -165,7 +220,10 @@ def check_precision(**values: Any) -> None:
     """Raise if a named hyperparameter arrives in a 16-bit float, where 0.999 rounds to 1."""
     for name, value in values.items():
         dtype = getattr(value, "dtype", None)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            continue
+        # optax.inject_hyperparams casts hyperparameters to the dtype of params unless told not to.
+        if jnp.finfo(dtype).bits < 32:
             raise TypeError(
                 f"{name} arrives as {dtype}, too coarse for a decay rate or damping. "
                 "Under optax.inject_hyperparams pass hyperparam_dtype=jnp.float32."
@@ -174,9 +232,10 @@ def check_precision(**values: Any) -> None:
 
 def check_damping(damping: Any, allow_zero: bool = False) -> None:
     """Raise if a concrete damping is not positive."""
-    if isinstance(damping, int | float | np.number) and not (
-        damping > 0 or (allow_zero and damping == 0)
-    ):
+    if not isinstance(damping, int | float | np.number):
+        return
+    # Zero is for callers that divide by what is not zero only.
+    if not (damping > 0 or (allow_zero and damping == 0)):
         raise ValueError(
             f"damping must be positive, got {damping}: a matrix without full rank has no inverse."
         )

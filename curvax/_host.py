@@ -27,33 +27,40 @@ class OnHost:
         """Call the function with `jit` in force, whatever surrounds it."""
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
             raise TypeError(
-                "a matvec over batches on the host cannot be traced. Call what uses it outside of jax.jit, vmap and grad, "
-                "and hand it over as curvax.streamed returned it; if it is part of a function of your own, call that "
-                "under `with jax.disable_jit():`, where JAX runs loops in Python."
+                "a matvec over batches on the host cannot be traced. Call what uses it outside of "
+                "jax.jit, vmap and grad, and hand it over as curvax.streamed returned it; if it is "
+                "part of a function of your own, call that under `with jax.disable_jit():`, where "
+                "JAX runs loops in Python."
             )
+        # The solver around runs under `disable_jit`; the product itself should be compiled.
         with jax.disable_jit(False):
             return self.function(*args)
 
 
 def loops_for(matvec: Any) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which `lax` loops run in Python if `matvec` is `OnHost`, else one that changes nothing."""
+    """Return the context for loops that call `matvec`.
+
+    In it, `lax` loops run in Python if `matvec` is `OnHost`; otherwise it changes nothing.
+    """
     return jax.disable_jit() if isinstance(matvec, OnHost) else contextlib.nullcontext()
 
 
 def loops_in_python() -> bool:
     """Tell whether `jax.disable_jit` is in force."""
-    return bool(
-        getattr(jax.config, "jax_disable_jit", False)
-    )  # (the attribute is not declared to type checkers)
+    # The attribute is not declared to type checkers.
+    return bool(getattr(jax.config, "jax_disable_jit", False))
 
 
 def compiled(
-    fn: Callable[..., T], donate: tuple[int, ...] = (), static: tuple[int, ...] = ()
+    fn: Callable[..., T],
+    donate: tuple[int, ...] = (),
+    static: tuple[int, ...] = (),
 ) -> Callable[..., T]:
-    """Return `fn` as one compiled call where loops run in Python; elsewhere as it is, part of the program around it.
+    """Return `fn` as one compiled call where loops run in Python.
 
-    For functions at the top level of a module, so that each is compiled once. Buffers of the arguments `donate` are reused,
-    `static` ones are Python values.
+    Elsewhere `fn` is called as it is, and becomes part of the program around it. This is for
+    functions at the top level of a module, so that each is compiled once. Buffers of the arguments
+    `donate` are reused; `static` arguments are Python values.
     """
     program = jax.jit(fn, donate_argnums=donate, static_argnums=static)
 
@@ -61,6 +68,7 @@ def compiled(
     def call(*args: Any) -> T:
         if not loops_in_python():
             return fn(*args)
+        # One step of the Python loop: compiled as a unit, not run operation by operation.
         with jax.disable_jit(False):
             result: T = program(*args)
         return result

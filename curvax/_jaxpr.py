@@ -1,9 +1,14 @@
-"""Read and evaluate jaxprs, equation by equation where needed. The one module that touches `jax.extend`."""
+"""Read and evaluate jaxprs, equation by equation where needed.
+
+This is the one module that touches `jax.extend`. From JAX 0.11 on a `ClosedJaxpr` is a `Jaxpr`, so
+nothing here asks which of the two it has.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -17,15 +22,22 @@ Rule: TypeAlias = Callable[..., Array]
 AsItIs: TypeAlias = Callable[[], list[Any]]
 """Evaluate the equation at hand unchanged."""
 
+Concerned: TypeAlias = Callable[[int, Any], bool]
+"""Tell by its index and itself whether an equation is one to replace."""
+
+EquationRule: TypeAlias = Callable[[int, Any, list[Any], AsItIs], Sequence[Any]]
+"""`(index, equation, operands, as_it_is) -> results`, in place of one equation."""
+
 
 def replacing(fn: Callable[..., Any], rules: Mapping[str, Rule]) -> Callable[..., Any]:
     """Return `fn` with the primitives named in `rules` computed by their rules.
 
-    Nested `jit` and remat are entered; other nested programs (loops, custom derivatives) are left as they are.
+    Nested `jit` and remat are entered; other nested programs (loops, custom derivatives) are left
+    as they are.
     """
 
     def replaced(*args: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+        closed, shapes = trace_model(fn, *args)
         results = _evaluate(closed, jax.tree.leaves(args), rules)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
@@ -33,12 +45,13 @@ def replacing(fn: Callable[..., Any], rules: Mapping[str, Rule]) -> Callable[...
 
 
 def primitives(fn: Callable[..., Any], *args: Any) -> set[str]:
-    """Names of all primitives that `fn(*args)` runs, those of nested programs included."""
+    """Return the names of all primitives that `fn(*args)` runs, in nested programs too."""
 
     def names(eqns: Any) -> Iterator[str]:
         for eqn in eqns:
             yield eqn.primitive.name
             for param in eqn.params.values():
+                # `cond` holds a tuple of programs, the others one; most parameters are none.
                 for program in param if isinstance(param, tuple | list) else (param,):
                     yield from names(getattr(program, "eqns", ()))
 
@@ -51,84 +64,122 @@ def trace_model(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def is_constant(atom: Any) -> bool:
-    """Whether an operand is written into the program as a number."""
+    """Tell whether an operand is written into the program as a number."""
     return isinstance(atom, core.Literal)
 
 
 def inner_program(eqn: Any) -> Any:
-    """The program inside a nested `jit` or remat, with its constants; None for any other equation."""
+    """Return the program inside a nested `jit` or remat; None for any other equation."""
+    # remat's program has no constants of its own, `jit`'s comes with them.
     if eqn.primitive.name in ("checkpoint", "remat2"):
         return core.ClosedJaxpr(eqn.params["jaxpr"], [])
     return eqn.params["jaxpr"] if eqn.primitive.name in ("jit", "pjit") else None
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many operands of a `scan` are closed over, and how many are carried; the rest are scanned over."""
+    """Return how many operands of a `scan` are closed over, and how many are carried.
+
+    The operands after those are scanned over.
+    """
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry, _ = eqn.params["ft_in"].unpack()  # from jax 0.11
+    # From JAX 0.11 on the two numbers stand in the tree of operands.
+    consts, carry, _ = eqn.params["ft_in"].unpack()
     return len(consts), len(carry)
 
 
 def interpret(
     closed: Any,
     args: Sequence[Any],
-    concerned: Callable[[int, Any], bool],
-    rule: Callable[[int, Any, list[Any], AsItIs], Sequence[Any]],
+    concerned: Concerned,
+    rule: EquationRule,
 ) -> list[Any]:
-    """Evaluate a program; `rule(index, eqn, operands, as_it_is)` gives the results of every `concerned` equation."""
+    """Evaluate a program; the results of every `concerned` equation come from `rule`."""
     jaxpr = closed.jaxpr
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
-    read = lambda atom: atom.val if is_constant(atom) else values[atom]
-    needed = {atom for eqn in jaxpr.eqns for atom in eqn.invars if not is_constant(atom)}
-    needed |= {atom for atom in jaxpr.outvars if not is_constant(atom)}
-    for chosen, group in itertools.groupby(enumerate(jaxpr.eqns), lambda pair: concerned(*pair)):
-        if not chosen:
-            values.update(_run(jaxpr, [eqn for _, eqn in group], values, needed))
+    variables = [*jaxpr.constvars, *jaxpr.invars]
+    values = dict(zip(variables, [*closed.consts, *args], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if is_constant(atom) else values[atom]
+
+    # What some equation or the caller reads; a run of equations has to return no more than that.
+    operands = [atom for eqn in jaxpr.eqns for atom in eqn.invars]
+    needed = {atom for atom in (*operands, *jaxpr.outvars) if not is_constant(atom)}
+
+    # Equations between two concerned ones are evaluated together, as one program.
+    groups = itertools.groupby(enumerate(jaxpr.eqns), lambda pair: concerned(*pair))
+    for is_concerned, group in groups:
+        if not is_concerned:
+            eqns = [eqn for _, eqn in group]
+            values.update(_run(jaxpr, eqns, values, needed))
             continue
         for index, eqn in group:
-            as_it_is = lambda eqn=eqn: list(_run(jaxpr, [eqn], values, set(eqn.outvars)).values())
+            as_it_is = partial(_run_one, jaxpr, eqn, values)
             results = rule(index, eqn, [read(atom) for atom in eqn.invars], as_it_is)
             values.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _concerned(eqn: Any, rules: Mapping[str, Rule]) -> bool:
-    inner = inner_program(eqn)
-    return eqn.primitive.name in rules or (
-        inner is not None and any(_concerned(e, rules) for e in inner.jaxpr.eqns)
-    )
+def _evaluate(
+    closed: Any,
+    args: Sequence[Any],
+    rules: Mapping[str, Rule],
+) -> list[Any]:
+    """Evaluate a program with the primitives named in `rules` computed by their rules."""
 
+    def has_rule(eqn: Any) -> bool:
+        if eqn.primitive.name in rules:
+            return True
+        inner = inner_program(eqn)
+        return inner is not None and any(map(has_rule, inner.jaxpr.eqns))
 
-def _evaluate(closed: Any, args: Sequence[Any], rules: Mapping[str, Rule]) -> list[Any]:
-    def rule(index: int, eqn: Any, operands: list[Any], as_it_is: AsItIs) -> Sequence[Any]:
+    def concerned(index: int, eqn: Any) -> bool:
+        del index
+        return has_rule(eqn)
+
+    def rule(
+        index: int,
+        eqn: Any,
+        operands: list[Any],
+        as_it_is: AsItIs,
+    ) -> Sequence[Any]:
+        """Apply the rule of a primitive, or go into a nested program."""
         del index, as_it_is
         if eqn.primitive.name in rules:
             return [rules[eqn.primitive.name](*operands, **eqn.params)]
+        # As remat does in a backward pass: compute again from the operands, and keep nothing.
         if eqn.params.get("prevent_cse") and eqn.params["differentiated"]:
-            operands = lax.optimization_barrier(
-                operands
-            )  # as remat does: compute again, keep nothing
+            operands = lax.optimization_barrier(operands)
         return _evaluate(inner_program(eqn), operands, rules)
 
-    return interpret(closed, args, lambda index, eqn: _concerned(eqn, rules), rule)
+    return interpret(closed, args, concerned, rule)
 
 
 def _run(
-    jaxpr: Any, eqns: list[Any], values: Mapping[Any, Any], needed: set[Any]
+    jaxpr: Any,
+    eqns: list[Any],
+    values: Mapping[Any, Any],
+    needed: set[Any],
 ) -> dict[Any, Any]:
-    """Evaluate consecutive equations as a program of their own; return the values that are needed elsewhere."""
-    made = dict.fromkeys(variable for eqn in eqns for variable in eqn.outvars)
-    read = dict.fromkeys(atom for eqn in eqns for atom in eqn.invars if not is_constant(atom))
-    inputs = [variable for variable in read if variable not in made]
-    outputs = [variable for variable in made if variable in needed]
-    program = core.ClosedJaxpr(
-        jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=eqns), []
-    )
-    return dict(
-        zip(
-            outputs,
-            core.jaxpr_as_fun(program)(*(values[variable] for variable in inputs)),
-            strict=True,
-        )
-    )
+    """Evaluate consecutive equations as a program; return the values that are needed elsewhere."""
+    # Dicts in place of sets: the order of inputs and outputs is that of the equations.
+    defined = dict.fromkeys(variable for eqn in eqns for variable in eqn.outvars)
+    operands = dict.fromkeys(atom for eqn in eqns for atom in eqn.invars if not is_constant(atom))
+    inputs = [variable for variable in operands if variable not in defined]
+    outputs = [variable for variable in defined if variable in needed]
+
+    # Constants are inputs like all others: `values` holds them too.
+    part = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=eqns)
+    program = core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
+    results = program(*(values[variable] for variable in inputs))
+    return dict(zip(outputs, results, strict=True))
+
+
+def _run_one(
+    jaxpr: Any,
+    eqn: Any,
+    values: Mapping[Any, Any],
+) -> list[Any]:
+    """Evaluate one equation; return its results."""
+    results = _run(jaxpr, [eqn], values, set(eqn.outvars))
+    return list(results.values())

@@ -9,16 +9,18 @@ import jax
 from jaxtyping import PyTree
 
 
+# A pytree, so that it passes through `jit`; a type of its own, so that chunking can tell it apart.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Shared:
-    """Mark a part of `inputs` (or `targets`) that has no batch axis, such as a dropout key or running statistics.
+    """Mark a part of `inputs` (or `targets`) that has no batch axis, such as a dropout key.
 
-    The model receives `value` itself, unwrapped. Where curvax works by example or by chunk, every example and every
-    chunk gets all of it: with a dropout key, examples taken one at a time all draw the same mask.
+    The model receives `value` itself, unwrapped. Where curvax works by example or by chunk, every
+    example and every chunk gets all of it: with a dropout key, examples that are worked on one at
+    a time all draw the same mask.
 
     Args:
-      value: any pytree of arrays, keys included.
+      value: any pytree of arrays, keys included; running statistics, for instance.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -41,4 +43,8 @@ def is_shared(x: Any) -> bool:
 
 def unwrap(tree: PyTree) -> PyTree:
     """Replace every `Shared(value)` in `tree` by `value`."""
-    return jax.tree.map(lambda x: x.value if is_shared(x) else x, tree, is_leaf=is_shared)
+
+    def value_of(x: Any) -> Any:
+        return x.value if is_shared(x) else x
+
+    return jax.tree.map(value_of, tree, is_leaf=is_shared)

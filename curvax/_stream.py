@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from curvax._batch import check_batch
 from curvax._checks import describe
@@ -15,20 +17,26 @@ from curvax._types import Batch
 
 def check_rereadable(batches: Iterable[Batch]) -> None:
     """Raise if `batches` is an iterator."""
+    # An iterator is its own iterator; everything else begins anew.
     if iter(batches) is batches:
         raise TypeError(
-            f"batches is an iterator ({type(batches).__name__}), which can be gone through but once; here they are read "
-            "again and again. Give a list, a DataLoader, or an object whose __iter__ begins anew."
+            f"batches is an iterator ({type(batches).__name__}), which can be gone through but "
+            "once; here they are read again and again. Give a list, a DataLoader, or an object "
+            "whose __iter__ begins anew."
         )
 
 
 def on_device(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Go through batches of NumPy, JAX or PyTorch arrays as JAX arrays."""
     for batch in batches:
+        # The pair is checked before conversion, which would turn a bare array into rows.
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"batches must hold pairs (inputs, targets), got {describe(batch)}.")
-        arrays: Batch = jax.tree.map(
-            lambda x: x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)), tuple(batch)
-        )
+        arrays: Batch = jax.tree.map(_as_jax, tuple(batch))
         check_batch(arrays)
         yield arrays
+
+
+def _as_jax(x: Any) -> Array:
+    # NumPy reads PyTorch's CPU tensors without a copy; keys of JAX it cannot read.
+    return x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x))

@@ -1,4 +1,4 @@
-"""Linear algebra of pytrees as vectors, and of stacks of them (a tree with a leading axis) as matrices."""
+"""Linear algebra of pytrees as vectors, and of stacks of them (a leading axis) as matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from curvax._types import Params, Scalar, at_least_float32
 from curvax._xla import with_auto_sharding
@@ -19,12 +19,14 @@ T = TypeVar("T")
 
 def inner_product(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
     """Sum the products of all entries, in at least float32."""
+
     # Not a product of flattened leaves, which would gather those that are sharded.
-    each = [
-        jnp.sum(at_least_float32(x) * at_least_float32(y))
-        for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
-    ]
-    return jnp.asarray(sum(each))
+    def of_leaves(x: Array, y: Array) -> Array:
+        return jnp.sum(at_least_float32(x) * at_least_float32(y))
+
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    total = sum(of_leaves(x, y) for x, y in leaves)
+    return jnp.asarray(total)
 
 
 def norm(a: PyTree[Array]) -> Scalar:
@@ -32,16 +34,45 @@ def norm(a: PyTree[Array]) -> Scalar:
     return jnp.sqrt(inner_product(a, a))
 
 
-def add_scaled(a: PyTree[Array], factor: Any, b: PyTree[Array]) -> PyTree[Array]:
+def add_scaled(
+    a: PyTree[Array],
+    factor: Any,
+    b: PyTree[Array],
+) -> PyTree[Array]:
     """Return `a + factor b` in the dtypes of a."""
+    # The sum is rounded once: a 16-bit `factor * y` would lose what a wider factor holds.
     return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)
+
+
+def cast_like(tree: PyTree[Array], like: PyTree[Any]) -> PyTree[Array]:
+    """Cast every leaf of `tree` to the dtype of the leaf of `like` that stands in its place."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def safe_divide(x: Any, y: Array) -> Array:
+    """Return `x / y`, and 0 where y is 0; derivatives are finite there too."""
+    # The division itself must not see the zero: its derivative would be 0 * inf = NaN.
+    is_zero = y == 0
+    return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
+
+
+def out_of_range_if_negative(ids: Int[Array, "..."], size: int) -> Int[Array, "..."]:
+    """Replace negative numbers by `size`, the first that is out of range.
+
+    Indexing counts negative numbers from the end, so that a wrong one would silently fetch some
+    other entry; numbers past the end go where the lookup's `mode` sends them.
+    """
+    # In 8 or 16 bits `size` itself could wrap around to a number in range.
+    wide = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
+    return jnp.where(wide < 0, size, wide)
 
 
 def row_products(rows: PyTree[Array], v: Params) -> Float[Array, " m"]:
     """Return the inner products of m rows with v, in at least float32; one pass over the rows."""
 
     def products(rows: list[Array], v: list[Array]) -> Array:
-        return jnp.asarray(sum(leaf_products(x, y) for x, y in zip(rows, v, strict=True)))
+        total = sum(leaf_products(x, y) for x, y in zip(rows, v, strict=True))
+        return jnp.asarray(total)
 
     return with_auto_sharding(products, jax.tree.leaves(rows), jax.tree.leaves(v))
 
@@ -54,25 +85,41 @@ def combine_rows(coefficients: Float[Array, " m"], rows: PyTree[Array]) -> Param
 def leaf_products(rows: Float[Array, "m ..."], v: Float[Array, "..."]) -> Float[Array, " m"]:
     """Do `row_products` for one leaf."""
     if rows.dtype == wide_dtype(rows):
-        return jnp.tensordot(rows, v.astype(rows.dtype), v.ndim, precision=lax.Precision.HIGHEST)
+        return jnp.tensordot(
+            rows,
+            v.astype(rows.dtype),
+            v.ndim,
+            precision=lax.Precision.HIGHEST,
+        )
     # A matrix product would first widen all rows in memory; a sum of products widens as it reads.
-    return jnp.sum(at_least_float32(rows) * at_least_float32(v), axis=tuple(range(1, rows.ndim)))
+    entries = tuple(range(1, rows.ndim))
+    products = at_least_float32(rows) * at_least_float32(v)
+    return jnp.sum(products, axis=entries)
 
 
 def leaf_combination(c: Float[Array, " m"], rows: Float[Array, "m ..."]) -> Float[Array, "..."]:
     """Do `combine_rows` for one leaf."""
-    if rows.dtype == wide_dtype(rows):
-        return jnp.tensordot(c.astype(rows.dtype), rows, 1, precision=lax.Precision.HIGHEST)
+    dtype = wide_dtype(rows)
+    # c' R, where nothing has to be widened.
+    if rows.dtype == dtype:
+        return jnp.tensordot(c.astype(dtype), rows, 1, precision=lax.Precision.HIGHEST)
 
-    def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, None]:  # row by row, likewise
-        row = lax.bitcast_convert_type(term[1], rows.dtype)
-        return total + term[0].astype(total.dtype) * row.astype(total.dtype), None
+    # Row by row, so that only one row at a time is wide in memory.
+    def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, None]:
+        coefficient, row_bits = term
+        row = lax.bitcast_convert_type(row_bits, rows.dtype)
+        return total + coefficient.astype(dtype) * row.astype(dtype), None
 
-    return lax.scan(add, jnp.zeros(rows.shape[1:], wide_dtype(rows)), (c, bits(rows)))[0]
+    zeros = jnp.zeros(rows.shape[1:], dtype)
+    combination, _ = lax.scan(add, zeros, (c, bits(rows)))
+    return combination
 
 
 def bits(x: Array) -> Array:
-    """Return 16-bit floats as integers: to slice or update those, XLA on CPUs widens the whole array to float32."""
+    """Return 16-bit floats as integers, and anything else as it is.
+
+    To slice or update 16-bit floats, XLA on CPUs widens the whole array to float32.
+    """
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
@@ -88,17 +135,22 @@ def dimension(params: Params) -> int:
 
 def by_path(tree: PyTree) -> dict[str, Any]:
     """Return the leaves of a tree by path, as `jax.tree_util.keystr` prints it."""
-    return {keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+    leaves = jax.tree.leaves_with_path(tree)
+    return {keystr(path): x for path, x in leaves}
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every entry is a finite number."""
-    return functools.reduce(
-        jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], jnp.array(True)
-    )
+    """Tell whether every entry is a finite number."""
+    by_leaf = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, by_leaf, jnp.array(True))
 
 
-def keep_unless(good: Bool[Array, ""], new: T, old: T) -> T:
+def keep_unless(
+    good: Bool[Array, ""],
+    new: T,
+    old: T,
+) -> T:
     """Return `new` if it is good, else `old`."""
-    kept: T = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    return kept
+    # A selection by leaf: NaN in what is not chosen does no harm.
+    chosen: T = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    return chosen

@@ -18,7 +18,8 @@ Batch: TypeAlias = tuple[Any, Any]
 Scalar: TypeAlias = Float[Array, ""]
 PRNGKey: TypeAlias = Key[Array, ""]
 Count: TypeAlias = Any
-"""An int32 scalar array. (Type checkers take a NamedTuple's field `count` for an override of `tuple.count`.)"""
+"""An int32 scalar array. (Type checkers take a NamedTuple's field `count` for an override of
+`tuple.count`.)"""
 
 Matvec: TypeAlias = Callable[[Params], Params]
 """A square linear map on params: `mv(v)` is a tree like `v`."""
@@ -26,7 +27,9 @@ Matvec: TypeAlias = Callable[[Params], Params]
 
 def at_least_float32(x: Array) -> Array:
     """Widen a 16-bit float (or an integer) to float32; leave float32 and float64 as they are."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    # Curvature adds many small squares, which 8 or 11 bits of mantissa would round away.
+    dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
+    return jnp.asarray(x, dtype)
 
 
 def tree_at_least_float32(tree: PyTree) -> PyTree:

@@ -20,9 +20,10 @@ T = TypeVar("T")
 def fast_convs_in_loops(fn: Callable[..., T]) -> Callable[..., T]:
     """Return `fn` fit for the inside of `scan`, `map` or `cond`.
 
-    On CPUs, XLA brings the convolutions of a backward pass into the layout that its fast kernels take (batch, space,
-    features) at the top level of a program only; inside loops and branches they run as naive loops, 50 times slower.
-    There the layout is changed here. Elsewhere, and where loops run in Python, `fn` is returned as it is.
+    On CPUs, XLA brings the convolutions of a backward pass into the layout that its fast kernels
+    take (batch, space, features) at the top level of a program only; inside loops and branches
+    they run as naive loops, 50 times slower. There the layout is changed here. Elsewhere, and
+    where loops run in Python, `fn` is returned as it is.
     """
     if jax.default_backend() != "cpu" or loops_in_python():
         return fn
@@ -32,44 +33,54 @@ def fast_convs_in_loops(fn: Callable[..., T]) -> Callable[..., T]:
 def pin_to_iteration(closure: T, index: Array) -> T:
     """Tie the arrays of a closure (a `Partial`) to the index of a loop's round.
 
-    What a round computes from them is then computed in the round, not once before the loop and kept in memory.
+    What a round computes from them is then computed in the round, not once before the loop and
+    kept in memory.
     """
-    return (
-        lax.optimization_barrier((closure, index))[0] if isinstance(closure, Partial) else closure
-    )
+    if not isinstance(closure, Partial):
+        return closure
+    # The barrier makes every array depend on the index, which XLA cannot know before the round.
+    pinned: T = lax.optimization_barrier((closure, index))[0]
+    return pinned
 
 
 def with_auto_sharding(fn: Callable[..., T], *args: Any) -> T:
-    """Return `fn(*args)`, replicated, with explicitly sharded arguments handed over to the compiler's own placement.
+    """Return `fn(*args)`, replicated, under the compiler's own placement of sharded arguments.
 
-    Sums over a batch that is sharded explicitly would each have to say how their result is sharded.
+    Sums over a batch that is sharded explicitly would each have to say how their result is
+    sharded.
     """
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-    mesh = next((s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types), None)
+    meshes = (s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types)
+    mesh = next(meshes, None)
     if mesh is None:
         return fn(*args)
-    result: T = auto_axes(fn, out_sharding=NamedSharding(mesh, PartitionSpec()))(*args)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    result: T = auto_axes(fn, out_sharding=replicated)(*args)
     return result
 
 
 def _channels_last(lhs: Array, rhs: Array, *, dimension_numbers: Any, **params: Any) -> Array:
-    """Convolve with batch first and features last, kernel [*space, in, out], whatever layout the operands are in."""
-    of_lhs, of_rhs, of_out = dimension_numbers
-    space = tuple(range(1, lhs.ndim - 1))
-    standard = lax.ConvDimensionNumbers(
-        (0, lhs.ndim - 1, *space),
-        (lhs.ndim - 1, lhs.ndim - 2, *range(lhs.ndim - 2)),
-        (0, lhs.ndim - 1, *space),
-    )
+    """Convolve with batch first, features last and kernel [*space, in, out], whatever the layout.
+
+    The dimension numbers list the axes of an operand as (batch, features, *space), and those of a
+    kernel as (out, in, *space).
+    """
+    lhs_axes, rhs_axes, out_axes = dimension_numbers
+    last = lhs.ndim - 1
+    space = tuple(range(1, last))
+
+    # Where the standard layout has these axes, in the order of the dimension numbers.
+    standard_lhs = (0, last, *space)
+    standard_rhs = (last, last - 1, *range(last - 1))
+    standard = lax.ConvDimensionNumbers(standard_lhs, standard_rhs, standard_lhs)
+
     out = lax.conv_general_dilated(
-        lhs.transpose(of_lhs[0], *of_lhs[2:], of_lhs[1]),
-        rhs.transpose(*of_rhs[2:], of_rhs[1], of_rhs[0]),
+        lhs.transpose(lhs_axes[0], *lhs_axes[2:], lhs_axes[1]),
+        rhs.transpose(*rhs_axes[2:], rhs_axes[1], rhs_axes[0]),
         dimension_numbers=standard,
         **params,
     )
-    order = (
-        of_out[0],
-        *of_out[2:],
-        of_out[1],
-    )  # order[i]: where axis i of the standard layout belongs
+
+    # order[i]: where axis i of the standard layout belongs in the result.
+    order = (out_axes[0], *out_axes[2:], out_axes[1])
     return out.transpose([order.index(axis) for axis in range(lhs.ndim)])

@@ -66,7 +66,7 @@ def test_a_body_is_the_same_function_with_convolutions_in_the_standard_layout(wr
 
 
 def test_refreshes_probes_and_chunks_of_a_convolutional_model_have_no_slow_layout():
-    """Whatever curvax puts into a loop or branch holds convolutions in the layout with a fast kernel only."""
+    """Convolutions in a loop or branch of curvax have the layout with a fast kernel only."""
 
     class Cnn(nn.Module):
         @nn.compact

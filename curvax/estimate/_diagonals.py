@@ -10,73 +10,94 @@ from jaxtyping import Array, PyTree
 from curvax._batch import batch_size, check_batch, map_examples, sum_over_chunks
 from curvax._checks import check_count, check_params
 from curvax._shared import unwrap
-from curvax._types import Batch, Params, PRNGKey, at_least_float32, tree_at_least_float32
+from curvax._trees import cast_like
+from curvax._types import Batch, Outputs, Params, PRNGKey, at_least_float32, tree_at_least_float32
 from curvax.estimate._per_example import gradient_shares
 from curvax.losses import pseudo_gradient
 from curvax.objective import Objective, scaled_to_share, total_terms
 
 
 def gauss_newton_bartlett(
-    objective: Objective, params: Params, batch: Batch, key: PRNGKey
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
 ) -> PyTree[Array]:
-    """Estimate the diagonal of the Gauss-Newton matrix by one backward pass, `(J' r)^2` with r a pseudo-gradient.
+    """Estimate the diagonal of the Gauss-Newton matrix by one backward pass, `(J' r)^2`.
 
-    Unbiased, because the examples' sampled scores are independent with mean zero. The factor B of the paper is inside r.
+    r is a pseudo-gradient, `E[r r'] = S`, so that `E[(J' r)^2] = diag(J' S J)`. The estimate is
+    unbiased because the examples' sampled scores are independent with mean zero. The factor B of
+    the paper is inside r.
 
     Args:
-      objective: a `curvax.Objective`; its loss must sample.
+      objective: the `curvax.Objective` whose curvature is meant; its loss must sample.
       params: pytree of float arrays.
-      batch: `(inputs, targets)`; targets say which terms count.
+      batch: the pair `(inputs, targets)`; targets say which terms count.
       key: JAX key.
 
     Returns:
       A tree like params, nonnegative, in at least float32.
 
     Raises:
-      TypeError: params that are not float, or a loss that cannot sample.
+      TypeError: params are not float, or the loss cannot sample.
 
     Cost: one gradient.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-      >>> batch = (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros(2))             # diagonal of x'x / 2: 0.5, 4.5
-      >>> draw = lambda key: curvax.gauss_newton_bartlett(objective, jnp.zeros(2), batch, key)
-      >>> mean = jax.vmap(draw)(jax.random.split(jax.random.key(0), 10_000)).mean(0)
-      >>> bool(jnp.allclose(mean, jnp.array([0.5, 4.5]), rtol=0.05))
+      >>> batch = (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros(2))
+      >>> def draw(key):
+      ...     return curvax.gauss_newton_bartlett(objective, jnp.zeros(2), batch, key)
+      >>> draws = jax.vmap(draw)(jax.random.split(jax.random.key(0), 10_000))
+      >>> diagonal = jnp.array([0.5, 4.5])                                # of x'x / 2
+      >>> bool(jnp.allclose(draws.mean(0), diagonal, rtol=0.05))
       True
 
-    References: Liu et al. (2023), Sophia, algorithm 2.
+    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer for
+      language model pre-training, algorithm 2, https://arxiv.org/abs/2305.14342.
     """
     check_params(params)
     check_batch(batch)
     inputs, targets = batch
-    outputs, pull = jax.vjp(lambda p: objective.outputs(p, inputs), params)
+
+    def model(p: Params) -> Outputs:
+        return objective.outputs(p, inputs)
+
+    outputs, pull = jax.vjp(model, params)
     r = pseudo_gradient(objective.loss, key, outputs, unwrap(targets))
-    (gradient,) = pull(jax.tree.map(lambda r, f: r.astype(f.dtype), r, outputs))
+    # J' r; a cotangent has the dtype of the output it belongs to.
+    (gradient,) = pull(cast_like(r, outputs))
     return jax.tree.map(jnp.square, tree_at_least_float32(gradient))
 
 
 def ggn_diagonal(
-    objective: Objective, params: Params, batch: Batch, *, microbatch: int = 8
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    *,
+    microbatch: int = 8,
 ) -> PyTree[Array]:
-    """Compute the exact diagonal of the Gauss-Newton matrix, `sum_b sum_cc' S_b[c, c'] J_b[c, :] J_b[c', :]`.
+    """Compute the exact diagonal of the Gauss-Newton matrix.
+
+    Its entry i is `sum_b sum_cc' S_b[c, c'] J_b[c, i] J_b[c', i]`.
 
     Args:
-      objective: a `curvax.Objective` whose outputs for one example have few entries C (time steps counted).
+      objective: the `curvax.Objective` whose curvature is meant; its outputs for one example should
+        have few entries C (time steps counted).
       params: pytree of d float numbers in all.
-      batch: `(inputs, targets)`; B rows.
+      batch: the pair `(inputs, targets)`, of B rows.
       microbatch: rows worked on at a time.
 
     Returns:
       A tree like params, in at least float32.
 
     Raises:
-      ValueError: `microbatch` below 1.
-      TypeError: params that are not float.
+      ValueError: `microbatch` is below 1.
+      TypeError: params are not float.
 
-    Cost: C backward passes; memory `microbatch` C d numbers. For a large C use `gauss_newton_bartlett`, or
-    `hutchinson_diagonal` of `ggnvp`.
+    Cost: C backward passes; memory `microbatch` C d numbers. For a large C use
+      `gauss_newton_bartlett`, or `hutchinson_diagonal` of `ggnvp`.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -91,50 +112,71 @@ def ggn_diagonal(
     totals = total_terms(objective, params, batch, microbatch)
 
     # f: [C] outputs of one example, S: [C, C] its output-space curvature, J: leaves [C, ...]
-    def of_row(row: Batch) -> PyTree[Array]:
+    def diagonal_of_row(row: Batch) -> PyTree[Array]:
+        """Return one example's share of the diagonal."""
         inputs, targets = row
         loss = scaled_to_share(objective, params, row, totals).loss
         outputs = objective.outputs(params, inputs)
         f, unravel = ravel_pytree(outputs)
-        product = lambda e: ravel_pytree(
-            loss.curvature_product(outputs, unwrap(targets), unravel(e))
-        )[0]
-        S = at_least_float32(jax.vmap(product)(jnp.eye(f.size, dtype=f.dtype)))
-        J = tree_at_least_float32(
-            jax.jacrev(lambda p: ravel_pytree(objective.outputs(p, inputs))[0])(params)
-        )
-        return jax.tree.map(
-            lambda j: jnp.sum(j * jnp.tensordot(S, j, 1, precision="highest"), axis=0), J
-        )
 
-    rows_sum = lambda rows: jax.tree.map(lambda x: x.sum(0), map_examples(of_row, rows))
-    return sum_over_chunks(rows_sum, batch, microbatch)
+        # S e_c, row c of S, which is symmetric.
+        def curvature_row(e: Array) -> Array:
+            product = loss.curvature_product(outputs, unwrap(targets), unravel(e))
+            flat_product, _ = ravel_pytree(product)
+            return flat_product
+
+        def flat_outputs(p: Params) -> Array:
+            flat, _ = ravel_pytree(objective.outputs(p, inputs))
+            return flat
+
+        S = at_least_float32(jax.vmap(curvature_row)(jnp.eye(f.size, dtype=f.dtype)))
+        J = tree_at_least_float32(jax.jacrev(flat_outputs)(params))
+
+        # sum_c J[c, i] (S J)[c, i], the diagonal of J' S J.
+        def diagonal(j: Array) -> Array:
+            return jnp.sum(j * jnp.tensordot(S, j, 1, precision="highest"), axis=0)
+
+        return jax.tree.map(diagonal, J)
+
+    # Each row has its share of the mean, so that diagonals add up.
+    def diagonal_of_chunk(rows: Batch) -> PyTree[Array]:
+        diagonals = map_examples(diagonal_of_row, rows)
+        return jax.tree.map(lambda x: x.sum(0), diagonals)
+
+    return sum_over_chunks(diagonal_of_chunk, batch, microbatch)
 
 
 def empirical_fisher_diagonal(
-    objective: Objective, params: Params, batch: Batch, *, microbatch: int = 8
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    *,
+    microbatch: int = 8,
 ) -> PyTree[Array]:
-    """Compute the diagonal of the empirical Fisher, `1/B sum_b g_b^2` with g_b the rows of `per_example_grads`.
+    """Compute the diagonal of the empirical Fisher, `1/B sum_b g_b^2`.
+
+    `g_b` is row b of `curvax.per_example_grads`.
 
     Args:
-      objective: a `curvax.Objective`.
+      objective: the `curvax.Objective` whose gradients are meant.
       params: pytree of d float numbers in all.
-      batch: `(inputs, targets)`; B rows.
+      batch: the pair `(inputs, targets)`, of B rows.
       microbatch: rows worked on at a time.
 
     Returns:
       A tree like params, in at least float32.
 
     Raises:
-      ValueError: `microbatch` below 1.
-      TypeError: params that are not float.
+      ValueError: `microbatch` is below 1.
+      TypeError: params are not float.
 
     Cost: one gradient in FLOPs; memory `microbatch` d numbers.
 
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-      >>> batch = (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.array([2.0, 1.0]))    # g = (-2, 0), (0, -3)
+      >>> x, y = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.array([2.0, 1.0])
+      >>> batch = (x, y)                                                  # g: (-2, 0), (0, -3)
       >>> curvax.estimate.empirical_fisher_diagonal(objective, jnp.zeros(2), batch).tolist()
       [2.0, 4.5]
     """
@@ -144,8 +186,10 @@ def empirical_fisher_diagonal(
     size = batch_size(batch)
     totals = total_terms(objective, params, batch, microbatch)
 
+    # The shares are s_b = g_b / B, so 1/B sum_b g_b^2 = B sum_b s_b^2.
     def squares(rows: Batch) -> PyTree[Array]:
-        shares = tree_at_least_float32(gradient_shares(objective, params, rows, totals))  # g_b / B
-        return jax.tree.map(lambda g: size * jnp.sum(g**2, axis=0), shares)
+        shares = gradient_shares(objective, params, rows, totals)
+        wide = tree_at_least_float32(shares)
+        return jax.tree.map(lambda s: size * jnp.sum(s**2, axis=0), wide)
 
     return sum_over_chunks(squares, batch, microbatch)

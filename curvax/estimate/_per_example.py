@@ -12,30 +12,38 @@ from curvax.objective import Objective, scaled_to_share, total_terms
 
 
 def per_example_grads(
-    objective: Objective, params: Params, batch: Batch, *, microbatch: int | None = None
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    *,
+    microbatch: int | None = None,
 ) -> PyTree[Array]:
-    """Return the gradient of every example's part of the mean loss, `g_b`, scaled so that their mean is the gradient.
+    """Return the gradient `g_b` of every example, scaled so that their mean is the gradient.
 
-    With N terms in the batch (examples, or unmasked positions) and `L_b` the sum over the terms of example b,
-    `g_b = B/N grad L_b`; then `1/B sum_b g_b = grad objective` and the empirical Fisher is `1/B sum_b g_b g_b'`.
+    With N terms in the batch (examples, or unmasked positions) and `L_b` the sum over the terms of
+    example b, `g_b = B/N grad L_b`; then `1/B sum_b g_b = grad objective` and the empirical Fisher
+    is `1/B sum_b g_b g_b'`.
 
     Args:
-      objective: a `curvax.Objective`.
+      objective: the `curvax.Objective` whose gradients are meant.
       params: pytree of float arrays.
-      batch: `(inputs, targets)`; B rows.
-      microbatch: rows worked on at a time; bounds the activations held, not the result, which is B trees like params.
+      batch: the pair `(inputs, targets)`, of B rows.
+      microbatch: rows worked on at a time; it bounds the activations in memory, not the result,
+        which is B trees like params.
 
     Returns:
       A tree like params with a leading axis B, in the order of the batch.
 
     Raises:
-      ValueError: `microbatch` below 1, or leading axes that disagree.
-      TypeError: params that are not float.
+      ValueError: `microbatch` is below 1, or leading axes disagree.
+      TypeError: params are not float.
 
-    Cost: one gradient in FLOPs, without the sharing of weights between rows; memory B d numbers. Sums over examples that
-    need no B d numbers: `curvax.estimate.empirical_fisher_diagonal`, `curvax.empirical_fishervp`.
+    Cost: one gradient in FLOPs, without the sharing of weights between rows; memory B d numbers.
+      Sums over examples that need no B d numbers: `curvax.estimate.empirical_fisher_diagonal`,
+      `curvax.empirical_fishervp`.
 
-    Deviates: every example is evaluated alone, so models that mix examples (BatchNorm in training) see a batch of one.
+    Deviates: every example is evaluated alone, so models that mix examples (BatchNorm in training)
+      see a batch of one.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -50,15 +58,29 @@ def per_example_grads(
     chunk = size if microbatch is None else microbatch
     check_count(1, microbatch=chunk)
     totals = total_terms(objective, params, batch, microbatch)
-    shares = map_chunks(lambda rows: gradient_shares(objective, params, rows, totals), batch, chunk)
+
+    # Row b: grad of the share of example b in the mean, 1/N grad L_b = g_b / B.
+    def shares_of(rows: Batch) -> PyTree[Array]:
+        return gradient_shares(objective, params, rows, totals)
+
+    shares = map_chunks(shares_of, batch, chunk)
     return jax.tree.map(lambda g: size * g, shares)
 
 
 def gradient_shares(
-    objective: Objective, params: Params, rows: Batch, totals: PyTree[Scalar]
+    objective: Objective,
+    params: Params,
+    rows: Batch,
+    totals: PyTree[Scalar],
 ) -> PyTree[Array]:
-    """Return each row's part of the gradient, a tree like params with a leading axis; the parts sum to the gradient."""
-    return map_examples(
-        lambda row: jax.grad(scaled_to_share(objective, params, row, totals).value)(params, row),
-        rows,
-    )
+    """Return each row's share of the gradient; over all rows of the batch they sum to it.
+
+    The result is a tree like params with a leading axis.
+    """
+
+    # `totals` of the whole batch, which `rows` may be a chunk of.
+    def share(row: Batch) -> PyTree[Array]:
+        of_row = scaled_to_share(objective, params, row, totals)
+        return jax.grad(of_row.value)(params, row)
+
+    return map_examples(share, rows)

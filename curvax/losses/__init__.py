@@ -1,7 +1,9 @@
 """Losses on model outputs: value, curvature, sampled targets, pseudo-gradients.
 
-A term is what the mean is taken over: a label for `softmax_cross_entropy`, a row of the leading axis for the other
-losses, a position of the mask under `masked`. Losses *sum* over the components of a term and take the *mean* over terms.
+A term is what the mean is taken over: a label for `softmax_cross_entropy`, a row of the leading
+axis for the other losses, a position of the mask under `masked`. Losses *sum* over the components
+of a term and take the *mean* over terms. `curvax/objective.py` says how work on parts of a batch
+adds up to that mean.
 """
 
 from curvax.losses._combine import masked, weighted_sum

@@ -1,4 +1,7 @@
-"""What a loss offers, what a user's own loss gets by default, and the one place where targets are sampled."""
+"""What a loss offers, and what a user's own loss gets by default.
+
+Here is the one place where the library samples targets.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,12 @@ class Loss:
 
     Attributes:
       value: `(outputs, targets) -> scalar`, the mean over terms.
-      curvature_product: `(outputs, targets, v) -> tree like outputs`, the curvature that the Gauss-Newton matrix uses, times v.
-      sample: `(key, outputs, targets) -> targets` drawn from the model's own prediction; the given targets say which
-        terms count.
-      num_terms: `(outputs, targets) -> scalar`, how many terms the mean is over (0 when all are masked).
+      curvature_product: `(outputs, targets, v) -> tree like outputs`, the curvature that the
+        Gauss-Newton matrix uses, times v.
+      sample: `(key, outputs, targets) -> targets` drawn from the model's own prediction; the
+        targets that come in say which terms count.
+      num_terms: `(outputs, targets) -> scalar`, how many terms the mean is over (0 when all are
+        masked).
       pseudo_gradient: `(key, outputs, targets) -> r`, see `curvax.losses.pseudo_gradient`.
       heads: `(name, weight, loss)` of each head of a `weighted_sum`, else empty.
     """
@@ -39,9 +44,14 @@ class Loss:
     sample: Sample
     num_terms: NumTerms
     pseudo_gradient: PseudoGradient
+    # Weights may be arrays, which have no hash; objectives are static arguments of `jit`.
     heads: tuple[tuple[str, Any, Loss], ...] = field(default=(), compare=False)
 
-    def __call__(self, outputs: Outputs, targets: Targets) -> Scalar:
+    def __call__(
+        self,
+        outputs: Outputs,
+        targets: Targets,
+    ) -> Scalar:
         """Return the mean loss."""
         return check_scalar(self.value(outputs, targets), "a loss")
 
@@ -56,24 +66,44 @@ def from_function(
 ) -> Loss:
     """Make a `Loss` of a function `value(outputs, targets) -> scalar`, the mean over its terms.
 
-    Defaults: `curvature_product` is the Hessian with respect to outputs, by autodiff (indefinite where the loss is not convex in
-    them); `num_terms` is the length of the leading axis; `pseudo_gradient` is `sqrt(num_terms)` times the gradient at
-    sampled targets, right whenever `sample` draws from the density of which `value` is the negative logarithm. Without
-    `sample`, methods that sample raise a TypeError.
+    Args:
+      value: `(outputs, targets) -> scalar`, the mean over terms.
+      curvature_product: as `Loss.curvature_product`; by default the product with the Hessian with
+        respect to outputs, by autodiff (indefinite where the loss is not convex in them).
+      sample: as `Loss.sample`; without it, methods that sample raise a TypeError.
+      num_terms: as `Loss.num_terms`; by default the length of the leading axis.
+      pseudo_gradient: as `Loss.pseudo_gradient`; by default `sqrt(num_terms)` times the gradient
+        at sampled targets, which is right whenever `sample` draws from the density of which
+        `value` is the negative logarithm.
+
+    Returns:
+      A `Loss`.
 
     Example:
       >>> import jax.numpy as jnp, curvax
-      >>> cauchy = curvax.losses.from_function(lambda f, y: jnp.mean(jnp.sum(jnp.log1p((f - y) ** 2), axis=-1)))
-      >>> f = y = jnp.zeros((4, 2))                       # at f = y each entry has curvature 2 / num_terms
-      >>> cauchy.curvature_product(f, y, jnp.ones((4, 2)))[0].tolist()
+      >>> def cauchy(f, y):
+      ...     return jnp.mean(jnp.sum(jnp.log1p((f - y) ** 2), axis=-1))
+      >>> loss = curvax.losses.from_function(cauchy)
+      >>> f = y = jnp.zeros((4, 2))             # at f = y each entry has curvature 2 / num_terms
+      >>> loss.curvature_product(f, y, jnp.ones((4, 2)))[0].tolist()
       [0.5, 0.5]
     """
 
-    def sampled_gradient(key: PRNGKey, outputs: Outputs, targets: Targets) -> Outputs:
-        outputs = jax.lax.stop_gradient(outputs)
-        drawn = loss.sample(key, outputs, targets)
-        gradient = jax.grad(lambda f: value(f, drawn))(outputs)
-        return times(jnp.sqrt(count_terms(loss, outputs, targets)), gradient)
+    # r = sqrt(N) grad_f L(f, y), y ~ p(. | f). With the scores s_i of the N terms, grad_f L is
+    # 1/N sum_i s_i, so r = 1/sqrt(N) sum_i s_i and E[r r'] = 1/N sum_i E[s_i s_i'], the curvature
+    # of the mean.
+    def sampled_gradient(
+        key: PRNGKey,
+        outputs: Outputs,
+        targets: Targets,
+    ) -> Outputs:
+        """Draw targets, and return `sqrt(N)` times the gradient of the loss at them."""
+        # The draw depends on the outputs; a derivative of r must not go through it.
+        f = jax.lax.stop_gradient(outputs)
+        y = loss.sample(key, f, targets)
+        gradient = jax.grad(value)(f, y)
+        num_terms = count_terms(loss, f, targets)
+        return times(jnp.sqrt(num_terms), gradient)
 
     loss = Loss(
         value=value,
@@ -86,28 +116,45 @@ def from_function(
 
 
 def as_loss(loss: Any) -> Loss:
-    """Return `loss` if it is a `Loss`; else build one of a callable and of the methods of a `Loss` that it has."""
+    """Return `loss` if it is a `Loss`; else build one of a callable.
+
+    Of the callable's own methods, those are used that a `Loss` has.
+    """
     if isinstance(loss, Loss):
         return loss
     if not callable(loss):
         raise TypeError(
             f"loss must be callable as loss(outputs, targets), got {type(loss).__name__}."
         )
-    methods = ("curvature_product", "sample", "num_terms", "pseudo_gradient")
-    return from_function(loss, **{name: getattr(loss, name, None) for name in methods})
+    # None stands for the default.
+    return from_function(
+        loss,
+        curvature_product=getattr(loss, "curvature_product", None),
+        sample=getattr(loss, "sample", None),
+        num_terms=getattr(loss, "num_terms", None),
+        pseudo_gradient=getattr(loss, "pseudo_gradient", None),
+    )
 
 
-def pseudo_gradient(loss: Loss, key: PRNGKey, outputs: Outputs, targets: Targets) -> Outputs:
-    """Draw a cotangent `r` of the outputs with `E[r r'] = loss.curvature_product`, the output-space curvature of the mean loss.
+def pseudo_gradient(
+    loss: Loss,
+    key: PRNGKey,
+    outputs: Outputs,
+    targets: Targets,
+) -> Outputs:
+    """Draw a cotangent `r` of the outputs with `E[r r'] = S`, the curvature of the mean loss.
 
-    By default `r = sqrt(N) grad_f L(f, y)` with `y ~ p(. | f)` and N terms: a sum of N independent zero-mean scores, each
-    divided by `sqrt(N)`. Then Fisher `= E[(J'r)(J'r)']` and Gauss-Newton-Bartlett `= (J'r)^2`, with no other constant.
+    S is the output-space matrix that `loss.curvature_product` multiplies by. By default
+    `r = sqrt(N) grad_f L(f, y)` with `y ~ p(. | f)` and N terms: a sum of N independent zero-mean
+    scores, each divided by `sqrt(N)`. Then Fisher `= E[(J'r)(J'r)']` and Gauss-Newton-Bartlett
+    `= (J'r)^2`, with no other constant.
 
     Args:
       loss: a `Loss`, or a callable that `as_loss` takes.
       key: JAX key.
-      outputs: model outputs, leading axis first.
-      targets: say which terms count (`ignore_index`, masks); their values are not used otherwise.
+      outputs: the model's outputs, leading axis first.
+      targets: they say which terms count (`ignore_index`, masks); their values are not used
+        otherwise.
 
     Returns:
       A tree like `outputs`.
@@ -116,17 +163,23 @@ def pseudo_gradient(loss: Loss, key: PRNGKey, outputs: Outputs, targets: Targets
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
-      >>> loss = curvax.losses.squared_error()                        # curvature I / 4: entries of variance 1/4
-      >>> r = curvax.losses.pseudo_gradient(loss, jax.random.key(0), jnp.zeros((4, 1000)), jnp.zeros((4, 1000)))
+      >>> loss = curvax.losses.squared_error()            # curvature I / 4: entries of variance 1/4
+      >>> f = jnp.zeros((4, 1000))
+      >>> r = curvax.losses.pseudo_gradient(loss, jax.random.key(0), f, f)
       >>> bool(abs(jnp.var(r) - 0.25) < 0.02)
       True
 
-    References: Martens (2020), New insights and perspectives on the natural gradient method, sections 5 and 9.
+    References: Martens (2020), New insights and perspectives on the natural gradient method,
+      sections 5 and 9, https://arxiv.org/abs/1412.1193.
     """
     return as_loss(loss).pseudo_gradient(key, outputs, targets)
 
 
-def count_terms(loss: Loss, outputs: Outputs, targets: Targets) -> Scalar:
+def count_terms(
+    loss: Loss,
+    outputs: Outputs,
+    targets: Targets,
+) -> Scalar:
     """Return `loss.num_terms` as a float of the outputs' precision, at least float32."""
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(outputs))
     return jnp.asarray(loss.num_terms(outputs, targets), dtype)
@@ -139,19 +192,36 @@ def times(factor: Any, tree: PyTree) -> PyTree:
 
 def _leading_axis(outputs: Outputs, targets: Targets) -> Scalar:
     del targets
-    return jnp.asarray(float(jax.tree.leaves(outputs)[0].shape[0]))
+    # All outputs share the batch axis: any leaf tells its length.
+    first = jax.tree.leaves(outputs)[0]
+    return jnp.asarray(float(first.shape[0]))
 
 
-def _no_sample(key: PRNGKey, outputs: Outputs, targets: Targets) -> Targets:
+def _no_sample(
+    key: PRNGKey,
+    outputs: Outputs,
+    targets: Targets,
+) -> Targets:
     raise TypeError(
-        "this loss has no way to sample targets from the model's prediction, which the Fisher, Gauss-Newton-Bartlett "
-        "and Sophia-G need; give one: curvax.losses.from_function(value, sample=lambda key, outputs, targets: ...)."
+        "this loss has no way to sample targets from the model's prediction, which the Fisher, "
+        "Gauss-Newton-Bartlett and Sophia-G need; give one: "
+        "curvax.losses.from_function(value, sample=lambda key, outputs, targets: ...)."
     )
 
 
 def _autodiff_hvp(value: Value) -> Hvp:
-    def curvature_product(outputs: Outputs, targets: Targets, v: Outputs) -> Outputs:
-        _, product = jax.jvp(jax.grad(lambda f: value(f, targets)), (outputs,), (v,))
+    """Return the product with the Hessian of `value` with respect to outputs."""
+
+    # Forward over reverse: d/dt grad_f L(f + t v) at t = 0.
+    def curvature_product(
+        outputs: Outputs,
+        targets: Targets,
+        v: Outputs,
+    ) -> Outputs:
+        def gradient(f: Outputs) -> Outputs:
+            return jax.grad(value)(f, targets)
+
+        _, product = jax.jvp(gradient, (outputs,), (v,))
         return product
 
     return curvature_product

@@ -15,25 +15,38 @@ def to_dense(matvec: Matvec, params: Params, *, chunk_size: int = 1) -> Float[Ar
     """Form the matrix of `matvec`, column by column: `M[:, i] = matvec(e_i)`.
 
     Args:
-      matvec: linear map on trees like params.
-      params: pytree of d float numbers in all; rows and columns follow `jax.flatten_util.ravel_pytree`.
-      chunk_size: columns worked on together under `vmap`; memory grows with it.
+      matvec: the linear map, on trees like params.
+      params: pytree of d float numbers in all; rows and columns follow
+        `jax.flatten_util.ravel_pytree`.
+      chunk_size: number of columns worked on together under `vmap`; memory grows with it.
 
     Returns:
-      `[d, d]` array.
+      An array `[d, d]`.
+
+    Raises:
+      ValueError: `chunk_size` is below 1.
+      TypeError: params are not float.
 
     Cost: d products; d^2 numbers, and the memory of `chunk_size` products.
 
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> params = {"a": jnp.ones(1), "b": jnp.ones(1)}
-      >>> curvax.to_dense(curvax.hvp(lambda p: jnp.sum(p["a"] * p["b"] ** 2), params), params).tolist()
+      >>> matvec = curvax.hvp(lambda p: jnp.sum(p["a"] * p["b"] ** 2), params)
+      >>> curvax.to_dense(matvec, params).tolist()
       [[0.0, 2.0], [2.0, 2.0]]
     """
     check_params(params)
     check_count(1, chunk_size=chunk_size)
     flat, unravel = ravel_pytree(params)
-    column = lambda e: ravel_pytree(matvec(unravel(e)))[0]
+
+    # M e_i, the i-th column.
+    def column(e: Float[Array, " d"]) -> Float[Array, " d"]:
+        product, _ = ravel_pytree(matvec(unravel(e)))
+        return product
+
+    identity = jnp.eye(flat.size, dtype=flat.dtype)
+    # None: a plain loop, without a `vmap` over one column.
     together = chunk_size if chunk_size > 1 else None
-    columns: Array = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=together)
+    columns: Array = jax.lax.map(column, identity, batch_size=together)
     return columns.T

@@ -14,59 +14,83 @@ from jaxtyping import Array, Float, PyTree
 from curvax._batch import batch_size
 from curvax._checks import check_count, describe
 from curvax._shared import unwrap
+from curvax._trees import cast_like
 from curvax._types import Batch, Matvec, Outputs, Params, PRNGKey, Targets, tree_at_least_float32
 from curvax.losses import Loss
 from curvax.losses._shares import pseudo_gradient_by_example
 from curvax.objective import Objective
 from curvax.products._linear import linearize, over_batch
 
+Samples: TypeAlias = PyTree[Float[Array, "samples batch ..."]]
 OutputMatvec: TypeAlias = Callable[[Outputs], Outputs]
 OutputCurvature: TypeAlias = Callable[[Loss, Outputs, Targets, Array], OutputMatvec]
-"""From a loss, outputs, targets (with their `Shared` parts still wrapped) and row numbers to the matrix M."""
+"""From a loss, outputs, targets (with their `Shared` parts still wrapped) and row numbers to the
+matrix M on outputs."""
 
 
 def ggnvp(
-    objective: Objective, params: Params, batch: Batch, *, microbatch: int | None = None
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    *,
+    microbatch: int | None = None,
 ) -> Matvec:
     """Build the product with the generalized Gauss-Newton matrix of the mean loss, `v -> J' S J v`.
 
-    J is the Jacobian of the model's outputs, S the output-space curvature `loss.curvature_product` (scaled by 1 / num_terms, as that of
-    the mean). Positive semidefinite whenever S is; equal to the Hessian for models linear in params, and to the Fisher
-    for losses that are negative log-likelihoods in their natural parameter.
+    J is the Jacobian of the model's outputs, S the output-space curvature, which
+    `loss.curvature_product` multiplies by (scaled by 1 / num_terms, as that of the mean). The
+    matrix is positive semidefinite whenever S is; it is equal to the Hessian for models linear in
+    params, and to the Fisher for losses that are negative log-likelihoods in their natural
+    parameter.
 
     Args:
-      objective: a `curvax.Objective`.
+      objective: the `curvax.Objective` whose curvature is meant.
       params: pytree of float arrays.
-      batch: `(inputs, targets)`.
+      batch: the pair `(inputs, targets)`.
       microbatch: rows worked on at a time; the same result in bounded memory.
 
     Returns:
-      `matvec(v) -> tree like v`: linear, self-adjoint, differentiable, a pytree that may be passed through `jit`.
+      `matvec(v) -> tree like v`, which is linear, self-adjoint, differentiable, and a pytree that
+      may be passed through `jit`.
 
     Raises:
-      ValueError: `microbatch` below 1; v unlike params (the first differing path is named).
-      TypeError: params that are not float; a kernel with a backward pass only.
+      ValueError: `microbatch` is below 1, or v is unlike params (the first differing path is
+        named).
+      TypeError: params are not float, or a kernel has a backward pass only.
 
-    Cost: building: one forward pass and its linearization, whose residuals are kept. Each product: about 4/3 gradients
-      in FLOPs. With `microbatch`: a forward pass more for each product, and the residuals of one chunk.
+    Cost: building: one forward pass and its linearization, whose residuals stay in memory. Each
+      product: about 4/3 gradients in FLOPs. With `microbatch`: a forward pass more for each
+      product, and the residuals of one chunk.
 
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])                                 # GGN x'x / 2
-      >>> curvax.ggnvp(objective, jnp.zeros(2), (x, jnp.zeros(2)))(jnp.ones(2)).tolist()
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])                         # GGN x'x / 2
+      >>> matvec = curvax.ggnvp(objective, jnp.zeros(2), (x, jnp.zeros(2)))
+      >>> matvec(jnp.ones(2)).tolist()
       [0.5, 4.5]
 
-    References: Schraudolph (2002), Fast curvature matrix-vector products; Martens (2020), section 8.
+    References: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
+      descent; Martens (2020), New insights and perspectives on the natural gradient method,
+      section 8, https://arxiv.org/abs/1412.1193.
     """
 
-    def curvature(loss: Loss, outputs: Outputs, targets: Targets, index: Array) -> OutputMatvec:
+    # M = S
+    def curvature(
+        loss: Loss,
+        outputs: Outputs,
+        targets: Targets,
+        index: Array,
+    ) -> OutputMatvec:
+        """Return the product with the loss's own curvature S."""
         del index
-        return Partial(
-            lambda outputs, targets, u: loss.curvature_product(outputs, targets, u),
-            outputs,
-            unwrap(targets),
-        )
+
+        # A plain function, whatever kind of callable the loss holds: it becomes part of the type
+        # of a pytree, which must be comparable.
+        def product(outputs: Outputs, targets: Targets, u: Outputs) -> Outputs:
+            return loss.curvature_product(outputs, targets, u)
+
+        return Partial(product, outputs, unwrap(targets))
 
     return _through_outputs(curvature, objective, params, batch, microbatch)
 
@@ -82,91 +106,124 @@ def fishervp(
 ) -> Matvec:
     """Build the product with the Monte-Carlo Fisher, `1/K sum_k sum_b (J_b' r_bk)(J_b' r_bk)'`.
 
-    `r_bk` is the k-th pseudo-gradient of example b: targets sampled from the model, scaled so that the expectation is the
-    Fisher of the mean loss. No per-example gradient is formed: `v -> J' r (r . J v)`, row by row of the outputs.
+    `r_bk` is the k-th pseudo-gradient of example b: targets are sampled from the model, and the
+    gradient at them is scaled so that the expectation is the Fisher of the mean loss. No
+    per-example gradient is formed: `v -> J' r (r . J v)`, row by row of the outputs.
 
     Args:
-      objective: a `curvax.Objective`; its loss must sample.
+      objective: the `curvax.Objective` whose Fisher is meant; its loss must sample.
       params: pytree of float arrays.
-      batch: `(inputs, targets)`; targets say which terms count.
-      key: JAX key. The draws of an example depend on key and row number only: not on `microbatch`, not on devices.
-      num_samples: K, samples per example.
+      batch: the pair `(inputs, targets)`; targets say which terms count.
+      key: JAX key. The draws of an example depend on key and row number only: not on `microbatch`,
+        not on devices.
+      num_samples: K, the number of samples per example.
       microbatch: rows worked on at a time; the same result in bounded memory.
 
     Returns:
-      `matvec(v) -> tree like v`: linear, self-adjoint, positive semidefinite.
+      `matvec(v) -> tree like v`, which is linear, self-adjoint and positive semidefinite.
 
     Raises:
-      ValueError: `num_samples` or `microbatch` below 1; outputs without the batch's leading axis; v unlike params.
-      TypeError: a loss that cannot sample; a kernel with a backward pass only.
+      ValueError: `num_samples` or `microbatch` is below 1, outputs lack the batch's leading axis,
+        or v is unlike params.
+      TypeError: the loss cannot sample, or a kernel has a backward pass only.
 
     Cost: as `ggnvp`, and K draws per example.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])                                 # expectation x'x / 2
-      >>> mv = curvax.fishervp(objective, jnp.zeros(2), (x, jnp.zeros(2)), jax.random.key(0), num_samples=10_000)
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])                         # expectation x'x / 2
+      >>> batch, key = (x, jnp.zeros(2)), jax.random.key(0)
+      >>> mv = curvax.fishervp(objective, jnp.zeros(2), batch, key, num_samples=10_000)
       >>> bool(jnp.allclose(mv(jnp.ones(2)), jnp.array([0.5, 4.5]), rtol=0.05))
       True
 
-    References: Martens (2020), New insights and perspectives on the natural gradient method, section 5.
+    References: Martens (2020), New insights and perspectives on the natural gradient method,
+      section 5, https://arxiv.org/abs/1412.1193.
     """
     check_count(1, num_samples=num_samples)
 
-    def curvature(loss: Loss, outputs: Outputs, targets: Targets, index: Array) -> OutputMatvec:
+    # M = 1/K sum_k blockdiag_b(r_bk r_bk')
+    def curvature(
+        loss: Loss,
+        outputs: Outputs,
+        targets: Targets,
+        index: Array,
+    ) -> OutputMatvec:
+        """Draw pseudo-gradients, and return the product with the sum of their outer ones."""
         _check_rows(outputs, index.size)
-        keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(
-            jnp.arange(num_samples, dtype=jnp.uint32)
-        )
-        draw = lambda key: pseudo_gradient_by_example(loss, key, outputs, targets, index)
-        return Partial(_sum_of_row_outer_products, tree_at_least_float32(jax.vmap(draw)(keys)))
+
+        # The loss is that of the share of a chunk, whose root the pseudo-gradient holds already.
+        def draw(k: Array) -> Outputs:
+            round_key = jax.random.fold_in(key, k)
+            return pseudo_gradient_by_example(loss, round_key, outputs, targets, index)
+
+        rounds = jnp.arange(num_samples, dtype=jnp.uint32)
+        r = tree_at_least_float32(jax.vmap(draw)(rounds))
+        return Partial(_sum_of_row_outer_products, r)
 
     return _through_outputs(curvature, objective, params, batch, microbatch)
 
 
 def empirical_fishervp(
-    objective: Objective, params: Params, batch: Batch, *, microbatch: int | None = None
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    *,
+    microbatch: int | None = None,
 ) -> Matvec:
-    """Build the product with the empirical Fisher `1/B sum_b g_b g_b'`, g_b the rows of `per_example_grads`.
+    """Build the product with the empirical Fisher, `1/B sum_b g_b g_b'`.
 
-    Not an estimate of the Fisher, since targets are the data's own. No per-example gradient is formed.
+    `g_b` is row b of `curvax.per_example_grads`. The matrix is no estimate of the Fisher, since
+    targets are the data's own. No per-example gradient is formed.
 
     Args:
-      objective: a `curvax.Objective`.
+      objective: the `curvax.Objective` whose gradients are meant.
       params: pytree of float arrays.
-      batch: `(inputs, targets)`.
+      batch: the pair `(inputs, targets)`.
       microbatch: rows worked on at a time; the same result in bounded memory.
 
     Returns:
-      `matvec(v) -> tree like v`: linear, self-adjoint, positive semidefinite.
+      `matvec(v) -> tree like v`, which is linear, self-adjoint and positive semidefinite.
 
     Raises:
-      ValueError: `microbatch` below 1; outputs without the batch's leading axis; v unlike params.
-      TypeError: params that are not float; a kernel with a backward pass only.
+      ValueError: `microbatch` is below 1, outputs lack the batch's leading axis, or v is unlike
+        params.
+      TypeError: params are not float, or a kernel has a backward pass only.
 
     Cost: as `ggnvp`.
 
-    Deviates: for models that mix examples (BatchNorm in training) g_b is the part of the batch's gradient that flows
-      through row b of the outputs, where `per_example_grads` evaluates the model on b alone.
+    Deviates: for models that mix examples (BatchNorm in training) g_b is the part of the batch's
+      gradient that flows through row b of the outputs, where `per_example_grads` evaluates the
+      model on b alone.
 
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-      >>> batch = (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.array([2.0, 1.0]))    # g: (-2, 0), (0, -3)
-      >>> curvax.empirical_fishervp(objective, jnp.zeros(2), batch)(jnp.ones(2)).round(4).tolist()
+      >>> x, y = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.array([2.0, 1.0])
+      >>> matvec = curvax.empirical_fishervp(objective, jnp.zeros(2), (x, y))
+      >>> matvec(jnp.ones(2)).round(4).tolist()                           # g: (-2, 0), (0, -3)
       [2.0, 4.5]
 
-    References: Kunstner, Balles and Hennig (2019), Limitations of the empirical Fisher approximation.
+    References: Kunstner, Balles and Hennig (2019), Limitations of the empirical Fisher
+      approximation for natural gradient descent, https://arxiv.org/abs/1905.12558.
     """
     root = batch_size(batch) ** 0.5
 
-    def curvature(loss: Loss, outputs: Outputs, targets: Targets, index: Array) -> OutputMatvec:
+    # With e_b = grad_{f_b} L, row b of the gradient of the mean loss, g_b = B J_b' e_b, so
+    # 1/B sum_b g_b g_b' = B sum_b J_b' e_b e_b' J_b: M = blockdiag_b(r_b r_b'), r_b = sqrt(B) e_b.
+    def curvature(
+        loss: Loss,
+        outputs: Outputs,
+        targets: Targets,
+        index: Array,
+    ) -> OutputMatvec:
+        """Return the product with the outer products of the rows of the gradient."""
         _check_rows(outputs, index.size)
-        residual = tree_at_least_float32(
-            jax.grad(loss)(outputs, unwrap(targets))
-        )  # row b: g_b = B J_b' residual_b
-        return Partial(_sum_of_row_outer_products, jax.tree.map(lambda s: root * s[None], residual))
+        e = tree_at_least_float32(jax.grad(loss)(outputs, unwrap(targets)))
+        # A leading axis of one sample.
+        r = jax.tree.map(lambda x: root * x[None], e)
+        return Partial(_sum_of_row_outer_products, r)
 
     return _through_outputs(curvature, objective, params, batch, microbatch)
 
@@ -178,51 +235,82 @@ def _through_outputs(
     batch: Batch,
     microbatch: int | None,
 ) -> Matvec:
-    def build(objective: Objective, params: Params, chunk: Batch, index: Array) -> Matvec:
+    """Build the product `J' M J v` on a batch, with M from `curvature`."""
+
+    def build(
+        objective: Objective,
+        params: Params,
+        chunk: Batch,
+        index: Array,
+    ) -> Matvec:
+        """Linearize the model on a chunk, and put M between `J'` and J."""
         inputs, targets = chunk
-        outputs, jacobian = linearize(lambda p: objective.outputs(p, inputs), params, _INSTEAD)
-        middle = curvature(objective.loss, outputs, targets, index)
-        return Partial(_sandwich, jacobian, middle, params)
+
+        def model(p: Params) -> Outputs:
+            return objective.outputs(p, inputs)
+
+        # J is linearized once; M is made of outputs that this gives anyway.
+        outputs, jacobian = linearize(model, params, _INSTEAD)
+        output_matvec = curvature(objective.loss, outputs, targets, index)
+        return Partial(_sandwich, jacobian, output_matvec, params)
 
     return over_batch(build, objective, params, batch, microbatch)
 
 
 _INSTEAD = (
-    'Use what needs reverse mode only: curvax.hvp(..., mode="rev_over_rev"), curvax.gauss_newton_bartlett, '
-    "curvax.per_example_grads."
+    'Use what needs reverse mode only: curvax.hvp(..., mode="rev_over_rev"), '
+    "curvax.gauss_newton_bartlett, curvax.per_example_grads."
 )
 
 
 def _sandwich(
-    jacobian: Callable[[Params], Outputs], middle: OutputMatvec, params: Params, v: Params
+    jacobian: Callable[[Params], Outputs],
+    output_matvec: OutputMatvec,
+    params: Params,
+    v: Params,
 ) -> Params:
-    pushed = jacobian(v)
-    pulled = jax.tree.map(lambda u, p: u.astype(p.dtype), middle(pushed), pushed)
-    (product,) = jax.linear_transpose(jacobian, params)(pulled)
+    """Return `J' M J v`; `params` tell shapes and dtypes of what J takes."""
+    u = jacobian(v)
+    # A cotangent has the dtype of the output it belongs to.
+    r = cast_like(output_matvec(u), u)
+    (product,) = jax.linear_transpose(jacobian, params)(r)
     return product
 
 
-# r: a tree of [samples, batch, ...]; u: a tree of [batch, ...]
-def _sum_of_row_outer_products(r: PyTree[Float[Array, "samples batch ..."]], u: Outputs) -> Outputs:
+# r: a tree of [k, b, ...] samples of examples; u: a tree of [b, ...]
+def _sum_of_row_outer_products(r: Samples, u: Outputs) -> Outputs:
     """Apply `1/K sum_k blockdiag_b(r_kb r_kb')` to u, in at least float32."""
+    r_leaves = jax.tree.leaves(r)
     contract = partial(
-        jnp.einsum, precision="highest", preferred_element_type=jnp.result_type(*jax.tree.leaves(r))
+        jnp.einsum,
+        precision="highest",
+        preferred_element_type=jnp.result_type(*r_leaves),
     )
-    pairs = list(zip(jax.tree.leaves(r), jax.tree.leaves(u), strict=True))
-    num_samples, size = pairs[0][0].shape[:2]
-    dots = sum(
-        contract("kbi,bi->kb", r.reshape(num_samples, size, -1), u.reshape(size, -1))
-        for r, u in pairs
-    )
-    return jax.tree.map(
-        lambda r, u: (contract("kb,kb...->b...", dots, r) / num_samples).astype(u.dtype), r, u
-    )
+    num_samples, size = r_leaves[0].shape[:2]
+
+    # r_kb . u_b: [k, b], over all outputs of an example together.
+    def dots_of(x: Array, y: Array) -> Array:
+        flat_x, flat_y = x.reshape(num_samples, size, -1), y.reshape(size, -1)
+        dots: Array = contract("kbi,bi->kb", flat_x, flat_y)
+        return dots
+
+    pairs = zip(r_leaves, jax.tree.leaves(u), strict=True)
+    r_dot_u = sum(dots_of(x, y) for x, y in pairs)
+
+    # 1/K sum_k r_kb (r_kb . u_b)
+    def product(x: Array, y: Array) -> Array:
+        mean: Array = contract("kb,kb...->b...", r_dot_u, x) / num_samples
+        return mean.astype(y.dtype)
+
+    return jax.tree.map(product, r, u)
 
 
 def _check_rows(outputs: Outputs, size: int) -> None:
+    """Raise unless every output has one row for each example."""
     for path, leaf in jax.tree.leaves_with_path(outputs):
         if jnp.shape(leaf)[:1] != (size,):
             raise ValueError(
-                f"outputs{jax.tree_util.keystr(path)} is {describe(leaf)}; the Fisher products need the batch's leading "
-                f"axis of {size} rows on every output, to tell the examples apart."
+                f"outputs{jax.tree_util.keystr(path)} is {describe(leaf)}; the Fisher products "
+                f"need the batch's leading axis of {size} rows on every output, to tell the "
+                "examples apart."
             )

@@ -1,4 +1,4 @@
-"""Estimates: exact by enumeration, variances by formula, diagonals against dense matrices in float64."""
+"""Estimates: exact by enumeration, variances by formula, diagonals against dense matrices."""
 
 import functools
 import itertools

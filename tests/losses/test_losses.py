@@ -1,4 +1,4 @@
-"""Losses: values and curvature against plain formulas and autodiff, and the law of their pseudo-gradients."""
+"""Losses: values and curvature against formulas and autodiff, the law of pseudo-gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -266,6 +266,13 @@ def test_labels_in_bytes_do_not_bound_the_sampled_classes():
     labels = jnp.array([0, 1, 2, 255], jnp.uint8)
     assert (loss.sample(key(0), f, labels) == 280).all()
     assert jnp.abs(losses.pseudo_gradient(loss, key(0), f, labels)).max() < 1e-12
+
+
+def test_negative_labels_in_bytes_give_nan_for_any_number_of_classes():
+    loss = losses.softmax_cross_entropy()
+    for classes in (3, 200, 300):
+        assert jnp.isnan(loss(jnp.zeros((2, classes)), jnp.array([1, -2], jnp.int8)))
+        assert not jnp.isnan(loss(jnp.zeros((2, classes)), jnp.array([1, 2], jnp.int8)))
 
 
 def test_large_poisson_rates_are_sampled_without_overflow():

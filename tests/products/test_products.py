@@ -1,4 +1,7 @@
-"""Products against dense matrices in float64, whole and in chunks; and that they are linear, differentiable, pytrees."""
+"""Products against dense matrices in float64, whole and in chunks.
+
+Also that they are linear, differentiable, and pytrees.
+"""
 
 import collections
 import functools
@@ -27,7 +30,10 @@ RAGGED = {2: 1, 4: 3, 5: 2, 7: 3}  # by batch size: chunks after which one examp
 
 
 def chunks(name):
-    """Microbatches: whole, and chunks with a rest of one example; by one also where that has nothing that counts."""
+    """Microbatches: whole, and chunks with a last one of one example.
+
+    By one also where that example has nothing that counts.
+    """
     ragged = RAGGED[batch_size(CASES[name]().batch)]
     return [None, ragged, *([1] if name.startswith("masked") or name == "multi_head" else [])]
 
@@ -454,7 +460,10 @@ def test_a_plain_function_that_is_no_objective_has_a_hessian():
 
 @pytest.mark.parametrize("product", [curvax.ggnvp, curvax.empirical_fishervp])
 def test_a_vector_that_is_constant_in_part(product):
-    """Under `jit`, where the compiler sees its zeros; jaxlib 0.10.2 multiplies by those wrongly if nothing hides them."""
+    """Under `jit` the compiler sees the zeros.
+
+    jaxlib 0.10.2 multiplies by those wrongly if nothing hides them.
+    """
     a, b = (
         jax.random.normal(jax.random.key(0), (64, 64)) / 8,
         jax.random.normal(jax.random.key(1), (64, 10)) / 8,

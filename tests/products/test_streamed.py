@@ -1,4 +1,4 @@
-"""Products over batches on the host against those with all data at once, and solvers that are handed one."""
+"""Products over batches on the host against those with all data at once; solvers that get one."""
 
 import functools
 
@@ -35,7 +35,7 @@ def like(params):
 
 @pytest.mark.parametrize("name", ["mlp", "masked_sequence", "multi_head", "shared_statistics"])
 def test_equals_the_product_over_the_concatenated_batch(name):
-    """Ragged, with masked terms, heads of their own counts, a batch without any term, shared parts."""
+    """Ragged, with masked terms, heads with counts of their own, an empty batch, shared parts."""
     case = CASES[name]()
     v, vector = like(case.params), oracle.flat(like(case.params))
     exact = {curvax.hvp: oracle.hessian(case), curvax.ggnvp: oracle.of(name).ggn}

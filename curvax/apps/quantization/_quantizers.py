@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from curvax._checks import check_choice, check_integer, check_params
+from curvax._checks import check_integer, check_params, look_up
 from curvax._types import Params, Scalar, at_least_float32
 from curvax.spectra import By, layer_paths
 
@@ -155,7 +155,7 @@ def _leaves(tree: Params) -> list[tuple[str, Array]]:
 
 
 def _rounded(path: str, w: Array, bits: int | Array, scheme: Scheme) -> Array:
-    choose = check_choice("scale", scheme.scale, {"max": _by_largest, "least_squares": _by_error})
+    choose = look_up("scale", scheme.scale, {"max": _by_largest, "least_squares": _by_error})
     axes = (
         ()
         if scheme.axis is None
