@@ -28,16 +28,14 @@ from curvax.apps.influence._storage import (
     read_facts,
 )
 from curvax.capture._cotangents import check_fisher
-from curvax.kron._factors import (
-    Factors,
+from curvax.kron._accumulate import (
     PassOptions,
     StreamPosition,
-    WeightedMean,
     accumulate,
     factor_sums,
-    init_factors,
     make_factors,
 )
+from curvax.kron._factors import Factors, WeightedMean, init_factors
 from curvax.kron._layout import Layout, check_layout
 from curvax.kron._moments import Basis, EigenFactors, kron_basis, make_moments, moment_sums
 from curvax.losses import Loss
@@ -312,9 +310,9 @@ def _part(
         params,
         batch,
         key,
-        statistic,
-        how,
-        StreamPosition(first, totals, examples),
+        reduction=statistic,
+        options=how,
+        position=StreamPosition(first, totals, examples),
     )
     if name == "covariances":
         inputs, products, squares = sums
