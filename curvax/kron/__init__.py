@@ -1,10 +1,13 @@
 """Kronecker-factored curvature: layout, factors, and inverse."""
 
+from curvax.kron._accumulate import kron_factors
+from curvax.kron._build_layout import kron_layout
 from curvax.kron._estimator import estimator
-from curvax.kron._factors import BlockFactors, Factors, WeightedMean, kron_factors, moving_average
+from curvax.kron._factors import BlockFactors, Factors, WeightedMean, moving_average
 from curvax.kron._fit import fit_factors, fit_moments
-from curvax.kron._inverse import EigenPower, FactoredPower, KronPower, kron_inverse
-from curvax.kron._layout import Block, Layout, Leaf, kron_layout
+from curvax.kron._inverse import kron_inverse
+from curvax.kron._kron_factor import Diagonal, Full, Identity, KronFactor
+from curvax.kron._layout import Block, Layout, Leaf
 from curvax.kron._merging import merge
 from curvax.kron._moments import (
     Basis,
@@ -14,21 +17,35 @@ from curvax.kron._moments import (
     kron_basis,
     kron_moments,
 )
+from curvax.kron._operator import (
+    BlockSpectrum,
+    EigenOperator,
+    FactoredOperator,
+    KronOperator,
+    apply,
+    kron_operator,
+)
 from curvax.kron._sample_space import sample_space
 
 __all__ = [
     "Basis",
     "Block",
     "BlockFactors",
+    "BlockSpectrum",
+    "Diagonal",
     "EigenCurvature",
     "EigenFactors",
-    "EigenPower",
-    "FactoredPower",
+    "EigenOperator",
+    "FactoredOperator",
     "Factors",
-    "KronPower",
+    "Full",
+    "Identity",
+    "KronFactor",
+    "KronOperator",
     "Layout",
     "Leaf",
     "WeightedMean",
+    "apply",
     "eigen_curvature",
     "estimator",
     "fit_factors",
@@ -38,6 +55,7 @@ __all__ = [
     "kron_inverse",
     "kron_layout",
     "kron_moments",
+    "kron_operator",
     "merge",
     "moving_average",
     "sample_space",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from curvax._types import Batch, Params, PRNGKey
-from curvax.kron._factors import kron_factors
+from curvax.kron._accumulate import kron_factors
 from curvax.kron._layout import Layout
 from curvax.objective import Objective
 
@@ -22,7 +22,8 @@ def estimator(
     Args:
       objective: the `curvax.Objective` whose curvature is estimated.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
-      estimate: `curvax.kron_factors` for `scale_by_kfac`, `curvax.kron.eigen_curvature` for `scale_by_ekfac`.
+      estimate: `curvax.kron_factors` for `scale_by_kfac`, `curvax.kron.eigen_curvature` for
+        `scale_by_ekfac`.
       **options: keyword arguments of `estimate`, such as `fisher="exact"` or `microbatch=32`.
 
     Cost: that of `estimate`.

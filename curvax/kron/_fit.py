@@ -18,7 +18,8 @@ from curvax._stream import check_rereadable, on_device
 from curvax._types import Batch, Params, PRNGKey, Scalar
 from curvax._xla import with_auto_sharding
 from curvax.capture._cotangents import check_fisher
-from curvax.kron._factors import Factors, PassOptions
+from curvax.kron._accumulate import PassOptions
+from curvax.kron._factors import Factors
 from curvax.kron._fit_passes import (
     DataPass,
     DerivedPass,

@@ -14,18 +14,16 @@ from curvax._batch import batch_size
 from curvax._trees import by_path
 from curvax._types import Batch, Params, PRNGKey, Scalar
 from curvax._xla import with_auto_sharding
-from curvax.kron._factors import (
-    Factors,
+from curvax.kron._accumulate import (
     PassOptions,
     Reduction,
     StreamPosition,
     TermCounts,
-    WeightedMean,
     accumulate,
     factor_sums,
-    init_factors,
     make_factors,
 )
+from curvax.kron._factors import Factors, WeightedMean, init_factors
 from curvax.kron._layout import Layout
 from curvax.kron._moments import Basis, EigenFactors, kron_basis, make_moments, moment_sums
 from curvax.objective import Objective
@@ -287,9 +285,9 @@ def _accumulated(
         params,
         batch,
         key,
-        reduction,
-        one_pass.options,
-        position,
+        reduction=reduction,
+        options=one_pass.options,
+        position=position,
     )
 
 

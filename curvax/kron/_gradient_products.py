@@ -11,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from curvax._batch import ENTRIES_AT_A_TIME
-from curvax.kron._inverse import EigenPower
 from curvax.kron._layout import Block
 from curvax.kron._moments import Basis, gradient_of_pair, rotated_pairs
+from curvax.kron._operator import EigenOperator
 from curvax.kron._tapping import PerUseArray
 
 # q: vectors, e: examples, s: stack, t: positions, i: inputs (and one more for a bias), o: outputs, r: rank
@@ -68,7 +68,7 @@ def products_by_position(vector: Array | LowRank, pair: tuple[Array, Array]) -> 
     return jnp.sum(_through(vector, left) * right, axis=(1, 3))
 
 
-def squares_by_example(block: Block, power: EigenPower, pairs: Pairs) -> Float[Array, " e"]:
+def squares_by_example(block: Block, power: EigenOperator, pairs: Pairs) -> Float[Array, " e"]:
     """Return `D . P D` for every example's gradient, P a power of the block; the pairs are in its eigenbasis."""
     left, right = pairs[0]
     if len(pairs) == 1 and left.shape[2] == 1 and not _is_lookup(left):  # (a g')^2 = a^2 (g^2)'

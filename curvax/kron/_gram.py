@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from curvax._batch import ENTRIES_AT_A_TIME
 from curvax._trees import wide_dtype
 from curvax._types import at_least_float32
-from curvax.kron._inverse import in_no_block
 from curvax.kron._layout import Block, Layout
 from curvax.kron._moments import Basis, rotated_pair
 from curvax.kron._tapping import Capture, PerUseArray, UseCotangents
@@ -39,9 +38,7 @@ def gram(layout: Layout, recorded: Capture, pulled: UseCotangents) -> Float[Arra
     ]
     leaves = {leaf.path: leaf for leaf in layout.leaves}
     for path, x in pulled.outside.items():
-        rows = (
-            jnp.where(in_no_block(layout, leaves[path]), x, 0) if leaves[path].kind == "kron" else x
-        )
+        rows = jnp.where(layout.uncovered(path), x, 0) if leaves[path].kind == "kron" else x
         flat = at_least_float32(rows).reshape(x.shape[0] * x.shape[1], -1)
         sums.append(_product(flat, flat))
     return jnp.asarray(sum(sums))
@@ -75,9 +72,9 @@ def _spread(products: Float[Array, "m m"], own: int, k: int) -> Float[Array, "p 
 def _pair(block: Block, j: int, inputs: PerUseArray, pulled: PerUseArray) -> tuple[Array, Array]:
     """Return what the rows are outer products of, `[k or 1, e, s, t, i]` and `[k or 1, e, s, t, o]`."""
     of_cotangent = lambda g: rotated_pair(block, j, Basis(None, None), inputs, g)
-    axes = (0, None) if block.members[j].transposed else (None, 0)
+    axes = (0, None) if block.uses[j].transposed else (None, 0)
     left, right = jax.vmap(of_cotangent, out_axes=axes)(pulled)
-    return (left, right[None]) if block.members[j].transposed else (left[None], right)
+    return (left, right[None]) if block.uses[j].transposed else (left[None], right)
 
 
 def _of_formed_rows(block: Block, pairs: list[tuple[Array, Array]], k: int) -> Float[Array, "n n"]:

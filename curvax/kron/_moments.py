@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,28 +14,29 @@ from jaxtyping import Array, Float, PyTree
 
 from curvax._batch import ENTRIES_AT_A_TIME
 from curvax._types import Batch, Params, PRNGKey, at_least_float32
-from curvax.kron._factors import (
-    Factors,
+from curvax.kron._accumulate import (
     PassOptions,
     Reduction,
     TermCounts,
-    WeightedMean,
     accumulate,
     factor_sums,
     make_factors,
 )
+from curvax.kron._factors import Factors, WeightedMean
+from curvax.kron._kron_factor import Eigen, eigh_all, matmul
 from curvax.kron._layout import Block, Layout
-from curvax.kron._sides import combined_factors, eigens, multiply_left, multiply_right
+from curvax.kron._statistics import diagonal_sums
 from curvax.kron._tapping import Capture, PerUseArray, UseCotangents
+from curvax.kron._two_products import combined_factors
 from curvax.objective import Objective
 
 
 class Basis(NamedTuple):
-    """Eigenvectors of both sides of a block, `[stack, n, n]` in columns; None for a diagonal side.
+    """Eigenvectors of both factors of a block, `[stack, n, n]` in columns; None for the identity.
 
     Attributes:
-      a: of A.
-      g: of G.
+      a: eigenvectors Q_A of A.
+      g: eigenvectors Q_G of G.
     """
 
     a: Array | None
@@ -45,8 +47,9 @@ class EigenFactors(NamedTuple):
     """Curvature as EK-FAC gives it: diagonal in a Kronecker eigenbasis.
 
     Attributes:
-      basis: for each block.
-      moments: for each block the second moments of gradients in that basis, `[stack, in (+ 1), out]`.
+      basis: the eigenbasis of every block.
+      moments: for each block the second moments of gradients in that basis,
+        `[stack, in (+ 1), out]`.
       diagonal: for leaves with entries in no block the diagonal of the Fisher, by path.
     """
 
@@ -56,22 +59,45 @@ class EigenFactors(NamedTuple):
 
 
 def kron_basis(layout: Layout, factors: Factors) -> dict[str, Basis]:
-    """Return the eigenbases of Kronecker factors.
+    """Return the eigenbases of Kronecker factors, `A = Q_A D_A Q_A'` and `G = Q_G D_G Q_G'`.
 
-    Cost: one eigendecomposition for every full side.
+    Args:
+      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
+      factors: the `Factors` of `curvax.kron_factors`.
+
+    Raises:
+      ValueError: a block has `two_products="exact"`.
+
+    Cost: one eigendecomposition for every full factor.
 
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-      >>> params, batch = jnp.zeros((2, 3)), (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros((2, 3)))
+      >>> params = jnp.zeros((2, 3))
+      >>> batch = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros((2, 3))
       >>> layout = curvax.kron_layout(objective, params, batch)
-      >>> factors = curvax.kron_factors(objective, layout, params, batch, jax.random.key(0), fisher="exact")
+      >>> factors = curvax.kron_factors(
+      ...     objective, layout, params, batch, jax.random.key(0), fisher="exact")
       >>> abs(curvax.kron.kron_basis(layout, factors)[""].a[0]).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
-    pairs = [combined_factors(block, factors.blocks[block.name]) for block in layout.blocks]
-    vectors = iter([done.vectors for done in eigens([side for pair in pairs for side in pair])])
-    return {block.name: Basis(next(vectors), next(vectors)) for block in layout.blocks}
+    decompositions = decompose(layout.blocks, factors)
+    return {name: Basis(a.vectors, g.vectors) for name, (a, g) in decompositions.items()}
+
+
+def decompose(blocks: Sequence[Block], factors: Factors) -> dict[str, tuple[Eigen, Eigen]]:
+    """Decompose A and G of every block."""
+    pairs: list[Any] = []
+    for block in blocks:
+        if block.two_products == "exact":
+            raise ValueError(
+                f'{block.name} has two_products="exact": a sum of two Kronecker products has no '
+                "Kronecker eigenbasis, which EK-FAC needs. "
+                f'Use layout.edit("{block.leaves[0]}", two_products="balanced").'
+            )
+        pairs += combined_factors(block.structures, factors.blocks[block.name])
+    decompositions = iter(eigh_all(pairs))
+    return {block.name: (next(decompositions), next(decompositions)) for block in blocks}
 
 
 def kron_moments(
@@ -86,20 +112,21 @@ def kron_moments(
     num_samples: int = 1,
     microbatch: int | None = None,
 ) -> EigenFactors:
-    """Estimate the second moments `sum_b (Q_A' D_b Q_G)^2` of the examples' gradients D_b in a Kronecker eigenbasis.
+    """Estimate the second moments `sum_b (Q_A' D_b Q_G)^2` of gradients in a Kronecker eigenbasis.
 
-    D_b is the gradient of example b under a pseudo-gradient, summed over positions and uses. Of all matrices that are
-    diagonal in this basis, the one with these moments is nearest to the Fisher in Frobenius norm, and has its trace.
+    D_b is the gradient of example b under a pseudo-gradient, summed over positions and uses. Of all
+    matrices that are diagonal in this basis, the one with these moments is nearest to the Fisher in
+    Frobenius norm, and has its trace.
 
     Args:
-      objective: a `curvax.Objective`.
-      layout: of this objective and params.
-      basis: of `kron_basis(layout, factors)`.
+      objective: the `curvax.Objective` whose curvature is estimated.
+      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
+      basis: the eigenbases returned by `kron_basis(layout, factors)`.
       params: pytree of float arrays.
       batch: `(inputs, targets)`.
       key: JAX key, for "mc".
       fisher: "mc", "exact" or "empirical", as in `kron_factors`.
-      num_samples: samples for each term, with "mc".
+      num_samples: number of samples for each term, with "mc".
       microbatch: rows worked on at a time.
 
     Returns:
@@ -108,60 +135,61 @@ def kron_moments(
     Raises:
       As `kron_factors`; examples are always told apart.
 
-    Cost: as `kron_factors`, with `in * out` multiplications for each example in place of `in^2 + out^2`, and as many for
-      each position where an example has several. Never holds a matrix for each example of the batch, only for a few.
+    Cost: as `kron_factors`, with `in * out` multiplications for each example in place of
+      `in^2 + out^2`, and as many for each position where an example has several. It never holds a
+      matrix for each example of the batch, only for a few.
 
-    References: George et al. (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis.
+    References: George et al. (2018), Fast approximate natural gradient descent in a
+      Kronecker-factored eigenbasis, section 3, https://arxiv.org/abs/1806.03884.
     """
+    options = PassOptions(fisher, num_samples, microbatch, by_example=True)
+    reduction = moment_sums(layout, basis)
     sums, terms = accumulate(
-        objective,
-        layout,
-        params,
-        batch,
-        key,
-        moment_sums(layout, basis),
-        PassOptions(fisher, num_samples, microbatch, by_example=True),
+        objective, layout, params, batch, key, reduction=reduction, options=options
     )
     return EigenFactors(basis, *make_moments(sums, terms))
 
 
 def moment_sums(layout: Layout, basis: dict[str, Basis]) -> Reduction:
-    """Say what is summed for `make_moments`."""
+    """Build the reduction whose sums `make_moments` turns into moments and a diagonal."""
 
     def contribution(
-        basis: dict[str, Basis], recorded: Capture, u: UseCotangents, v: UseCotangents | None
+        basis: dict[str, Basis], capture: Capture, u: UseCotangents, v: UseCotangents | None
     ) -> PyTree[Array]:
-        second = {}
+        moments = {}
         for block in layout.blocks:
-            other = None if v is None else v.blocks[block.name]
-            rows = recorded.inputs[block.name], u.blocks[block.name], other
-            second[block.name] = block_moments(block, basis[block.name], *rows)
-        rest = (u if v is None else v).outside
-        squares = {
-            path: jnp.sum(at_least_float32(x * rest[path]), axis=0) for path, x in u.outside.items()
-        }
-        return second, squares
+            name = block.name
+            h = None if v is None else v.blocks[name]
+            moments[name] = block_moments(
+                block, basis[name], capture.inputs[name], u.blocks[name], h
+            )
+        return moments, diagonal_sums(u, v)
 
-    return Reduction(Partial(contribution, basis), Partial(lambda recorded, sums: sums))
+    def finish(capture: Capture, sums: PyTree[Array]) -> PyTree[Array]:
+        del capture
+        return sums
+
+    return Reduction(Partial(contribution, basis), Partial(finish))
 
 
 def make_moments(
     sums: Any, terms: TermCounts
 ) -> tuple[dict[str, WeightedMean], dict[str, WeightedMean]]:
-    """Put sums over a batch together: moments by block, and the diagonal by path."""
+    """Turn sums over a batch into moments by block, and the diagonal by path."""
     moments, diagonal = jax.tree.map(terms.factor, sums)
     return moments, diagonal
 
 
 class EigenCurvature(NamedTuple):
-    """Curvature of a batch as data for `scale_by_ekfac`: factors, and the rows of which moments in any basis are made.
+    """Curvature of a batch as data for `scale_by_ekfac`.
 
-    PerUseArray do not average: of two batches (or micro-batches), `curvax.kron.merge` the curvatures.
+    It has factors, and the rows of which moments in any basis are made. Rows do not average: of two
+    batches (or micro-batches), `curvax.kron.merge` the curvatures.
 
     Attributes:
       factors: Kronecker factors.
-      inputs: for each block what its uses were given, `[examples, stack, positions, in]`.
-      cotangents: for each block the uses' cotangents, `[examples, stack, positions, out]`.
+      inputs: for each block the inputs of its uses, `[examples, stack, positions, in]`.
+      cotangents: for each block the cotangents of its uses, `[examples, stack, positions, out]`.
       terms: number of terms of the mean.
     """
 
@@ -174,11 +202,13 @@ class EigenCurvature(NamedTuple):
 def eigen_curvature(
     objective: Objective, layout: Layout, params: Params, batch: Batch, key: PRNGKey
 ) -> EigenCurvature:
-    """Sample what EK-FAC needs of a batch: `kron_factors` (of one sample), and what `kron_moments` is made of.
+    """Sample what EK-FAC needs of a batch.
+
+    That is `kron_factors` (of one sample), and what `kron_moments` is made of.
 
     Args:
-      objective: a `curvax.Objective`.
-      layout: of this objective and params.
+      objective: the `curvax.Objective` whose curvature is estimated.
+      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       params: pytree of float arrays.
       batch: `(inputs, targets)`.
       key: JAX key.
@@ -188,41 +218,44 @@ def eigen_curvature(
 
     Cost: as `kron_factors`.
     """
-    sums = factor_sums(layout)
+    of_factors = factor_sums(layout)
 
-    def contribution(recorded: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
-        return sums.contribution(recorded, u, v), u.blocks
+    def contribution(capture: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
+        return of_factors.contribution(capture, u, v), u.blocks
 
-    def finish(recorded: Capture, found: PyTree[Array]) -> PyTree[Array]:
-        return sums.finish(recorded, found[0]), recorded.inputs, found[1]
+    def finish(capture: Capture, sums: PyTree[Array]) -> PyTree[Array]:
+        factor_parts, cotangents = sums
+        return of_factors.finish(capture, factor_parts), capture.inputs, cotangents
 
-    (found, inputs, cotangents), terms = accumulate(
+    (factor_parts, inputs, cotangents), terms = accumulate(
         objective,
         layout,
         params,
         batch,
         key,
-        Reduction(Partial(contribution), Partial(finish)),
-        PassOptions("mc", 1, None, by_example=True),
+        reduction=Reduction(Partial(contribution), Partial(finish)),
+        options=PassOptions("mc", 1, None, by_example=True),
     )
-    of_inputs, products, squares = found
-    return EigenCurvature(
-        make_factors(of_inputs, products, squares, terms), inputs, cotangents, terms.of_batch
-    )
+    a, g, squares = factor_parts
+    factors = make_factors(a, g, squares, terms)
+    return EigenCurvature(factors, inputs, cotangents, terms.of_batch)
 
 
 def carried_moments(old: Basis, new: Basis, moments: WeightedMean) -> WeightedMean:
-    """Express second moments in a new basis: the diagonal there of the matrix that is diagonal in the old one.
+    """Express second moments in a new basis.
 
-    With `R = new' old` for each side it is `(R_A * R_A) moments (R_G * R_G)'`; its sum, the trace, stays.
+    They become the diagonal there of the matrix that is diagonal in the old basis: with
+    `R = new' old` for each factor `(R_A * R_A) moments (R_G * R_G)'`. The sum, which is the trace,
+    stays.
     """
-    squares = lambda old, new: (
-        None if old is None else jnp.square(multiply_left(new, old, transpose=True))
-    )
-    total = multiply_left(squares(old.a, new.a), moments.total)
-    return WeightedMean(
-        multiply_right(total, squares(old.g, new.g), transpose=True), moments.weight
-    )
+    total = moments.total
+    if old.a is not None and new.a is not None:
+        rotation = matmul(new.a.swapaxes(1, 2), old.a)
+        total = matmul(jnp.square(rotation), total)
+    if old.g is not None and new.g is not None:
+        rotation = matmul(new.g.swapaxes(1, 2), old.g)
+        total = matmul(total, jnp.square(rotation).swapaxes(1, 2))
+    return WeightedMean(total, moments.weight)
 
 
 def block_moments(
@@ -274,7 +307,7 @@ def rotated_pair(
 
     Of a lookup without bias whose side is diagonal the first is the row numbers, `[e, s, n, 1]`.
     """
-    member, g = block.members[k], at_least_float32(g)
+    member, g = block.uses[k], at_least_float32(g)
     if member.transposed:
         edge = [(0, 0)] * 3 + [(0, int(block.bias is not None))]
         given = (

@@ -16,8 +16,8 @@ from curvax._checks import check_choice, check_params
 from curvax._shared import unwrap
 from curvax._types import Batch, Outputs, Params, Targets, at_least_float32
 from curvax._xla import with_auto_sharding
+from curvax.kron._build_layout import kron_layout
 from curvax.kron._gram import gram
-from curvax.kron._layout import kron_layout
 from curvax.kron._tapping import record
 from curvax.losses import Loss
 from curvax.objective import Objective

@@ -1,91 +1,172 @@
-"""Sums over examples and positions from which factors are made."""
+"""Sums over examples and positions of which Kronecker factors are made.
+
+Expand and reduce are the two ways to treat positions that share weights: Eschenhagen et al. (2023),
+sections 3.1 and 3.2; expand is that of Grosse and Martens (2016) for convolutions.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from curvax._types import at_least_float32
 from curvax.capture._grouping import Member
+from curvax.kron._factors import WeightedMean
+from curvax.kron._kron_factor import STRUCTURES
 from curvax.kron._layout import Block
-from curvax.kron._tapping import PerUseArray
+from curvax.kron._tapping import PerUseArray, UseCotangents
 
-# e: examples, s: stack, n: positions, i: inputs, o: outputs
-Counted = Float[Array, "e s n"]
+# b: examples, s: stack, t: positions, i: inputs (with the 1 of a bias), o: outputs
+Counted = Float[Array, "b s t"]
 
 
-class Second(NamedTuple):
-    """A second moment before division: `mean = total / weight`.
+def input_moments(
+    block: Block, inputs: list[PerUseArray], counted: list[Counted]
+) -> tuple[WeightedMean, WeightedMean | None]:
+    """Return A of a block's uses, and of those of the transpose if there are any."""
+    transposed = _input_moment(block, inputs, counted, True) if block.has_transposed_uses else None
+    return _input_moment(block, inputs, counted, False), transposed
 
-    Attributes:
-      total: `[stack, size, size]`, or `[stack, size]` where only the diagonal is kept.
-      weight: `[stack]`, how many rows were summed.
+
+def output_moments(block: Block, g: list[PerUseArray], h: list[PerUseArray] | None) -> list[Array]:
+    """Return the sum of `g h'` of a block's uses, and if there are any of transposed ones."""
+    moments = [_output_moment(block, g, h, False)]
+    if block.has_transposed_uses:
+        moments.append(_output_moment(block, g, h, True))
+    return moments
+
+
+def diagonal_sums(u: UseCotangents, v: UseCotangents | None) -> dict[str, Array]:
+    """Sum `u v` over examples for the leaves with entries in no block: the diagonal of the Fisher.
+
+    They are widened before the product: in bfloat16 its rounding would show in the third digit.
     """
+    others = u.outside if v is None else v.outside
+    sums = {}
+    for path, x in u.outside.items():
+        sums[path] = jnp.sum(at_least_float32(x) * at_least_float32(others[path]), axis=0)
+    return sums
 
-    total: Array
-    weight: Array
+
+def counted_positions(g: PerUseArray) -> Counted:
+    """Give 1 to positions that have a cotangent; padding, and branches not taken, have none."""
+    return jnp.any(g != 0, axis=-1).astype(at_least_float32(g).dtype)
 
 
-def input_moment(
+def _input_moment(
     block: Block, inputs: list[PerUseArray], counted: list[Counted], transposed: bool
-) -> Second:
-    """Sum `a a'` of the inputs (with their 1 for a bias) of all uses; positions that do not count are left out."""
-    # Of a transposed use, the input is on the output's side, and has no 1.
-    structure = block.g_structure if transposed else block.a_structure
-    uses = _uses(block, transposed)
+) -> WeightedMean:
+    """Sum `a a'` of the inputs (with the 1 of a bias) of all uses, over positions that count.
+
+    Expand sums over the positions t of all examples b; reduce over examples, of the mean over t:
+    `sum_bt a a'` and `sum_b (mean_t a)(mean_t a)'`.
+    """
+    # A transposed use has its input on the outputs' side.
+    structure = STRUCTURES[block.g_structure if transposed else block.a_structure]
+    uses = _of_orientation(block, transposed)
     if block.sharing == "expand":
-        parts = [
-            _expanded_inputs(block, block.members[k], inputs[k], counted[k], structure)
-            for k in uses
-        ]
-        return Second(_sum(total for total, _ in parts), _sum(weight for _, weight in parts))
-    sums = [_summed_inputs(block, block.members[k], inputs[k], counted[k]) for k in uses]
-    total, count = sum(s for s, _ in sums), sum(m for _, m in sums)  # [e, s, i], [e, s]
-    mean = (
-        total / jnp.maximum(count, 1)[..., None]
-    )  # an example with no position that counts is left out: 0
-    examples = jnp.sum(count > 0, axis=0).astype(mean.dtype)
-    return Second(second_moment(mean.swapaxes(0, 1), None, structure), examples)
+        parts = [_expanded_moment(block, block.uses[k], inputs[k], counted[k]) for k in uses]
+        total = _sum(part.total for part in parts)
+        return WeightedMean(total, _sum(part.weight for part in parts))
+    sums = [_summed_inputs(block, block.uses[k], inputs[k], counted[k]) for k in uses]
+    total, count = _sum(total for total, _ in sums), _sum(count for _, count in sums)
+    # An example with no position that counts has the mean 0/0; it is 0 and left out of the weight.
+    mean = total / jnp.maximum(count, 1)[..., None]
+    num_examples = jnp.sum(count > 0, axis=0).astype(mean.dtype)
+    return WeightedMean(structure.second_moment(mean.swapaxes(0, 1), None), num_examples)
 
 
-def output_moment(
+def _output_moment(
     block: Block, g: list[PerUseArray], h: list[PerUseArray] | None, transposed: bool
 ) -> Float[Array, "s ..."]:
-    """Sum `g h'` of the outputs' cotangents of all uses."""
-    structure = block.a_structure if transposed else block.g_structure
-    pick = lambda rows: [at_least_float32(rows[k]) for k in _uses(block, transposed)]
-    g, h = pick(g), None if h is None else pick(h)
-    if block.sharing == "reduce":
-        pooled = lambda rows: [_sum(jnp.sum(x, axis=2, keepdims=True) for x in rows)]
-        g, h = pooled(g), None if h is None else pooled(h)
-    total = _sum(
-        second_moment(_flat(x), None if h is None else _flat(h[k]), structure)
-        for k, x in enumerate(g)
-    )
-    if (
-        transposed and block.bias is not None
-    ):  # on the inputs' side, where the bias has a row that this use leaves alone
-        total = jnp.pad(total, [(0, 0), *[(0, 1)] * (total.ndim - 1)])
-    return total
+    """Sum `g h'` of the cotangents of all uses; of "reduce" the sum over positions comes first.
+
+    Cotangents are of the mean loss, so that this sum over examples is G; no mean is taken.
+    """
+    structure = STRUCTURES[block.a_structure if transposed else block.g_structure]
+    g = _rows_of_orientation(block, g, transposed)
+    h = g if h is None else _rows_of_orientation(block, h, transposed)
+    moments = []
+    for x, y in zip(g, h, strict=True):
+        moments.append(structure.second_moment(_flat(x), None if y is x else _flat(y)))
+    total = _sum(moments)
+    # On the inputs' side the bias has a row, which transposed uses leave alone.
+    return structure.with_zero_row(total) if transposed and block.bias is not None else total
 
 
-def has_transposed(block: Block) -> bool:
-    """Whether some use multiplies by the kernel's transpose."""
-    return any(member.transposed for member in block.members)
+def _rows_of_orientation(
+    block: Block, rows: list[PerUseArray], transposed: bool
+) -> list[PerUseArray]:
+    """Return the cotangents of all uses of one orientation; "reduce" sums them over positions."""
+    chosen = [at_least_float32(rows[k]) for k in _of_orientation(block, transposed)]
+    if block.sharing == "expand":
+        return chosen
+    return [_sum(jnp.sum(x, axis=2, keepdims=True) for x in chosen)]
 
 
-def _uses(block: Block, transposed: bool) -> list[int]:
-    return [k for k, member in enumerate(block.members) if member.transposed == transposed]
+def _of_orientation(block: Block, transposed: bool) -> list[int]:
+    return [k for k, use in enumerate(block.uses) if use.transposed == transposed]
 
 
-def _sum(arrays: Iterable[Array]) -> Array:
-    return functools.reduce(jnp.add, arrays)
+# m: 1 where a position counts, 0 where not
+def _expanded_moment(block: Block, use: Member, a: PerUseArray, m: Counted) -> WeightedMean:
+    """Sum `a a'` over all positions of one use; its weight is how many there are."""
+    structure = STRUCTURES[block.g_structure if use.transposed else block.a_structure]
+    weight = jnp.sum(m, axis=(0, 2))
+    if use.kind == "lookup":  # inputs are one-hot: `a a'` counts how often each row was looked up
+        counts = _count_rows(_flat(a)[..., 0], _flat(m), _table_rows(block, use))
+        counts = _with_one(block, use, counts, weight)
+        with_one = block.bias is not None and not use.transposed and use.biased
+        return WeightedMean(structure.moment_of_counts(counts, with_one), weight)
+    m = _flat(m)
+    rows = jnp.where(m[..., None] > 0, _flat(a).astype(m.dtype), 0)
+    return WeightedMean(structure.second_moment(_with_one(block, use, rows, m), None), weight)
+
+
+def _summed_inputs(
+    block: Block, use: Member, a: PerUseArray, m: Counted
+) -> tuple[Float[Array, "b s i"], Float[Array, "b s"]]:
+    """Sum inputs over the positions of each example, and count them."""
+    count = jnp.sum(m, axis=2)
+    if use.kind == "lookup":
+        count_rows = functools.partial(_count_rows, size=_table_rows(block, use))
+        total = jax.vmap(count_rows)(a[..., 0], m)
+    else:
+        total = jnp.sum(jnp.where(m[..., None] > 0, a.astype(m.dtype), 0), axis=2)
+    return _with_one(block, use, total, count), count
+
+
+def _with_one(block: Block, use: Member, a: Array, one: Array) -> Array:
+    """Append the bias's coordinate.
+
+    It is `one` where the bias is added, and 0 for a use without it; without a bias there is none.
+    """
+    if block.bias is None or use.transposed:
+        return a
+    coordinate = one if use.biased else jnp.zeros_like(one)
+    return jnp.concatenate([a, coordinate[..., None]], axis=-1)
+
+
+def _table_rows(block: Block, use: Member) -> int:
+    """Return how many rows the table of a lookup has."""
+    return block.kernel.shape[2 if use.transposed else 1]
+
+
+def _count_rows(ids: Array, m: Float[Array, "s t"], size: int) -> Float[Array, "s i"]:
+    """Count how often each row was looked up, slice by slice of the stack.
+
+    Row numbers out of range count nowhere.
+    """
+    known = jnp.where(ids < 0, size, ids)  # indexing would count negative numbers from the end
+
+    def count(ids: Array, m: Array) -> Array:
+        return jnp.zeros(size, m.dtype).at[ids].add(m, mode="drop")
+
+    return jax.vmap(count)(known, m)
 
 
 def _flat(x: Array) -> Array:
@@ -93,104 +174,5 @@ def _flat(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
-def counted_positions(g: PerUseArray) -> Counted:
-    """Give 1 to positions that have a cotangent at all: padding, and branches not taken, have none."""
-    return jnp.any(g != 0, axis=-1).astype(at_least_float32(g).dtype)
-
-
-# m: 1 where a position counts, 0 where not
-def _expanded_inputs(
-    block: Block, member: Member, a: PerUseArray, m: Counted, structure: str
-) -> tuple[Array, Array]:
-    weight = jnp.sum(m, axis=(0, 2))
-    if member.kind == "lookup":
-        counts = _with_one(
-            block,
-            member,
-            _count_rows(_flat(a)[..., 0], _flat(m), _table_rows(block, member)),
-            weight,
-        )
-        if structure != "full":
-            return counts, weight
-        total = jax.vmap(jnp.diag)(counts)
-        if (
-            block.bias is not None and not member.transposed and member.biased
-        ):  # a row of the table goes with the 1
-            total = total.at[:, -1, :-1].set(counts[:, :-1]).at[:, :-1, -1].set(counts[:, :-1])
-        return total, weight
-    m = _flat(m)
-    a = _with_one(block, member, jnp.where(m[..., None] > 0, _flat(a).astype(m.dtype), 0), m)
-    return second_moment(a, None, structure), weight
-
-
-def _summed_inputs(
-    block: Block, member: Member, a: PerUseArray, m: Counted
-) -> tuple[Float[Array, "e s i"], Float[Array, "e s"]]:
-    """Sum inputs over the positions of each example, and count them."""
-    count = jnp.sum(m, axis=2)
-    if member.kind == "lookup":
-        total = jax.vmap(lambda ids, m: _count_rows(ids, m, _table_rows(block, member)))(
-            a[..., 0], m
-        )
-    else:
-        total = jnp.sum(jnp.where(m[..., None] > 0, a.astype(m.dtype), 0), axis=2)
-    return _with_one(block, member, total, count), count
-
-
-def _with_one(block: Block, member: Member, a: Array, one: Array) -> Array:
-    """Append the bias's coordinate: `one` where the bias is added, 0 for a use without it, nothing without a bias."""
-    if block.bias is None or member.transposed:
-        return a
-    return jnp.concatenate([a, (one if member.biased else jnp.zeros_like(one))[..., None]], axis=-1)
-
-
-def _table_rows(block: Block, member: Member) -> int:
-    return block.kernel.shape[2 if member.transposed else 1]
-
-
-def _count_rows(ids: Array, m: Float[Array, "s n"], size: int) -> Float[Array, "s i"]:
-    """Count how often each row was looked up, slice by slice of the stack; row numbers out of range count nowhere."""
-    known = jnp.where(ids < 0, size, ids)  # indexing would count negative numbers from the end
-    return jax.vmap(lambda ids, m: jnp.zeros(size, m.dtype).at[ids].add(m, mode="drop"))(known, m)
-
-
-def second_moment(
-    x: Float[Array, "s m i"], y: Float[Array, "s m i"] | None, structure: str
-) -> Float[Array, "s ..."]:
-    """Sum `x y'` over m, in x's precision: all of it, its diagonal, or (identity) nothing."""
-    if structure == "identity":
-        return jnp.zeros((x.shape[0], x.shape[2]), x.dtype)
-    if structure == "diagonal":
-        return jnp.sum(x * (x if y is None else y), axis=1)
-    if y is None:
-        return _gram(x)
-    product = jnp.matmul(x.swapaxes(1, 2), y, precision=lax.Precision.HIGHEST)
-    return (product + product.swapaxes(1, 2)) / 2
-
-
-def _gram(x: Float[Array, "s m i"]) -> Float[Array, "s i i"]:
-    """Sum `x x'` over m: on GPUs by the symmetric product of BLAS, which CPUs have none of through XLA.
-
-    (There, leaving out half of the product by strips of rows costs more in copies than it saves in arithmetic.)
-    """
-    if jax.default_backend() == "gpu":
-        nothing = jnp.zeros((x.shape[0], x.shape[-1], x.shape[-1]), x.dtype)
-        return jnp.asarray(
-            lax.linalg.symmetric_product(x.swapaxes(1, 2), nothing, symmetrize_output=True)
-        )
-    return jnp.matmul(x.swapaxes(1, 2), x, precision=lax.Precision.HIGHEST)
-
-
-def summed_rounds(
-    number: int, one: Callable[[Array], PyTree[Array]], wrap: Callable[[Any], Any] = lambda fn: fn
-) -> PyTree[Array]:
-    """Sum `one(k)` over k, one at a time."""
-    if number == 1:
-        return one(jnp.int32(0))
-    step = wrap(one)
-    start = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: one(jnp.int32(0)))
-    )
-    add = lambda total, k: (jax.tree.map(jnp.add, total, step(k)), None)
-    total, _ = lax.scan(add, start, jnp.arange(number))
-    return total
+def _sum(arrays: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)

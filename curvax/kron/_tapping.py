@@ -137,11 +137,11 @@ def _match(
     found = {(group.kernel, group.bias, group.members): group.numbers for group in groups}
     matched = {}
     for block in layout.blocks:
-        key = (block.kernel, block.bias, block.members)
+        key = (block.kernel, block.bias, block.uses)
         if key not in found:
             raise ValueError(
                 f"the layout is of another model: there, {_describe(block)} is used by "
-                f"{len(block.members)} linear map(s) as a block of its own, here it is not. Make it again for this batch: "
+                f"{len(block.uses)} linear map(s) as a block of its own, here it is not. Make it again for this batch: "
                 "curvax.kron_layout(objective, params, batch); if it is of this one, the model takes another path for a "
                 "single row, and cannot be worked through by example."
             )

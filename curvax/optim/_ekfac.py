@@ -14,14 +14,15 @@ from curvax import kron
 from curvax._types import Params, Scalar
 from curvax.kron import Factors, Layout, kron_basis, moving_average
 from curvax.kron._factors import WeightedMean, init_factors
-from curvax.kron._inverse import KronPower, diagonal_power, eigen_power
 from curvax.kron._moments import (
     Basis,
     EigenCurvature,
+    EigenFactors,
     block_moments,
     carried_moments,
+    decompose,
 )
-from curvax.kron._spectrum import BlockSpectrum, basis_spectrum
+from curvax.kron._operator import BlockSpectrum, KronOperator, eigen_spectrum, kron_operator
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._kfac import with_limit_momentum_and_rate
@@ -113,14 +114,10 @@ def scale_by_ekfac(
 
     def power(
         own: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
-    ) -> KronPower:
-        blocks = {
-            b.name: eigen_power(
-                block_state[b.name].basis, block_state[b.name].moments, damping, -1.0
-            )
-            for b in own.blocks
-        }
-        return KronPower(blocks, diagonal_power(factors.diagonal, damping, -1.0))
+    ) -> KronOperator:
+        basis = {block.name: block_state[block.name].basis for block in own.blocks}
+        moments = {block.name: block_state[block.name].moments for block in own.blocks}
+        return kron_operator(own, EigenFactors(basis, moments, factors.diagonal), damping)
 
     method = KronRule(lambda curvature: curvature.factors, start, _refresh_basis, finish, power)
     return scale_by_kron(layout, method, damping, inverse_every, decay, stagger)
@@ -192,10 +189,9 @@ def ekfac(
 def _refresh_basis(
     own: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
 ) -> tuple[BlockStates, dict[str, BlockSpectrum]]:
-    basis = kron_basis(own, factors)
     made, spectra = {}, {}
-    for block in own.blocks:
-        old, new = block_state[block.name], basis[block.name]
-        made[block.name] = EigenBlockState(new, carried_moments(old.basis, new, old.moments))
-        spectra[block.name] = basis_spectrum(block, factors.blocks[block.name], new, damping)
+    for name, (a, g) in decompose(own.blocks, factors).items():
+        old, new = block_state[name], Basis(a.vectors, g.vectors)
+        made[name] = EigenBlockState(new, carried_moments(old.basis, new, old.moments))
+        spectra[name] = eigen_spectrum(a, g, damping)
     return made, spectra

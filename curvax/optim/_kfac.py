@@ -15,15 +15,13 @@ from curvax._checks import check_choice, check_decay
 from curvax._types import Params, Scalar
 from curvax.kron import Factors, Layout
 from curvax.kron._factors import init_factors
-from curvax.kron._inverse import (
-    DAMPINGS,
-    FactoredPower,
-    KronPower,
-    diagonal_power,
-    factored_inverses,
-    kron_power,
+from curvax.kron._operator import (
+    DAMPING_SCHEMES,
+    BlockSpectrum,
+    KronOperator,
+    diagonal_operator,
+    kron_operator,
 )
-from curvax.kron._spectrum import BlockSpectrum, factored_spectrum, spectral_spectrum
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._kl_clip import kl_clip
@@ -84,14 +82,14 @@ def scale_by_kfac(
 
     Deviates: averages are bias-corrected with a constant decay, where the paper has `min(1 - 1/k, 0.95)` at step k.
     """
-    check_choice("damping_scheme", damping_scheme, DAMPINGS)
+    check_choice("damping_scheme", damping_scheme, DAMPING_SCHEMES)
     method = KronRule(
         factors=lambda curvature: curvature,
         start=partial(_nothing, damping_scheme),
         refresh=partial(_invert, damping_scheme),
         finish=None,
-        power=lambda own, factors, block_state, damping: KronPower(
-            block_state, diagonal_power(factors.diagonal, damping, -1.0)
+        power=lambda own, factors, block_state, damping: KronOperator(
+            block_state, diagonal_operator(factors.diagonal, damping)
         ),
     )
     return scale_by_kron(layout, method, damping, inverse_every, decay, stagger)
@@ -187,7 +185,7 @@ def with_limit_momentum_and_rate(
 
 def _nothing(damping_scheme: str, own: Layout, params: Params) -> BlockStates:
     inverse = jax.eval_shape(
-        lambda factors: kron_power(own, factors, 1.0, damping_scheme, -1.0),
+        lambda factors: kron_operator(own, factors, 1.0, damping_scheme).blocks,
         init_factors(own, params),
     )
     zeros: BlockStates = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), inverse)
@@ -198,15 +196,5 @@ def _invert(
     damping_scheme: str, own: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
 ) -> tuple[BlockStates, dict[str, BlockSpectrum]]:
     del block_state
-    if damping_scheme == "exact":
-        made = kron_power(own, factors, damping, damping_scheme, -1.0)
-        return made, {
-            b.name: spectral_spectrum(b, factors.blocks[b.name], made[b.name]) for b in own.blocks
-        }
-    done = factored_inverses(own, factors, damping)
-    spectra = {
-        b.name: factored_spectrum(b, factors.blocks[b.name], *done[b.name]) for b in own.blocks
-    }
-    return {
-        name: FactoredPower(left.side, right.side) for name, (left, right) in done.items()
-    }, spectra
+    operator = kron_operator(own, factors._replace(diagonal={}), damping, damping_scheme)
+    return dict(operator.blocks), dict(operator.spectra)

@@ -14,9 +14,8 @@ from curvax._checks import check_count, check_damping, check_decay, check_intege
 from curvax._trees import all_finite, keep_unless
 from curvax._types import Count, Params, Scalar
 from curvax.kron._factors import Factors, init_factors, moving_average
-from curvax.kron._inverse import KronPower, apply_power
 from curvax.kron._layout import Layout, check_layout, present
-from curvax.kron._spectrum import BlockSpectrum
+from curvax.kron._operator import BlockSpectrum, KronOperator, apply
 from curvax.optim._refresh import refresh_if
 
 BlockStates: TypeAlias = dict[str, Any]
@@ -31,7 +30,7 @@ class KronRule(NamedTuple):
       start: `(layout, params) -> block_state`, before the first curvature.
       refresh: `(layout, factors, block_state, damping) -> (block_state, spectra)`, the costly part, for the blocks of `layout`.
       finish: `(layout, block_state, curvature) -> block_state`, with every curvature, after the refresh; or None.
-      power: `(layout, factors, block_state, damping) -> KronPower`, the inverse to apply.
+      power: `(layout, factors, block_state, damping) -> KronOperator`, the inverse to apply.
     """
 
     factors: Callable[[Any], Factors]
@@ -40,7 +39,7 @@ class KronRule(NamedTuple):
         [Layout, Factors, BlockStates, Scalar], tuple[BlockStates, dict[str, BlockSpectrum]]
     ]
     finish: Callable[[Layout, BlockStates, Any], BlockStates] | None
-    power: Callable[[Layout, Factors, BlockStates, Scalar], KronPower]
+    power: Callable[[Layout, Factors, BlockStates, Scalar], KronOperator]
 
 
 class BlockInfo(NamedTuple):
@@ -188,7 +187,7 @@ def scale_by_kron(
             finite &= all_finite(finished)
             block_state = keep_unless(finite, finished, block_state)
 
-        steps = apply_power(own, method.power(own, factors, block_state, strength), updates)
+        steps = apply(own, method.power(own, factors, block_state, strength), updates)
         amplitude = jnp.where(good, jnp.where(known, 1, 0), jnp.nan)
         steps = jax.tree.map(
             lambda s: jnp.where(amplitude == 0, 0, amplitude.astype(s.dtype) * s), steps

@@ -35,7 +35,7 @@ def by_path(tree):
 def from_taps(block, inputs, cotangents):
     """Gradients `[e, s, i, o]` and `[e, s, o]` of kernel and bias, from what the uses were given and their cotangents."""
     kernel, bias = [], []
-    for member, a, g in zip(block.members, inputs, cotangents, strict=True):
+    for member, a, g in zip(block.uses, inputs, cotangents, strict=True):
         if member.kind == "lookup":
             a = jax.nn.one_hot(
                 a[..., 0], block.kernel.shape[2 if member.transposed else 1], dtype=g.dtype
@@ -404,7 +404,7 @@ def test_edited_layout():
         layout.edit("['q']", sharing="reduce")
     with pytest.raises(
         ValueError,
-        match=r"unknown change 'side'; valid: 'a_structure', 'g_structure', 'sharing', 'kind'",
+        match=r"unknown change 'side'; valid: 'a_structure', 'g_structure', 'sharing', 'two_products', 'kind'",
     ):
         layout.edit("['w']", side="full")
     with pytest.raises(

@@ -475,7 +475,7 @@ def test_a_tied_table_has_factors_of_both_uses(biased):
     )
     layout = layout_of(case)
     (block,) = layout.blocks
-    assert [(m.kind, m.transposed) for m in block.members] == [
+    assert [(m.kind, m.transposed) for m in block.uses] == [
         ("lookup", biased),
         ("dot", not biased),
     ]

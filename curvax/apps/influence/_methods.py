@@ -19,16 +19,10 @@ from curvax._host import OnHost
 from curvax._stream import check_rereadable, on_device
 from curvax._types import Batch, Matvec, Params
 from curvax.apps.influence._fitting import Fitted
-from curvax.kron._inverse import (
-    EigenPower,
-    KronPower,
-    apply_power,
-    damping_of,
-    in_no_block,
-    kron_inverse,
-)
+from curvax.kron._inverse import kron_inverse
 from curvax.kron._layout import Layout
-from curvax.kron._sides import combined_factors, trace
+from curvax.kron._operator import EigenOperator, KronOperator, apply, damping_of
+from curvax.kron._two_products import combined_factors
 from curvax.objective import Objective
 from curvax.products import ggnvp, streamed
 from curvax.solve import SolveInfo, Window, window_inverse, window_of
@@ -158,12 +152,10 @@ def _means(fitted: Fitted, method: str) -> dict[str, Array]:
         return {"": trace_of_all / optax.tree.sum(free)}
     if method == "kfac" and fitted.factors is not None:
         both = {
-            block.name: combined_factors(block, fitted.factors.blocks[block.name])
+            block.name: combined_factors(block.structures, fitted.factors.blocks[block.name])
             for block in layout.blocks
         }
-        means = {
-            name: trace(a) * trace(g) / (a.shape[1] * g.shape[1]) for name, (a, g) in both.items()
-        }
+        means = {name: a.mean_eigenvalue() * g.mean_eigenvalue() for name, (a, g) in both.items()}
         diagonal = fitted.factors.diagonal
     elif fitted.eigen is not None:
         means = {
@@ -173,11 +165,7 @@ def _means(fitted: Fitted, method: str) -> dict[str, Array]:
         diagonal = fitted.eigen.diagonal
     else:
         return {}
-    leaves = {leaf.path: leaf for leaf in layout.leaves}
-    own = {
-        path: jnp.mean(x.mean, where=in_no_block(layout, leaves[path]))
-        for path, x in diagonal.items()
-    }
+    own = {path: jnp.mean(x.mean, where=layout.uncovered(path)) for path, x in diagonal.items()}
     return means | own
 
 
@@ -288,7 +276,7 @@ def without_fixed(layout: Layout, tree: Params) -> Params:
 
     def own(path: Any, x: Array) -> Array:
         leaf = leaves[keystr(path)]
-        return jnp.where(in_no_block(layout, leaf), 0 * x, x) if leaf.outside == "identity" else x
+        return jnp.where(layout.uncovered(leaf.path), 0 * x, x) if leaf.outside == "identity" else x
 
     free: Params = jax.tree.map_with_path(own, tree)
     return free
@@ -298,9 +286,9 @@ def _ridge(layout: Layout, fitted: Fitted, damping: Any) -> Matvec:
     """Return the product with the damping itself."""
     assert fitted.eigen is not None
     ones = lambda name: jnp.ones((1, 1, 1)) * jnp.reshape(damping_of(damping, name), (-1, 1, 1))
-    blocks = {block.name: EigenPower(None, None, ones(block.name)) for block in layout.blocks}
+    blocks = {block.name: EigenOperator(None, None, ones(block.name)) for block in layout.blocks}
     return partial(
-        apply_power,
+        apply,
         layout,
-        KronPower(blocks, {p: damping_of(damping, p) for p in fitted.eigen.diagonal}),
+        KronOperator(blocks, {p: damping_of(damping, p) for p in fitted.eigen.diagonal}),
     )

@@ -26,8 +26,8 @@ from curvax.apps.influence._methods import (
     without_fixed,
 )
 from curvax.kron._gradient_products import LowRank, Vectors
-from curvax.kron._inverse import block_matrix, in_no_block
 from curvax.kron._layout import Layout, check_layout
+from curvax.kron._operator import block_matrix
 from curvax.objective import Objective
 from curvax.solve import SolveInfo, cg
 
@@ -250,7 +250,7 @@ def _as_blocks(layout: Layout, vectors: Params) -> tuple[dict[str, Vectors], dic
         {path: leaves[path] for path in block.leaves}
     )
     outside = {
-        path: jnp.where(in_no_block(layout, own[path]), x, 0)
+        path: jnp.where(layout.uncovered(path), x, 0)
         for path, x in leaves.items()
         if own[path].outside == "diagonal"
     }

@@ -21,17 +21,9 @@ from curvax.apps.influence._fitting import Fitted
 from curvax.apps.influence._methods import check_fitted, dampings
 from curvax.apps.influence._scoring import flat, share_gradient
 from curvax.kron._gradient_products import gradient_pairs, squares_by_example
-from curvax.kron._inverse import (
-    EigenPower,
-    KronPower,
-    damping_of,
-    diagonal_power,
-    eigen_power,
-    in_no_block,
-    kron_power,
-)
 from curvax.kron._layout import Layout, check_layout
 from curvax.kron._moments import Basis
+from curvax.kron._operator import EigenOperator, KronOperator, kron_operator
 from curvax.kron._tapping import record
 from curvax.losses._shares import term_counts
 from curvax.objective import Objective
@@ -97,37 +89,29 @@ def self_influence(
     return jnp.concatenate(found)
 
 
-def _powers(fitted: Fitted, method: str, damping: Any) -> KronPower:
+def _powers(fitted: Fitted, method: str, damping: Any) -> KronOperator:
     layout = fitted.layout
     if method == "identity":
         blocks = {
-            block.name: EigenPower(None, None, jnp.ones(block.shape)) for block in layout.blocks
+            block.name: EigenOperator(None, None, jnp.ones(block.shape)) for block in layout.blocks
         }
-        return KronPower(
+        return KronOperator(
             blocks,
             {leaf.path: jnp.ones([]) for leaf in layout.leaves if leaf.outside == "diagonal"},
         )
-    if method == "kfac":
-        assert fitted.factors is not None
-        made = kron_power(layout, fitted.factors, damping, "exact", -1.0)
-        return KronPower(made, diagonal_power(fitted.factors.diagonal, damping, -1.0))
-    assert fitted.eigen is not None
-    basis, moments, diagonal = fitted.eigen
-    own = {
-        name: eigen_power(basis[name], moments[name], damping_of(damping, name), -1.0)
-        for name in basis
-    }
-    return KronPower(own, diagonal_power(diagonal, damping, -1.0))
+    factors = fitted.factors if method == "kfac" else fitted.eigen
+    assert factors is not None
+    return kron_operator(layout, factors, damping)
 
 
 @partial(jax.jit, static_argnums=0)
 def _self_score(
-    own: Any, powers: KronPower, terms: PyTree[Scalar], params: Params, batch: Batch
+    own: Any, powers: KronOperator, terms: PyTree[Scalar], params: Params, batch: Batch
 ) -> Array:
     objective, layout, microbatch = own
     check_batch(batch)
 
-    def run(powers: KronPower, terms: PyTree[Scalar], params: Params, batch: Batch) -> Any:
+    def run(powers: KronOperator, terms: PyTree[Scalar], params: Params, batch: Batch) -> Any:
         of_chunk = lambda chunk: _self_parts(objective, layout, powers, terms, params, chunk)
         auto = max(1, ENTRIES_AT_A_TIME // max([1, *(math.prod(b.shape) for b in layout.blocks)]))
         rows = auto if microbatch is None else microbatch
@@ -141,7 +125,7 @@ def _self_score(
 def _self_parts(
     objective: Objective,
     layout: Layout,
-    powers: KronPower,
+    powers: KronOperator,
     terms: PyTree[Scalar],
     params: Params,
     chunk: Batch,
@@ -154,19 +138,18 @@ def _self_parts(
         parts = [
             jnp.sum(flat(x) ** 2 * jnp.where(own, power, 0).ravel(), axis=1)
             for path, x in pulled.outside.items()
-            for own, power in [(in_no_block(layout, leaves[path]), powers.diagonal[path])]
+            for own, power in [(layout.uncovered(path), powers.diagonal[path])]
         ]
         for block in layout.blocks:
             power, rows = (
                 powers.blocks[block.name],
                 (recorded.inputs[block.name], pulled.blocks[block.name]),
             )
-            assert isinstance(power, EigenPower)
+            assert isinstance(power, EigenOperator)
             basis = Basis(power.left, power.right)
             parts.append(squares_by_example(block, power, gradient_pairs(block, *rows, basis)))
         return jnp.asarray(sum(parts))
 
-    leaves = {leaf.path: leaf for leaf in layout.leaves}
     share = share_gradient(objective, recorded, chunk[1], terms)
     rows = recorded.outputs, chunk[1]
     if not objective.loss.heads:  # the example's mean loss is N / n_b of its part of the whole

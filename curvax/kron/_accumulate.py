@@ -1,0 +1,311 @@
+"""Sum a statistic over rounds of cotangents and chunks of a batch; the Kronecker factors are one.
+
+Chunks. The loss is a mean over terms, and a chunk of a batch has some of them. The chunk's share of
+the mean is its own mean times (its terms / all terms), `objective.scaled_to_share`. The shares of
+all chunks sum to the mean, for any partition and down to single examples, masked terms and heads
+with counts of their own included. A pseudo-gradient of a share therefore is the chunk's part of one
+of the whole batch, and sums of products of output-cotangents over chunks are the sum over the
+batch: no chunk is reweighed afterwards, and with the totals of a data set in place of those of a
+batch the same holds for batches of a stream.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import Partial
+from jaxtyping import Array, PyTree
+
+from curvax._batch import check_batch, sum_over_chunks, with_index
+from curvax._checks import check_count, check_params
+from curvax._types import Batch, Params, PRNGKey, Scalar
+from curvax._xla import fast_convs_in_loops, with_auto_sharding
+from curvax.capture._cotangents import check_fisher, empirical, exact, sampled
+from curvax.kron._factors import BlockFactors, Factors, WeightedMean
+from curvax.kron._layout import Layout, check_layout
+from curvax.kron._statistics import (
+    counted_positions,
+    diagonal_sums,
+    input_moments,
+    output_moments,
+)
+from curvax.kron._tapping import Capture, UseCotangents, record
+from curvax.objective import Objective, scaled_to_share, total_terms
+
+
+class Reduction(NamedTuple):
+    """What is summed over a batch: two functions.
+
+    They are `Partial`s, so that arrays that they hold are traced as arguments.
+
+    Attributes:
+      contribution: `(capture, u, v) -> tree` of one round of cotangents; summed over rounds.
+      finish: `(capture, sums) -> tree` of one chunk of the batch; summed over chunks.
+    """
+
+    contribution: Partial
+    finish: Partial
+
+
+class PassOptions(NamedTuple):
+    """How to go through a batch.
+
+    Attributes:
+      fisher: "mc", "exact" or "empirical".
+      num_samples: number of samples for each term, with "mc".
+      microbatch: rows worked on at a time, or None for all.
+      by_example: whether to tell the examples apart.
+    """
+
+    fisher: str
+    num_samples: int
+    microbatch: int | None
+    by_example: bool
+
+
+class StreamPosition(NamedTuple):
+    """Where a batch stands in a stream of batches.
+
+    Attributes:
+      first: number of its first row there; draws by example depend on the number.
+      totals: terms of the whole stream, as `total_terms` counts them. With None the mean loss is
+        that of the batch alone. (Batches alone merge exactly but for weighted sums of heads, and
+        "empirical", whose shares of terms differ.)
+      examples: number of rows of the whole stream, where totals are known.
+    """
+
+    first: Any
+    totals: PyTree[Scalar] | None = None
+    examples: Any = None
+
+
+class TermCounts(NamedTuple):
+    """Numbers of terms.
+
+    Attributes:
+      of_mean: terms of the mean loss whose curvature is summed.
+      of_batch: terms of the batch, its weight among others.
+    """
+
+    of_mean: Scalar
+    of_batch: Scalar
+
+    def factor(self, x: Array) -> WeightedMean:
+        """Weigh a part of the curvature of the mean loss by the batch's terms."""
+        return WeightedMean(self.of_mean * x, self.of_batch)
+
+
+def kron_factors(
+    objective: Objective,
+    layout: Layout,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    *,
+    fisher: str = "mc",
+    num_samples: int = 1,
+    microbatch: int | None = None,
+) -> Factors:
+    """Estimate the Kronecker factors of the Fisher (or Gauss-Newton) matrix of the mean loss.
+
+    For a block with inputs a, and g the cotangent of its output under a pseudo-gradient r
+    (`E[r r'] =` curvature of the mean loss in output space), over positions t of examples b:
+
+      expand: `A = mean_bt a a'`, `G = sum_bt g g'`;
+      reduce: `A = mean_b (mean_t a)(mean_t a)'`, `G = sum_b (sum_t g)(sum_t g)'`.
+
+    Positions whose cotangent is exactly zero (padding, masked terms, branches not taken) are left
+    out of A.
+
+    Args:
+      objective: the `curvax.Objective` whose curvature is estimated.
+      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
+      params: pytree of float arrays.
+      batch: `(inputs, targets)`.
+      key: JAX key, for "mc".
+      fisher: "mc", targets sampled from the model; "exact", every entry of one example's outputs in
+        turn, the expectation of "mc" (a use without batch axis, such as a learned query, is then
+        counted once for each example); "empirical", the batch's own targets.
+      num_samples: number of samples for each term, with "mc".
+      microbatch: rows worked on at a time; A and exact G are the same as without it, in bounded
+        memory.
+
+    Returns:
+      `Factors`, in at least float32.
+
+    Raises:
+      ValueError: the layout belongs to other params or to another model; `fisher` is unknown; the
+        model gives no row of outputs for one row of inputs, where examples must be told apart
+        (reduce, "exact", "empirical").
+      TypeError: params are not float; "mc" is asked of a loss that cannot sample.
+
+    Cost: "mc": one forward and one backward pass without the gradients of kernels, and
+      `n (in^2 + out^2) / 2` multiplications for n positions. "exact": two backward passes and the
+      products for G, as often as one example's outputs have entries. Memory: inputs and cotangents
+      of all uses.
+
+    Example: a linear model, where `A x G` is the Gauss-Newton matrix.
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> params = jnp.zeros((2, 3))
+      >>> batch = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros((2, 3))
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> factors = curvax.kron_factors(
+      ...     objective, layout, params, batch, jax.random.key(0), fisher="exact")
+      >>> block = factors.blocks[""]
+      >>> block.a.mean[0].tolist(), block.g.mean[0].tolist()
+      ([[0.5, 0.0], [0.0, 4.5]], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+
+    References: Martens and Grosse (2015), sections 3 and 5, https://arxiv.org/abs/1503.05671; Grosse
+      and Martens (2016), A Kronecker-factored approximate Fisher matrix for convolution layers,
+      https://arxiv.org/abs/1602.01407; Eschenhagen et al. (2023), sections 3.1 and 3.2,
+      https://arxiv.org/abs/2311.00636.
+    """
+    reduces = any(block.sharing == "reduce" for block in layout.blocks)
+    options = PassOptions(fisher, num_samples, microbatch, by_example=reduces or fisher != "mc")
+    (inputs, outputs, squares), terms = accumulate(
+        objective, layout, params, batch, key, reduction=factor_sums(layout), options=options
+    )
+    return make_factors(inputs, outputs, squares, terms)
+
+
+def factor_sums(layout: Layout) -> Reduction:
+    """Build the reduction whose sums `make_factors` turns into `Factors`."""
+
+    def contribution(capture: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
+        del capture
+        outputs = {}
+        for block in layout.blocks:
+            h = None if v is None else v.blocks[block.name]
+            outputs[block.name] = output_moments(block, u.blocks[block.name], h)
+        blocks = (u if v is None else v).blocks
+        return outputs, diagonal_sums(u, v), jax.tree.map(counted_positions, blocks)
+
+    def finish(capture: Capture, sums: PyTree[Array]) -> PyTree[Array]:
+        outputs, squares, rounds_counted = sums
+        # A position counts once, however many rounds gave it a cotangent.
+        counted = jax.tree.map(lambda n: jnp.minimum(n, 1), rounds_counted)
+        inputs = {
+            block.name: input_moments(block, capture.inputs[block.name], counted[block.name])
+            for block in layout.blocks
+        }
+        return inputs, outputs, squares
+
+    return Reduction(Partial(contribution), Partial(finish))
+
+
+def make_factors(inputs: Any, outputs: Any, squares: Any, terms: TermCounts) -> Factors:
+    """Turn sums over a batch into factors.
+
+    A weighs as much as it has positions, curvature of the mean loss as the batch has terms.
+    """
+    blocks = {}
+    for name, (a, transposed_a) in inputs.items():
+        g, *transposed_g = [terms.factor(moment) for moment in outputs[name]]
+        transposed = None if transposed_a is None else (transposed_a, *transposed_g)
+        blocks[name] = BlockFactors(a, g, transposed)
+    return Factors(blocks, {path: terms.factor(x) for path, x in squares.items()})
+
+
+def accumulate(
+    objective: Objective,
+    layout: Layout,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    *,
+    reduction: Reduction,
+    options: PassOptions,
+    position: StreamPosition | None = None,
+) -> tuple[PyTree[Array], TermCounts]:
+    """Sum a reduction over rounds of cotangents and chunks of a batch, which may be of a stream."""
+    position = StreamPosition(0) if position is None else position
+    check_params(params)
+    check_layout(layout, params)
+    check_batch(batch)
+    check_fisher(options.fisher, options.num_samples)
+    if options.microbatch is not None:
+        check_count(1, microbatch=options.microbatch)
+    run = partial(_over_chunks, objective, layout, options)
+    return with_auto_sharding(run, params, batch, key, reduction, position)
+
+
+def _over_chunks(
+    objective: Objective,
+    layout: Layout,
+    options: PassOptions,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    reduction: Reduction,
+    position: StreamPosition,
+) -> tuple[PyTree[Array], TermCounts]:
+    """Sum a reduction over the chunks of a batch, each with its share of the mean loss."""
+    terms = total_terms(objective, params, batch, options.microbatch)
+    rows = with_index(batch, position.first)
+    is_stream = position.totals is not None
+    totals = position.totals if is_stream else terms
+    num_examples = position.examples if is_stream else rows[1].size
+
+    def of_chunk(chunk: tuple[Batch, Array]) -> PyTree[Array]:
+        share = objective
+        if is_stream or options.microbatch is not None:
+            share = scaled_to_share(objective, params, chunk[0], totals)
+        return _over_rounds(
+            share, layout, options, params, chunk, key, reduction, num_examples=num_examples
+        )
+
+    if options.microbatch is None:
+        sums = of_chunk(rows)
+    else:
+        sums = sum_over_chunks(of_chunk, rows, options.microbatch)
+    of_mean, of_batch = (jnp.asarray(sum(jax.tree.leaves(n))) for n in (totals, terms))
+    return sums, TermCounts(of_mean, of_batch)
+
+
+def _over_rounds(
+    objective: Objective,
+    layout: Layout,
+    options: PassOptions,
+    params: Params,
+    chunk: tuple[Batch, Array],
+    key: PRNGKey,
+    reduction: Reduction,
+    num_examples: Any,
+) -> PyTree[Array]:
+    """Capture a chunk once, and sum a reduction over the cotangents that the estimator gives."""
+    (inputs, targets), index = chunk
+    capture = record(objective, layout, params, inputs, options.by_example)
+    loss, outputs = objective.loss, capture.outputs
+    if options.fisher == "mc":
+        if not options.by_example and options.microbatch is not None:
+            key = jax.random.fold_in(key, index[0])  # chunks draw apart, as examples would
+        row_numbers = index if options.by_example else None
+        rounds = sampled(loss, key, outputs, targets, row_numbers, options.num_samples)
+    elif options.fisher == "exact":
+        rounds = exact(loss, outputs, targets)
+    else:
+        rounds = empirical(loss, outputs, targets, num_examples)
+
+    # `sum_k u_k v_k'` is the curvature in output space, with v None for u itself; pulled back to
+    # the uses it is that of their outputs.
+    def one_round(k: Array) -> PyTree[Array]:
+        u, v = rounds.pair(k)
+        pulled_v = None if v is None else capture.pull(v)
+        return reduction.contribution(capture, capture.pull(u), pulled_v)
+
+    if rounds.number == 1:
+        return reduction.finish(capture, one_round(jnp.int32(0)))
+    shapes = jax.eval_shape(lambda: one_round(jnp.int32(0)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    step = fast_convs_in_loops(one_round)
+
+    def add_round(total: PyTree[Array], k: Array) -> tuple[PyTree[Array], None]:
+        return jax.tree.map(jnp.add, total, step(k)), None
+
+    total, _ = lax.scan(add_round, zeros, jnp.arange(rounds.number))
+    return reduction.finish(capture, total)

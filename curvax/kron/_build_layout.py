@@ -1,0 +1,242 @@
+"""Build a layout: trace a model, find the uses of its params, and make them blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+
+from curvax._batch import check_batch
+from curvax._checks import check_choice, check_params
+from curvax._types import Batch, Params
+from curvax.capture import View, entry_numbers
+from curvax.capture._grouping import Group, group_uses
+from curvax.kron._layout import SHARING, UNMATCHED, Block, Layout, Leaf, leaf_shapes, trace_uses
+from curvax.objective import Objective
+
+T = TypeVar("T")
+
+ByPath: TypeAlias = T | Mapping[str, T]
+"""A choice for all leaves, or by path.
+
+The longest key with which a leaf's path begins counts; "" begins all.
+"""
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+
+class Choice(NamedTuple):
+    """What was chosen for a leaf.
+
+    Attributes:
+      key: the key by which it was chosen; "" where the choice is for all.
+      value: the choice.
+    """
+
+    key: str
+    value: Any
+
+
+class Choices(NamedTuple):
+    """The choices for all leaves, by path.
+
+    Attributes:
+      unmatched: "error", "diagonal" or "identity".
+      sharing: "expand" or "reduce".
+      max_dim: longest side with a full factor.
+    """
+
+    unmatched: Mapping[str, Choice]
+    sharing: Mapping[str, Choice]
+    max_dim: Mapping[str, Choice]
+
+
+DEFAULTS: Mapping[str, Any] = {"unmatched": "diagonal", "sharing": "expand", "max_dim": 8192}
+"""What counts for all leaves, or for those that no key of a dict matches."""
+
+
+def kron_layout(
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    unmatched: ByPath[str] = "diagonal",
+    sharing: ByPath[str] = "expand",
+    max_dim: ByPath[int] = 8192,
+) -> Layout:
+    """Find the Kronecker blocks of a model by following every leaf to the linear maps it enters.
+
+    A leaf (or a slice, a permutation, a concatenation of leaves) that is contracted with an input
+    by a matrix product, a convolution or a lookup is the kernel of a block; what is added straight
+    to the result is its bias. It does not matter which library made the model; `jit`, remat,
+    `scan`, `cond` and `vmap` are looked into.
+
+    Args:
+      objective: the `curvax.Objective` whose curvature the layout is for.
+      params: pytree of float arrays (or of `jax.ShapeDtypeStruct`).
+      batch: `(inputs, targets)`, arrays or shapes; the layout serves any batch size.
+      unmatched: for leaves in no block: "diagonal", a diagonal Fisher; "identity", their gradient
+        is left as it is; "error", raise and list them.
+      sharing: for positions of one example (time, space): "expand", taken as independent, exact
+        where every position has its own loss; "reduce", summed over first, exact where they are
+        pooled before the loss.
+      max_dim: factors with more rows than this are diagonal.
+
+      Each of the three may be a dict by path: the longest key with which a leaf's path begins
+      counts, "" begins them all. For a block that is the longest among all its leaves.
+
+    Returns:
+      A `Layout`; print it. It can be changed with `layout.edit(path, ...)`.
+
+    Raises:
+      ValueError: there are leaves in no block, with `unmatched="error"`, listed with the reasons; a
+        choice or a path is unknown.
+      TypeError: params are not float.
+
+    Cost: one trace of the model; no data is read and nothing is computed on a device.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> model = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) * p["scale"]
+      >>> objective = curvax.Objective(model, curvax.losses.squared_error())
+      >>> params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3), "scale": jnp.ones(3)}
+      >>> batch = jnp.ones((8, 4)), jnp.ones((8, 3))
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> [(leaf.path, leaf.kind) for leaf in layout.leaves]
+      [("['b']", 'kron'), ("['scale']", 'diagonal'), ("['w']", 'kron')]
+      >>> layout.leaves[1].reason
+      'enters `mul`'
+
+    References: Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored
+      approximate curvature, https://arxiv.org/abs/1503.05671; Eschenhagen et al. (2023),
+      Kronecker-factored approximate curvature for modern neural network architectures,
+      https://arxiv.org/abs/2311.00636.
+    """
+    check_params(params)
+    check_batch(batch)
+    shapes = leaf_shapes(params)
+    choices = Choices(
+        _by_path("unmatched", unmatched, shapes, UNMATCHED),
+        _by_path("sharing", sharing, shapes, SHARING),
+        _by_path("max_dim", max_dim, shapes, None),
+    )
+    _, _, uses, reasons = trace_uses(objective, params, batch[0])
+    groups, reasons = group_uses(uses, reasons, shapes)
+    names = unique_names(groups)
+    blocks = [_block(name, group, choices) for name, group in zip(names, groups, strict=True)]
+    covered = _covered(blocks, shapes)
+    leaves = []
+    for path, shape in shapes.items():
+        reason = reasons.get(path, "does not influence the outputs")
+        leaves.append(_leaf(path, shape, covered[path], reason, choices.unmatched[path].value))
+    _refuse_errors(leaves)
+    return Layout(tuple(blocks), tuple(leaves))
+
+
+def _refuse_errors(leaves: Sequence[Leaf]) -> None:
+    """Raise if there are leaves in no block for which the choice is "error"."""
+    lines = []
+    for leaf in leaves:
+        if leaf.outside == "error":
+            lines.append(f"  {leaf.path} {list(leaf.shape)}: {leaf.reason}")
+    if lines:
+        listed = "\n".join(lines)
+        raise ValueError(
+            f'leaves in no Kronecker block, with unmatched="error":\n{listed}\n'
+            'Choose for them: unmatched="diagonal" or "identity", for all or in a dict by path.'
+        )
+
+
+def _by_path(
+    name: str, choice: Any, shapes: Shapes, allowed: Sequence[Any] | None
+) -> Mapping[str, Choice]:
+    """Resolve a choice for every path; `allowed` is None for a positive integer."""
+    by_key = choice if isinstance(choice, Mapping) else {"": choice}
+    for key, value in by_key.items():
+        if not any(path.startswith(key) for path in shapes):
+            raise ValueError(
+                f"{name}: no leaf's path begins with {key!r}; the paths are {', '.join(shapes)}."
+            )
+        if allowed is not None:
+            check_choice(name, value, dict.fromkeys(allowed))
+        elif not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+    resolved = {}
+    for path in shapes:
+        matching = [key for key in by_key if path.startswith(key)]
+        longest = max(matching, key=len, default=None)
+        value = DEFAULTS[name] if longest is None else by_key[longest]
+        resolved[path] = Choice(longest or "", value)
+    return resolved
+
+
+def unique_names(groups: Sequence[Group]) -> list[str]:
+    """Name groups by their kernels, with a number where two have the same text."""
+    names: list[str] = []
+    texts: list[str] = []
+    for group in groups:
+        text = str(group.kernel)
+        texts.append(text)
+        count = texts.count(text)
+        names.append(text if count == 1 else f"{text} #{count}")
+    return names
+
+
+def _block(name: str, group: Group, choices: Choices) -> Block:
+    """Make a block of the uses of one kernel."""
+    leaves = (*group.kernel.leaves, *(group.bias.leaves if group.bias else ()))
+
+    def chosen(by_path: Mapping[str, Choice]) -> Any:
+        return max((by_path[path] for path in leaves), key=lambda choice: len(choice.key)).value
+
+    max_dim = chosen(choices.max_dim)
+
+    def structure(size: int) -> str:
+        return "full" if size <= max_dim else "diagonal"
+
+    _, rows, columns = group.kernel.shape
+    # Inputs of lookups are one-hot: A is diagonal, exactly.
+    only_lookups = all(use.kind == "lookup" and not use.transposed for use in group.members)
+    return Block(
+        name=name,
+        kernel=group.kernel,
+        bias=group.bias,
+        uses=group.members,
+        a_structure="diagonal" if only_lookups else structure(rows + (group.bias is not None)),
+        g_structure=structure(columns),
+        sharing=chosen(choices.sharing),
+    )
+
+
+def _covered(blocks: Sequence[Block], shapes: Shapes) -> dict[str, int]:
+    """Count the entries of every leaf that are in blocks."""
+    covered = dict.fromkeys(shapes, 0)
+    for block in blocks:
+        for view in filter(None, (block.kernel, block.bias)):
+            for path, count in _entries_by_leaf(view, shapes).items():
+                covered[path] += count
+    return covered
+
+
+def _entries_by_leaf(view: View, shapes: Shapes) -> dict[str, int]:
+    """Count how many entries a view has of each of its leaves."""
+    sizes = {path: math.prod(shapes[path]) for path in view.leaves}
+    if math.prod(view.shape) == sum(sizes.values()):
+        return sizes  # all entries, without numbering them
+    numbers = entry_numbers(view, {path: shapes[path] for path in sizes}).ravel()
+    ends = np.cumsum(list(sizes.values()))
+    which = np.searchsorted(ends, numbers, side="right")
+    counts = np.bincount(which, minlength=len(ends)).tolist()
+    return dict(zip(sizes, counts, strict=True))
+
+
+def _leaf(path: str, shape: tuple[int, ...], covered: int, reason: str, choice: str) -> Leaf:
+    """Say what becomes of a leaf of which so many entries are in blocks."""
+    size = math.prod(shape)
+    if covered == 0:
+        return Leaf(path=path, shape=shape, kind=choice, reason=reason)
+    if covered == size:
+        return Leaf(path, shape, "kron")
+    partial = f"{size - covered} of {size} entries are in no linear map"
+    return Leaf(path=path, shape=shape, kind="kron", rest=choice, reason=partial)

@@ -1,0 +1,369 @@
+"""From Kronecker factors to a linear operator: a power, mostly the inverse, of damped curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr
+from jaxtyping import Array, Float
+
+from curvax._checks import is_masked
+from curvax._types import Params, Scalar, at_least_float32
+from curvax.kron._factors import BlockFactors, Factors, WeightedMean
+from curvax.kron._kron_factor import (
+    Eigen,
+    Inverted,
+    KronFactor,
+    Matrices,
+    eigh_all,
+    invert_all,
+    lower_bound_of_largest,
+    matmul,
+)
+from curvax.kron._layout import Block, Layout, Leaf, check_layout
+from curvax.kron._moments import Basis, EigenFactors, decompose
+from curvax.kron._two_products import (
+    FactorPair,
+    combined_factors,
+    damped_factors,
+    kron_products,
+    pencils,
+)
+
+
+class BlockSpectrum(NamedTuple):
+    """What is known of a block's curvature; of a stack, over all slices.
+
+    Attributes:
+      trace: sum of the eigenvalues of the undamped block.
+      largest: largest eigenvalue of the damped block; a lower bound where power iteration finds it.
+      smallest: smallest eigenvalue of the damped block; an upper bound likewise.
+    """
+
+    trace: Scalar
+    largest: Scalar
+    smallest: Scalar
+
+
+class FactoredOperator(NamedTuple):
+    """A block that is a Kronecker product, `V -> left V right`.
+
+    Attributes:
+      left: on the inputs' side.
+      right: on the outputs' side.
+    """
+
+    left: KronFactor
+    right: KronFactor
+
+    def times(self, matrix: Matrices) -> Matrices:
+        """Multiply matrices by the block."""
+        return self.right.right(self.left.left(matrix))
+
+
+class EigenOperator(NamedTuple):
+    """A block that two matrices make diagonal, `V -> left (left' V right * scale) right'`.
+
+    Attributes:
+      left: eigenvectors of A, `[stack, in, in]` in columns, or None for the identity.
+      right: eigenvectors of G, `[stack, out, out]`, or None for the identity.
+      scale: powers of damped eigenvalues, `[stack, in, out]`.
+    """
+
+    left: Array | None
+    right: Array | None
+    scale: Array
+
+    def times(self, matrix: Matrices) -> Matrices:
+        """Multiply matrices by the block."""
+        rotated = matrix if self.left is None else matmul(_t(self.left), matrix)
+        rotated = rotated if self.right is None else matmul(rotated, self.right)
+        product = rotated * self.scale
+        product = product if self.left is None else matmul(self.left, product)
+        return product if self.right is None else matmul(product, _t(self.right))
+
+    def diagonal(self) -> Matrices:
+        """Return the diagonal of the block, `left^2 scale (right^2)'` with squares by entry."""
+        rows = self.scale if self.left is None else matmul(jnp.square(self.left), self.scale)
+        return rows if self.right is None else matmul(rows, _t(jnp.square(self.right)))
+
+
+BlockOperator: TypeAlias = FactoredOperator | EigenOperator
+
+
+class KronOperator(NamedTuple):
+    """A power of damped curvature, which `apply` multiplies by.
+
+    Attributes:
+      blocks: the power of every block, by name.
+      diagonal: powers of damped diagonal entries, by path.
+      spectra: `BlockSpectrum` of the blocks that were made from Kronecker factors, by name.
+    """
+
+    blocks: Mapping[str, BlockOperator]
+    diagonal: Mapping[str, Array]
+    spectra: Mapping[str, BlockSpectrum] = {}
+
+
+def kron_operator(
+    layout: Layout,
+    factors: Factors | EigenFactors,
+    damping: Any,
+    damping_scheme: str = "exact",
+    power: float = -1.0,
+) -> KronOperator:
+    """Raise damped Kronecker-factored curvature to a power; arguments as in `curvax.kron_inverse`.
+
+    Everything that divides by Kronecker factors goes through this function. For a block V:
+
+      "exact": `Q_A ((Q_A' V Q_G) (d_A d_G' + damping)^power) Q_G'` with `A = Q_A diag(d_A) Q_A'`;
+      "factored": `(A + pi sqrt(damping) I)^power V (G + sqrt(damping) / pi I)^power`, Martens and
+        Grosse (2015), section 6.3;
+      EK-FAC: `Q_A ((Q_A' V Q_G) (M + damping)^power) Q_G'` with second moments M, George et al.
+        (2018), section 3;
+      two products that the layout wants inverted exactly: see `_two_products.pencils`.
+    """
+    diagonal = diagonal_operator(factors.diagonal, damping, power)
+    if isinstance(factors, EigenFactors):
+        blocks: dict[str, BlockOperator] = {}
+        for block in layout.blocks:
+            basis, moments = factors.basis[block.name], factors.moments[block.name]
+            blocks[block.name] = _of_moments(
+                basis, moments, damping_of(damping, block.name), power=power
+            )
+        return KronOperator(blocks, diagonal)
+    balanced = [block for block in layout.blocks if block.two_products == "balanced"]
+    built = DAMPING_SCHEMES[damping_scheme](balanced, factors, damping, power)
+    for block in layout.blocks:
+        if block.two_products == "exact":
+            built[block.name] = _of_two_products(block, factors, damping, power)
+    return KronOperator(
+        {name: operator for name, (operator, _) in built.items()},
+        diagonal,
+        {name: spectrum for name, (_, spectrum) in built.items()},
+    )
+
+
+def diagonal_operator(
+    diagonal: Mapping[str, WeightedMean], damping: Any, power: float = -1.0
+) -> dict[str, Array]:
+    """Raise damped diagonal entries to a power, by path."""
+    return {
+        path: (entries.mean + damping_of(damping, path)) ** power
+        for path, entries in diagonal.items()
+    }
+
+
+def damping_of(damping: Any, name: str) -> Any:
+    """Return the damping of a block, or of the leaf of a path."""
+    return damping[name] if isinstance(damping, Mapping) else damping
+
+
+def apply(layout: Layout, operator: KronOperator, v: Params) -> Params:
+    """Multiply a tree like params by an operator, but for blocks with a leaf that is masked out.
+
+    A kernel is `[in, out]` here: the block `A x G`, on entries in row-major order, multiplies it as
+    `V -> A V G`. The papers have `W [out, in]` and columns on top of each other, so that their
+    `A x G` multiplies as `W -> G W A`, the transpose of the same.
+    """
+    check_layout(layout, v)
+    leaves = {keystr(path): x for path, x in jax.tree.leaves_with_path(v, is_leaf=is_masked)}
+    present = {path: at_least_float32(x) for path, x in leaves.items() if not is_masked(x)}
+    # Each leaf's result is the sum of its entries in no block and its parts of blocks.
+    results: dict[str, Array] = {}
+    for leaf in layout.leaves:
+        if leaf.path in present and leaf.outside is not None:
+            results[leaf.path] = _outside(layout, leaf, present[leaf.path], operator)
+    for block in layout.blocks:
+        if not all(path in present for path in block.leaves):
+            continue
+        of_block = {path: present[path] for path in block.leaves}
+        product = _times(operator.blocks[block.name], block_matrix(block, of_block))
+        for path, x in _scatter(block, product, of_block).items():
+            results[path] = results[path] + x if path in results else x
+    ordered = [x if is_masked(x) else results[path].astype(x.dtype) for path, x in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(v, is_leaf=is_masked), ordered)
+
+
+def block_matrix(block: Block, leaves: Mapping[str, Array]) -> Float[Array, "s i o"]:
+    """Read a block's kernel, with its bias as a last row, out of leaves by path."""
+    kernel: Array = block.kernel.read(leaves)
+    if block.bias is None:
+        return kernel
+    return jnp.concatenate([kernel, block.bias.read(leaves)[:, None]], axis=1)
+
+
+def _scatter(
+    block: Block, matrix: Float[Array, "s i o"], leaves: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Put a block's entries back to where `block_matrix` reads them; zeros elsewhere.
+
+    A view moves entries without changing them, so that its transpose is its inverse.
+    """
+    write = jax.linear_transpose(partial(block_matrix, block), dict(leaves))
+    written: dict[str, Array]
+    (written,) = write(matrix.astype(jnp.result_type(*leaves.values())))
+    return written
+
+
+def _outside(layout: Layout, leaf: Leaf, x: Array, operator: KronOperator) -> Array:
+    """Multiply the entries of a leaf that are in no block; entries in blocks give 0."""
+    product = operator.diagonal[leaf.path] * x if leaf.outside == "diagonal" else x
+    if leaf.kind != "kron":
+        return product
+    return jnp.where(layout.uncovered(leaf.path), product, 0)
+
+
+# -- blocks ------------------------------------------------------------------------------------
+# The functions under `jit` do not know which block they work for: those of equal structures and
+# shapes are traced and lowered once, which for 74 blocks takes a third of the time.
+
+Built: TypeAlias = dict[str, tuple[BlockOperator, BlockSpectrum]]
+
+
+def _factored_blocks(
+    blocks: Sequence[Block], factors: Factors, damping: Any, power: float
+) -> Built:
+    """Raise both damped factors of every block to a power."""
+    damped, traces = [], []
+    for block in blocks:
+        of_block = factors.blocks[block.name]
+        a, g, trace = _damp(block.structures, of_block, damping_of(damping, block.name))
+        damped += [a, g]
+        traces.append(trace)
+    built: Built = {}
+    if power == -1:
+        inverses = iter(invert_all(damped))
+        for block, trace in zip(blocks, traces, strict=True):
+            inverse_a, inverse_g = next(inverses), next(inverses)
+            operator = FactoredOperator(inverse_a.inverse, inverse_g.inverse)
+            built[block.name] = operator, _factored_spectrum(trace, inverse_a, inverse_g)
+        return built
+    decompositions = iter(eigh_all(damped))
+    for block, trace in zip(blocks, traces, strict=True):
+        a, g = next(decompositions), next(decompositions)
+        operator = FactoredOperator(a.power(power), g.power(power))
+        built[block.name] = operator, eigen_spectrum(a, g, 0.0)._replace(trace=trace)
+    return built
+
+
+@partial(jax.jit, static_argnums=0)
+def _damp(
+    structures: tuple[str, str], factors: BlockFactors, damping: Any
+) -> tuple[KronFactor, KronFactor, Scalar]:
+    """Return both damped factors of a block, and the trace of the undamped block."""
+    a, g = combined_factors(structures, factors)
+    return *damped_factors(a, g, damping), jnp.sum(a.trace() * g.trace())
+
+
+@jax.jit
+def _factored_spectrum(trace: Scalar, a: Inverted, g: Inverted) -> BlockSpectrum:
+    """Combine what is known of both factors: eigenvalues of `A x G` are products of theirs."""
+    largest, smallest = a.largest * g.largest, a.smallest * g.smallest
+    return BlockSpectrum(trace, jnp.max(largest), jnp.min(smallest))
+
+
+def _eigen_blocks(blocks: Sequence[Block], factors: Factors, damping: Any, power: float) -> Built:
+    """Raise every block to a power in its Kronecker eigenbasis."""
+    built: Built = {}
+    for name, (a, g) in decompose(blocks, factors).items():
+        built[name] = _of_eigen(a, g, damping_of(damping, name), power=power)
+    return built
+
+
+@partial(jax.jit, static_argnames="power")
+def _of_eigen(
+    a: Eigen, g: Eigen, damping: Any, power: float
+) -> tuple[EigenOperator, BlockSpectrum]:
+    """Return `(A x G + damping I)^power`."""
+    scale = (_outer(a.values, g.values) + _by_slice(damping)) ** power
+    return EigenOperator(a.vectors, g.vectors, scale), eigen_spectrum(a, g, damping)
+
+
+@jax.jit
+def eigen_spectrum(a: Eigen, g: Eigen, damping: Any) -> BlockSpectrum:
+    """Return the spectrum of `A x G`, and of `A x G + damping I`."""
+    trace = jnp.sum(a.values, axis=1) * jnp.sum(g.values, axis=1)
+    damped = _outer(a.values, g.values) + _by_slice(damping)
+    return BlockSpectrum(jnp.sum(trace), jnp.max(damped), jnp.min(damped))
+
+
+@partial(jax.jit, static_argnames="power")
+def _of_moments(basis: Basis, moments: WeightedMean, damping: Any, power: float) -> EigenOperator:
+    """Raise a block that is diagonal in a Kronecker eigenbasis to a power."""
+    return EigenOperator(basis.a, basis.g, (moments.mean + _by_slice(damping)) ** power)
+
+
+def _of_two_products(
+    block: Block, factors: Factors, damping: Any, power: float
+) -> tuple[EigenOperator, BlockSpectrum]:
+    """Invert the sum of two Kronecker products, the second of them damped."""
+    if power != -1:
+        raise ValueError(
+            f'{block.name} has two_products="exact", which gives its inverse only, not the power '
+            f'{power}. Use layout.edit("{block.leaves[0]}", two_products="balanced").'
+        )
+    first, second = kron_products(block.structures, factors.blocks[block.name])
+    inverse, spectrum = _invert_sum(first, second, damping_of(damping, block.name))
+    return inverse, spectrum
+
+
+@jax.jit
+def _invert_sum(
+    first: FactorPair, second: FactorPair, damping: Any
+) -> tuple[EigenOperator, BlockSpectrum]:
+    """Return `(A1 x G1 + A2d x G2d)^-1` with the damped factors A2d, G2d of the second product.
+
+    By `pencils` it is `(K_A x K_G) (D_A x D_G + I)^-1 (K_A x K_G)'`.
+    """
+    (a1, g1), (a2, g2) = first, second
+    damped_a, damped_g = damped_factors(a2, g2, damping)
+    pencil_a, pencil_g = pencils(first, (damped_a, damped_g))
+    scale = 1 / (_outer(pencil_a.values, pencil_g.values) + 1)
+    # K = vectors diag(scales): the scales of both sides go into the middle.
+    if pencil_a.scales is not None:
+        scale = scale * pencil_a.scales[:, :, None] ** 2
+    if pencil_g.scales is not None:
+        scale = scale * pencil_g.scales[:, None, :] ** 2
+    inverse = EigenOperator(pencil_a.vectors, pencil_g.vectors, scale)
+
+    def damped_sum(v: Matrices) -> Matrices:
+        return g1.right(a1.left(v)) + damped_g.right(damped_a.left(v))
+
+    diagonal = _outer(a1.diagonal(), g1.diagonal())
+    diagonal = diagonal + _outer(damped_a.diagonal(), damped_g.diagonal())
+    spectrum = BlockSpectrum(
+        jnp.sum(a1.trace() * g1.trace() + a2.trace() * g2.trace()),
+        jnp.max(lower_bound_of_largest(damped_sum, diagonal)),
+        jnp.min(1 / lower_bound_of_largest(inverse.times, inverse.diagonal())),
+    )
+    return inverse, spectrum
+
+
+@jax.jit
+def _times(operator: BlockOperator, matrix: Matrices) -> Matrices:
+    return operator.times(matrix)
+
+
+def _outer(x: Float[Array, "s i"], y: Float[Array, "s o"]) -> Float[Array, "s i o"]:
+    return x[:, :, None] * y[:, None, :]
+
+
+def _by_slice(damping: Any) -> Float[Array, "s 1 1"]:
+    """Bring a number, or one for each slice, into the shape of blocks."""
+    return jnp.reshape(damping, (-1, 1, 1))
+
+
+def _t(x: Array) -> Array:
+    return x.swapaxes(-1, -2)
+
+
+DAMPING_SCHEMES: dict[str, Callable[[Sequence[Block], Factors, Any, float], Built]] = {
+    "exact": _eigen_blocks,
+    "factored": _factored_blocks,
+}
+"""How damping enters a block, see `curvax.kron_inverse`."""
