@@ -68,8 +68,14 @@ class Objective:
         """Return the model's outputs alone."""
         return self._apply(params, inputs)[0]
 
+    def outputs_of(self, result: Any) -> Outputs:
+        """Return the outputs of what the model has returned (or of its shapes), without aux."""
+        return self._split(result)[0]
+
     def _apply(self, params: Params, inputs: Any) -> tuple[Outputs, Any]:
-        result = self.model(params, unwrap(inputs))
+        return self._split(self.model(params, unwrap(inputs)))
+
+    def _split(self, result: Any) -> tuple[Outputs, Any]:
         if not self.has_aux:
             return result, None
         if not isinstance(result, tuple) or len(result) != 2:

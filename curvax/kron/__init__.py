@@ -2,18 +2,17 @@
 
 from curvax.kron._estimator import estimator
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean, kron_factors, moving_average
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._inverse import EigenPower, FactoredPower, KronPower, kron_inverse
 from curvax.kron._layout import Block, Layout, Leaf, kron_layout
 from curvax.kron._merging import merge
 from curvax.kron._moments import (
-    Basis,
     EigenCurvature,
     EigenFactors,
     eigen_curvature,
     kron_basis,
     kron_moments,
 )
-from curvax.kron._sample_space import sample_space
 
 __all__ = [
     "Basis",
@@ -37,5 +36,4 @@ __all__ = [
     "kron_moments",
     "merge",
     "moving_average",
-    "sample_space",
 ]

@@ -14,8 +14,10 @@ from curvax._checks import check_count, check_decay, check_params
 from curvax._trees import by_path
 from curvax._types import Batch, Params, PRNGKey, Scalar, at_least_float32
 from curvax._xla import fast_convs_in_loops, with_auto_sharding
+from curvax.capture import Capture, PerUseArray, UseCotangents, record
 from curvax.capture._cotangents import check_fisher, empirical, exact, sampled
 from curvax.kron._layout import Block, Layout, check_layout
+from curvax.kron._plan import layout_plan
 from curvax.kron._statistics import (
     Second,
     counted_positions,
@@ -24,8 +26,8 @@ from curvax.kron._statistics import (
     output_moment,
     summed_rounds,
 )
-from curvax.kron._tapping import Capture, PerUseArray, UseCotangents, record
-from curvax.objective import Objective, scaled_to_share, total_terms
+from curvax.losses._shares import share_of, term_counts
+from curvax.objective import Objective, total_terms
 
 T = TypeVar("T")
 
@@ -295,21 +297,27 @@ def accumulate(
     def run(
         params: Params, batch: Batch, key: PRNGKey, statistic: Reduction, part: StreamPosition
     ) -> tuple[PyTree[Array], TermCounts]:
-        own, by_itself = total_terms(objective, params, batch, how.microbatch), part.totals is None
-        totals, rows = own if by_itself else part.totals, with_index(batch, part.first)
-        examples = rows[1].size if by_itself else part.examples
+        rows, totals, examples = with_index(batch, part.first), part.totals, part.examples
+        if totals is None:
+            examples = rows[1].size
+            # Of a batch in one piece the mean is over its own terms, which its outputs tell.
+            if how.microbatch is not None:
+                totals = total_terms(objective, params, batch, how.microbatch)
 
-        def of_chunk(chunk: tuple[Batch, Array]) -> PyTree[Array]:
-            is_whole = by_itself and how.microbatch is None
-            of_it = objective if is_whole else scaled_to_share(objective, params, chunk[0], totals)
-            return _of_chunk(of_it, layout, params, chunk, key, statistic, how, examples)
+        def of_chunk(chunk: tuple[Batch, Array]) -> tuple[PyTree[Array], PyTree[Scalar]]:
+            return _of_chunk(
+                objective, layout, params, chunk, key, statistic, how, totals, examples
+            )
 
-        sums = (
+        sums, terms = (
             of_chunk(rows)
             if how.microbatch is None
             else sum_over_chunks(of_chunk, rows, how.microbatch)
         )
-        of_mean, of_batch = (jnp.asarray(sum(jax.tree.leaves(counts))) for counts in (totals, own))
+        of_mean, of_batch = (
+            jnp.asarray(sum(jax.tree.leaves(counts)))
+            for counts in (terms if totals is None else totals, terms)
+        )
         return sums, TermCounts(of_mean, of_batch)
 
     return with_auto_sharding(run, params, batch, key, statistic, part)
@@ -323,21 +331,27 @@ def _of_chunk(
     key: PRNGKey,
     statistic: Reduction,
     how: PassOptions,
+    totals: PyTree[Scalar] | None,
     total_size: Any,
-) -> PyTree[Array]:
+) -> tuple[PyTree[Array], PyTree[Scalar]]:
+    """Sum a statistic over one chunk, and count its terms by the outputs that are recorded."""
     (inputs, targets), index = chunk
-    recorded = record(objective, layout, params, inputs, how.by_example)
+    plan = layout_plan(objective, layout, params, inputs, how.by_example)
+    recorded = record(plan, params, inputs)
+    loss, outputs = objective.loss, recorded.outputs
+    terms = term_counts(loss, outputs, targets)
+    if totals is not None:
+        loss = share_of(loss, terms, totals)
     if how.fisher == "mc":
         if not how.by_example and how.microbatch is not None:
             key = jax.random.fold_in(key, index[0])
-        loss, outputs = objective.loss, recorded.outputs
         rounds = sampled(
             loss, key, outputs, targets, index if how.by_example else None, how.num_samples
         )
     elif how.fisher == "exact":
-        rounds = exact(objective.loss, recorded.outputs, targets)
+        rounds = exact(loss, outputs, targets)
     else:
-        rounds = empirical(objective.loss, recorded.outputs, targets, total_size)
+        rounds = empirical(loss, outputs, targets, total_size)
 
     def one(k: Array) -> PyTree[Array]:
         u, v = rounds.pair(k)
@@ -345,7 +359,8 @@ def _of_chunk(
             recorded, recorded.pull(u), None if v is None else recorded.pull(v)
         )
 
-    return statistic.finish(recorded, summed_rounds(rounds.number, one, fast_convs_in_loops))
+    sums = statistic.finish(recorded, summed_rounds(rounds.number, one, fast_convs_in_loops))
+    return sums, terms
 
 
 def _products(

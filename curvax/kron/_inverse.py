@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float
 from curvax._checks import check_choice, check_damping, describe, is_masked
 from curvax._types import Matvec, Params, at_least_float32
 from curvax.kron._factors import Factors, WeightedMean
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._layout import Block, Layout, Leaf, check_layout
-from curvax.kron._moments import Basis, EigenFactors
+from curvax.kron._moments import EigenFactors
 from curvax.kron._sides import (
     Eigen,
     Inverse,

@@ -11,14 +11,11 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import numpy as np
 from jax.tree_util import keystr
-from jaxtyping import PyTree
 
 from curvax._batch import check_batch
 from curvax._checks import check_choice, check_params, is_masked
-from curvax._jaxpr import trace_model
 from curvax._types import Batch, Params
-from curvax.capture import HoldsView, Use, View, entry_numbers, find_uses, leaf_view
-from curvax.capture._grouping import Group, Member, group_uses
+from curvax.capture import Kernel, UseKind, View, entry_numbers, find_kernels
 from curvax.objective import Objective
 
 T = TypeVar("T")
@@ -48,7 +45,7 @@ class Block:
     name: str
     kernel: View
     bias: View | None
-    members: tuple[Member, ...]
+    members: tuple[UseKind, ...]
     a_structure: str
     g_structure: str
     sharing: str
@@ -223,10 +220,11 @@ def kron_layout(
         "sharing": _by_path_choice("sharing", sharing, shapes, SHARING),
         "max_dim": _by_path_choice("max_dim", max_dim, shapes, None),
     }
-    _, _, uses, reasons = trace_uses(objective, params, batch[0])
-    groups, reasons = group_uses(uses, reasons, shapes)
-    names = unique_names(groups)
-    blocks = tuple(_block(name, group, choose) for name, group in zip(names, groups, strict=True))
+    kernels, reasons = find_kernels(objective, params, batch[0])
+    names = unique_names(list(kernels))
+    blocks = tuple(
+        _block(name, kernel, choose) for name, kernel in zip(names, kernels, strict=True)
+    )
     covered = _covered(blocks, shapes)
     leaves = tuple(_leaf(path, shapes, covered, reasons, choose["unmatched"]) for path in shapes)
     left = [leaf for leaf in leaves if leaf.outside == "error"]
@@ -237,20 +235,6 @@ def kron_layout(
             'Choose for them: unmatched="diagonal" or "identity", for all or in a dict by path.'
         )
     return Layout(blocks, leaves)
-
-
-def trace_uses(
-    objective: Objective, params: Params, inputs: Any
-) -> tuple[Any, PyTree, list[Use], dict[str, str]]:
-    """Trace the model: its program, the shapes of its outputs, the uses of params, and why leaves are in no block."""
-    closed, outputs = trace_model(
-        lambda params, inputs: objective.outputs(params, inputs), params, inputs
-    )
-    held: list[Any] = [
-        HoldsView(leaf_view(path, shape)) for path, shape in leaf_shapes(params).items()
-    ]
-    found = find_uses(closed, [*held, *[None] * len(jax.tree.leaves(inputs))])
-    return closed, outputs, found.uses, found.reasons
 
 
 def leaf_shapes(params: Params) -> dict[str, tuple[int, ...]]:
@@ -330,32 +314,30 @@ def _by_path_choice(
     }
 
 
-def unique_names(groups: Sequence[Group]) -> list[str]:
-    """Name groups by their kernels, with a number where two have the same text."""
-    texts = [str(group.kernel) for group in groups]
+def unique_names(kernels: Sequence[Kernel]) -> list[str]:
+    """Name kernels by their views, with a number where two have the same text."""
+    texts = [str(kernel.view) for kernel in kernels]
     return [
         text if texts[:i].count(text) == 0 else f"{text} #{texts[:i].count(text) + 1}"
         for i, text in enumerate(texts)
     ]
 
 
-def _block(name: str, group: Group, choose: Mapping[str, Mapping[str, tuple[str, Any]]]) -> Block:
-    leaves = (*group.kernel.leaves, *(group.bias.leaves if group.bias else ()))
+def _block(name: str, kernel: Kernel, choose: Mapping[str, Mapping[str, tuple[str, Any]]]) -> Block:
+    leaves = (*kernel.view.leaves, *(kernel.bias.leaves if kernel.bias else ()))
     chosen = lambda what: max(
         (choose[what][path] for path in leaves), key=lambda pair: len(pair[0])
     )[1]
-    _, rows, columns = group.kernel.shape
+    _, rows, columns = kernel.view.shape
     longest = chosen("max_dim")
     side = lambda size: "full" if size <= longest else "diagonal"
-    only_lookups = all(
-        member.kind == "lookup" and not member.transposed for member in group.members
-    )
+    only_lookups = all(member.kind == "lookup" and not member.transposed for member in kernel.uses)
     return Block(
         name=name,
-        kernel=group.kernel,
-        bias=group.bias,
-        members=group.members,
-        a_structure="diagonal" if only_lookups else side(rows + (group.bias is not None)),
+        kernel=kernel.view,
+        bias=kernel.bias,
+        members=kernel.uses,
+        a_structure="diagonal" if only_lookups else side(rows + (kernel.bias is not None)),
         g_structure=side(columns),
         sharing=chosen("sharing"),
     )

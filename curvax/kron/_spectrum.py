@@ -10,9 +10,9 @@ from jaxtyping import Array, Float
 
 from curvax._types import Scalar
 from curvax.kron._factors import BlockFactors
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._inverse import BlockPower, EigenPower
 from curvax.kron._layout import Block
-from curvax.kron._moments import Basis
 from curvax.kron._sides import Inverse, KronFactor, combined_factors, trace
 
 

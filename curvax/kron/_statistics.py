@@ -12,9 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from curvax._types import at_least_float32
-from curvax.capture._grouping import Member
+from curvax.capture import PerUseArray, UseKind
 from curvax.kron._layout import Block
-from curvax.kron._tapping import PerUseArray
 
 # e: examples, s: stack, n: positions, i: inputs, o: outputs
 Counted = Float[Array, "e s n"]
@@ -100,7 +99,7 @@ def counted_positions(g: PerUseArray) -> Counted:
 
 # m: 1 where a position counts, 0 where not
 def _expanded_inputs(
-    block: Block, member: Member, a: PerUseArray, m: Counted, structure: str
+    block: Block, member: UseKind, a: PerUseArray, m: Counted, structure: str
 ) -> tuple[Array, Array]:
     weight = jnp.sum(m, axis=(0, 2))
     if member.kind == "lookup":
@@ -124,7 +123,7 @@ def _expanded_inputs(
 
 
 def _summed_inputs(
-    block: Block, member: Member, a: PerUseArray, m: Counted
+    block: Block, member: UseKind, a: PerUseArray, m: Counted
 ) -> tuple[Float[Array, "e s i"], Float[Array, "e s"]]:
     """Sum inputs over the positions of each example, and count them."""
     count = jnp.sum(m, axis=2)
@@ -137,14 +136,14 @@ def _summed_inputs(
     return _with_one(block, member, total, count), count
 
 
-def _with_one(block: Block, member: Member, a: Array, one: Array) -> Array:
+def _with_one(block: Block, member: UseKind, a: Array, one: Array) -> Array:
     """Append the bias's coordinate: `one` where the bias is added, 0 for a use without it, nothing without a bias."""
     if block.bias is None or member.transposed:
         return a
     return jnp.concatenate([a, (one if member.biased else jnp.zeros_like(one))[..., None]], axis=-1)
 
 
-def _table_rows(block: Block, member: Member) -> int:
+def _table_rows(block: Block, member: UseKind) -> int:
     return block.kernel.shape[2 if member.transposed else 1]
 
 

@@ -14,13 +14,9 @@ from curvax import kron
 from curvax._types import Params, Scalar
 from curvax.kron import Factors, Layout, kron_basis, moving_average
 from curvax.kron._factors import WeightedMean, init_factors
+from curvax.kron._gradient_pairs import Basis, block_moments
 from curvax.kron._inverse import KronPower, diagonal_power, eigen_power
-from curvax.kron._moments import (
-    Basis,
-    EigenCurvature,
-    block_moments,
-    carried_moments,
-)
+from curvax.kron._moments import EigenCurvature, carried_moments
 from curvax.kron._spectrum import BlockSpectrum, basis_spectrum
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating

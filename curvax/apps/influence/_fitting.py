@@ -38,8 +38,9 @@ from curvax.kron._factors import (
     init_factors,
     make_factors,
 )
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._layout import Layout, check_layout
-from curvax.kron._moments import Basis, EigenFactors, kron_basis, make_moments, moment_sums
+from curvax.kron._moments import EigenFactors, kron_basis, make_moments, moment_sums
 from curvax.losses import Loss
 from curvax.objective import Objective, total_terms
 from curvax.solve import Window
