@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -143,6 +144,16 @@ def _perturbed(
     See `_tapped` for the trick: the cotangents of the zeros are the cotangents g of the uses, and
     the gradients of the leaves.
     """
+    # Under `jit` JAX keeps this function of the plan, and its derivative, from one trace to the
+    # next: a fifth of the time to trace the factors of 12 layers again. It would keep arrays that
+    # the model closes over as well, for good, so that those models are traced anew.
+    run = _run_plan if plan.program.consts else _run_plan_once_traced
+    return run(plan, args, zeros)
+
+
+def _run_plan(
+    plan: Plan, args: Sequence[Array], zeros: _Perturbations
+) -> tuple[Outputs, list[Array]]:
     leaves = dict(zip(plan.paths, args[: len(plan.paths)], strict=True))
     for path, z in zeros.leaves.items():
         leaves[path] = leaves[path] + z
@@ -150,6 +161,9 @@ def _perturbed(
     results, raw_inputs = run_tapped(plan.program, plan.all_uses, perturbed, zeros.uses)
     outputs = results[: plan.outputs.num_leaves]
     return jax.tree.unflatten(plan.outputs, outputs), raw_inputs
+
+
+_run_plan_once_traced = partial(jax.jit, static_argnums=0)(_run_plan)
 
 
 def _zeros(plan: Plan, params: Params) -> _Perturbations:
