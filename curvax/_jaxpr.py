@@ -58,9 +58,23 @@ def primitives(fn: Callable[..., Any], *args: Any) -> set[str]:
     return set(names(jax.make_jaxpr(fn)(*args).eqns))
 
 
-def trace_model(fn: Callable[..., Any], *args: Any) -> Any:
-    """Return the program of `fn(*args)`, with its constants, and the shapes of its results."""
-    return jax.make_jaxpr(fn, return_shape=True)(*args)
+def trace_model(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """Return the program of `fn(*args)`, with its constants, and the shapes of its results.
+
+    The same function traced again, on the same shapes and under the same settings of JAX, gives the
+    same program without running its Python: the trace is the one that `jax.jit(fn)` keeps, for as
+    long as the function lives.
+    """
+    try:
+        hash(fn)
+    except TypeError:  # a module of arrays, as Equinox has them, is no key of a cache
+        return jax.make_jaxpr(fn, return_shape=True)(*args)
+    traced = jax.jit(fn).trace(*args)
+    if len(traced.jaxpr.jaxpr.invars) != len(jax.tree.leaves(args)):
+        # The function closes over values that are being traced, which `jit` makes arguments of. A
+        # kept trace would not say which they are now: trace again, with them as constants.
+        return jax.make_jaxpr(fn, return_shape=True)(*args)
+    return traced.jaxpr, traced.out_info
 
 
 def is_constant(atom: Any) -> bool:

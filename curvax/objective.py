@@ -117,8 +117,15 @@ class Objective:
         params: Params,
         inputs: Any,
     ) -> tuple[Outputs, Any]:
+        """Run the model; return outputs and aux."""
+        return self._split(self.model(params, unwrap(inputs)))
+
+    def outputs_of(self, result: Any) -> Outputs:
+        """Return the outputs of what the model has returned (or of its shapes), without aux."""
+        return self._split(result)[0]
+
+    def _split(self, result: Any) -> tuple[Outputs, Any]:
         """Return outputs and aux; aux is None for a model without."""
-        result = self.model(params, unwrap(inputs))
         if not self.has_aux:
             return result, None
         # An array of two rows would unpack too: only a tuple says that aux was meant.

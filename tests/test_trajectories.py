@@ -154,7 +154,7 @@ def curvatures(objective, params, batch):
 
 
 def sample_space(objective, params, batch):
-    return curvax.kron.sample_space(objective, params, batch, space="samples")
+    return curvax.solve.sample_space(objective, params, batch, space="samples")
 
 
 def factors_by(objective, layout, params, batch, key, fisher, microbatch):

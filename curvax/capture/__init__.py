@@ -1,22 +1,44 @@
-"""Taps: which parameter enters which linear map, with what input, and with what cotangent of the output."""
+"""Capture: which parameter enters which linear map, its inputs there, and cotangents of its outputs.
 
-from curvax.capture._find import Findings, HoldsView, find_uses
-from curvax.capture._grouping import Member
-from curvax.capture._mixing import mixing_operation
-from curvax.capture._tapped import tapped, zero_perturbation
-from curvax.capture._uses import Use
-from curvax.capture._views import View, entry_numbers, leaf_view
+The path, step by step:
+  1. `kernels, reasons = find_kernels(objective, params, inputs)`: follow every leaf of params;
+  2. `planned = plan(objective, params, inputs, names_of_kernels, leaves, per_example)`: static;
+  3. `capture = record(planned, params, inputs)`: one forward pass, with `capture.inputs` a;
+  4. `cotangents = capture.pull(r)`: one backward pass, with `cotangents.blocks` g.
+  5. `gradient_pairs(kernel, a, g)`: what each example's gradient `sum_t a_t g_t'` is made of.
+"""
+
+from curvax.capture._gradient_pairs import (
+    DensePair,
+    GradientPair,
+    LookupPair,
+    gradient_pairs,
+    known_rows,
+)
+from curvax.capture._gram import gram
+from curvax.capture._kernels import Kernel, UseKind
+from curvax.capture._plan import Plan, find_kernels, plan
+from curvax.capture._record import Capture, PerUseArray, UseCotangents, record
+from curvax.capture._views import View, entry_numbers, leaf_view, uncovered
 
 __all__ = [
-    "Findings",
-    "HoldsView",
-    "Member",
-    "Use",
+    "Plan",
+    "plan",
+    "find_kernels",
+    "Kernel",
+    "UseKind",
     "View",
-    "entry_numbers",
-    "find_uses",
     "leaf_view",
-    "mixing_operation",
-    "tapped",
-    "zero_perturbation",
+    "entry_numbers",
+    "uncovered",
+    "record",
+    "Capture",
+    "UseCotangents",
+    "PerUseArray",
+    "gradient_pairs",
+    "GradientPair",
+    "DensePair",
+    "LookupPair",
+    "known_rows",
+    "gram",
 ]

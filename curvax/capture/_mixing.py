@@ -1,13 +1,26 @@
-"""Follow the batch axis through a program, to tell whether examples mix."""
+"""Follow the batch axis through a program, to tell whether examples mix.
+
+What a variable may hold, the lattice of the walk:
+
+  Axis     its entries along one axis depend on one example each
+  Mixed    one of its entries depends on several examples
+  LOST     we cannot tell (an index computed from data, a loop over the batch)
+  None     it does not depend on the batch
+
+An equation that reads a Mixed variable is Mixed; one without a rule below makes LOST. The error is
+on one side: a model that is refused does mix, a model that is let through may.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from curvax._jaxpr import inner_program, is_constant, scan_counts
+from curvax._jaxpr import inner_program
+from curvax.capture._walk import Place, Rules, Step, scan_operands, walk
 
 
 @dataclass(frozen=True)
@@ -15,12 +28,12 @@ class Axis:
     """Where the batch axis of a variable is.
 
     Attributes:
-      at: its place.
-      whole: the axis is the batch axis alone; else other axes have been merged into it.
+      at: its number.
+      alone: whether the axis is the batch axis alone; else other axes have been merged into it.
     """
 
     at: int
-    whole: bool = True
+    alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -28,109 +41,123 @@ class Mixed:
     """A variable of which one entry depends on several examples.
 
     Attributes:
-      by: name of the operation that mixed them.
+      by: the name of the operation that mixed them.
     """
 
     by: str
 
 
-Where: TypeAlias = Axis | Mixed | str | None
-"""An `Axis`; `Mixed`; None for a variable that does not depend on the batch; `_LOST` if we cannot tell."""
+@dataclass(frozen=True)
+class Lost:
+    """A variable of which we cannot tell."""
 
-_LOST = "lost"
+
+LOST = Lost()
+
+Where: TypeAlias = Axis | Mixed | Lost | None
+Rule: TypeAlias = Callable[[Any, Sequence[Where]], Where]
+"""`(equation, operands) -> what each of its results holds`."""
 
 
-def mixing_operation(closed: Any, is_batched: Sequence[bool]) -> str | None:
+def mixing_operation(program: Any, is_batched: Sequence[bool], live: Sequence[bool]) -> str | None:
     """Name an operation by which one row of the inputs influences what is computed of another.
 
-    None means that none was found: where the batch axis cannot be followed (an index computed from data, a loop over the
-    batch), nothing is said.
+    None means that no such operation was met; where the batch axis cannot be followed, nothing is
+    said.
 
     Args:
-      closed: the program.
-      is_batched: for each argument, whether its first axis is the batch axis.
+      program: the program, with its constants.
+      is_batched: for each argument whether its first axis is the batch axis.
+      live: for each output whether it counts.
     """
-    results = _walk(closed, [Axis(0) if batched else None for batched in is_batched])
+    arguments = [Axis(0) if batched else None for batched in is_batched]
+    results = walk(program, arguments, live, _RULES, Place())
     return next((where.by for where in results if isinstance(where, Mixed)), None)
 
 
-def _walk(closed: Any, given: Sequence[Where]) -> list[Where]:
-    jaxpr = closed.jaxpr
-    values: dict[Any, Where] = dict(zip(jaxpr.invars, given, strict=True))
-    look = lambda atom: None if is_constant(atom) else values.get(atom)
-    for eqn in jaxpr.eqns:
-        operands = [look(atom) for atom in eqn.invars]
-        if any(operand is not None for operand in operands):
-            results = _follow(eqn, operands)
-            values.update(zip(eqn.outvars, results, strict=True))
-    return [look(atom) for atom in jaxpr.outvars]
-
-
-def _follow(eqn: Any, operands: Sequence[Where]) -> list[Where]:
-    name, number = eqn.primitive.name, len(eqn.outvars)
-    mixed = next((w for w in operands[1 if name == "cond" else 0 :] if isinstance(w, Mixed)), None)
-    if mixed is not None and name != "scan":
-        return [mixed] * number
+def _enters(eqn: Any) -> Any:
+    """Enter custom derivatives too: how a result depends on examples is in the primal program."""
     inner = inner_program(eqn) or eqn.params.get("call_jaxpr")
-    if inner is not None and len(inner.jaxpr.invars) == len(operands):
-        return _walk(inner, operands)
+    fits = inner is not None and len(inner.jaxpr.invars) == len(eqn.invars)
+    return inner if fits else None
+
+
+def _results(step: Step) -> list[Where]:
+    """Say where the batch axis of an equation's results is."""
+    eqn, operands = step.eqn, step.operands
+    name, number = eqn.primitive.name, len(eqn.outvars)
     if name == "scan":
-        return _follow_scan(eqn, operands)
-    if name in _RULES and _LOST not in operands:
-        return [_RULES[name](eqn, operands)] * number
-    if name.startswith(("reduce_", "arg")) and "axes" in eqn.params and _LOST not in operands:
-        return [_reduce(eqn, operands)] * number
+        return _through_scan(step)
+    # Which branch of a `cond` is taken may depend on all examples; what it computes is looked at.
+    read = operands[1:] if name == "cond" else operands
+    mixed = next((where for where in read if isinstance(where, Mixed)), None)
+    if mixed is not None:
+        return [mixed] * number
+    if LOST not in operands:
+        rule = _PRIMITIVES.get(name)
+        if rule is None and name.startswith(("reduce_", "arg")) and "axes" in eqn.params:
+            rule = _reduce
+        if rule is not None:
+            return [rule(eqn, operands)] * number
     if number == 1 and _is_elementwise(eqn):
         return [_together(operands)]
-    return [_LOST] * number
+    return [LOST] * number
 
 
-def _follow_scan(eqn: Any, operands: Sequence[Where]) -> list[Where]:
-    """Enter a loop over another axis than the batch; carries must keep the batch axis where it is."""
-    consts, carries = scan_counts(eqn)
-    inner: list[Where] = list(operands)
-    for i in range(consts + carries, len(operands)):
-        scanned = operands[i]
-        if isinstance(scanned, Axis):
-            inner[i] = dataclasses.replace(scanned, at=scanned.at - 1) if scanned.at > 0 else _LOST
-    for _ in range(2):  # a carry that starts without the batch axis may gain it
-        results = _walk(eqn.params["jaxpr"], inner)
-        inner[consts : consts + carries] = [
-            _together([a, b])
-            for a, b in zip(inner[consts : consts + carries], results[:carries], strict=True)
-        ]
-    outer = lambda w: dataclasses.replace(w, at=w.at + 1) if isinstance(w, Axis) else w
-    return [*inner[consts : consts + carries], *map(outer, results[carries:])]
+def _through_scan(step: Step) -> list[Where]:
+    """Walk through a loop over another axis than the batch, to a fixed point of its carries."""
+    eqn = step.eqn
+    consts, carry, xs = scan_operands(eqn, step.operands)
+    slices = [_shifted(where, -1) for where in xs]
+    live = [True] * len(eqn.outvars)
+    results: list[Where] = []
+    # Two rounds are enough: a carry that starts without the batch axis may gain it once, and
+    # then only stay or be lost.
+    for _ in range(2):
+        arguments = [*consts, *carry, *slices]
+        results = walk(eqn.params["jaxpr"], arguments, live, _RULES, step.place)
+        carry = [_together(pair) for pair in zip(carry, results[: len(carry)], strict=True)]
+    return [*carry, *(_shifted(where, 1) for where in results[len(carry) :])]
+
+
+def _shifted(where: Where, by: int) -> Where:
+    """Move the batch axis when a leading axis is taken off, or put on."""
+    if not isinstance(where, Axis):
+        return where
+    return dataclasses.replace(where, at=where.at + by) if where.at + by >= 0 else LOST
 
 
 def _is_elementwise(eqn: Any) -> bool:
-    """Whether an operation without axes of its own keeps shapes (operands of size 1 are repeated)."""
+    """Tell whether an operation without axes in its settings keeps shapes (or repeats size 1)."""
     shape = eqn.outvars[0].aval.shape
-    fits = lambda s: (
-        not s or (len(s) == len(shape) and all(a in (1, b) for a, b in zip(s, shape, strict=True)))
-    )
-    own_axes = {"axis", "axes", "dimension", "dimensions", "dimension_numbers"} & set(eqn.params)
-    return not own_axes and all(fits(atom.aval.shape) for atom in eqn.invars)
+    if {"axis", "axes", "dimension", "dimensions", "dimension_numbers"} & set(eqn.params):
+        return False
+    return all(_fits(atom.aval.shape, shape) for atom in eqn.invars)
+
+
+def _fits(shape: Sequence[int], result: Sequence[int]) -> bool:
+    if not shape or len(shape) != len(result):
+        return not shape
+    return all(n in (1, m) for n, m in zip(shape, result, strict=True))
 
 
 def _together(operands: Sequence[Where]) -> Where:
     """Combine operands entry by entry: their batch axes must be the same."""
     known = {operand for operand in operands if operand is not None}
-    mixed = [operand for operand in known if isinstance(operand, Mixed)]
-    if mixed:
-        return mixed[0]
-    return known.pop() if len(known) == 1 else (_LOST if known else None)
+    mixed = next((operand for operand in known if isinstance(operand, Mixed)), None)
+    if mixed is not None or not known:
+        return mixed
+    return known.pop() if len(known) == 1 else LOST
 
 
 def _reduce(eqn: Any, operands: Sequence[Where]) -> Where:
-    where = _together(operands)
+    """Reduce over axes: over the batch axis that mixes."""
+    where, axes = _together(operands), eqn.params["axes"]
     if not isinstance(where, Axis):
         return where
-    if where.at in eqn.params["axes"]:
+    if where.at in axes:
         return Mixed(eqn.primitive.name)
-    return dataclasses.replace(
-        where, at=where.at - sum(axis < where.at for axis in eqn.params["axes"])
-    )
+    return _shifted(where, -sum(axis < where.at for axis in axes))
 
 
 def _along(eqn: Any, operands: Sequence[Where]) -> Where:
@@ -143,96 +170,79 @@ def _along(eqn: Any, operands: Sequence[Where]) -> Where:
 
 
 def _dot(eqn: Any, operands: Sequence[Where]) -> Where:
+    """Contract: the output has batch axes first, then the free ones of each operand."""
     contracting, batch = eqn.params["dimension_numbers"]
-    places = []
-    for side, where in enumerate(operands):
-        if not isinstance(where, Axis):
-            continue
-        if where.at in contracting[side]:
+    free = []
+    for number, atom in enumerate(eqn.invars):
+        bound = (*contracting[number], *batch[number])
+        free.append([i for i in range(len(atom.aval.shape)) if i not in bound])
+    firsts = (len(batch[0]), len(batch[0]) + len(free[0]))
+
+    places = set()
+    batched = [(number, where) for number, where in enumerate(operands) if isinstance(where, Axis)]
+    for number, where in batched:
+        if where.at in contracting[number]:
             return Mixed("dot_general")
-        if where.at in batch[side]:
-            places.append(list(batch[side]).index(where.at))
-            continue
-        free = lambda s: [
-            i for i in range(len(eqn.invars[s].aval.shape)) if i not in (*contracting[s], *batch[s])
-        ]
-        places.append(
-            len(batch[0]) + (len(free(0)) if side else 0) + sum(i < where.at for i in free(side))
-        )
-    if len(set(places)) > 1:
+        if where.at in batch[number]:
+            places.add(list(batch[number]).index(where.at))
+        else:
+            places.add(firsts[number] + free[number].index(where.at))
+    # Two batch axes apart: every example meets every other.
+    if len(places) > 1:
         return Mixed("dot_general")
-    axes = [w for w in operands if isinstance(w, Axis)]
-    return Axis(places[0], all(w.whole for w in axes))
+    return Axis(places.pop(), all(where.alone for _, where in batched))
 
 
 def _conv(eqn: Any, operands: Sequence[Where]) -> Where:
-    numbers, (lhs, rhs) = eqn.params["dimension_numbers"], operands
-    if isinstance(lhs, Axis) and rhs is None and lhs.at == numbers.lhs_spec[0]:
-        return dataclasses.replace(lhs, at=numbers.out_spec[0])
-    return _LOST
+    numbers, (image, kernel) = eqn.params["dimension_numbers"], operands
+    if isinstance(image, Axis) and kernel is None and image.at == numbers.lhs_spec[0]:
+        return dataclasses.replace(image, at=numbers.out_spec[0])
+    return LOST
 
 
 def _transpose(eqn: Any, operands: Sequence[Where]) -> Where:
     (where,) = operands
-    return (
-        dataclasses.replace(where, at=eqn.params["permutation"].index(where.at))
-        if isinstance(where, Axis)
-        else where
-    )
+    if not isinstance(where, Axis):
+        return where
+    return dataclasses.replace(where, at=eqn.params["permutation"].index(where.at))
 
 
 def _broadcast(eqn: Any, operands: Sequence[Where]) -> Where:
     where = operands[0]
-    return (
-        dataclasses.replace(where, at=eqn.params["broadcast_dimensions"][where.at])
-        if isinstance(where, Axis)
-        else where
-    )
+    if not isinstance(where, Axis):
+        return where
+    return dataclasses.replace(where, at=eqn.params["broadcast_dimensions"][where.at])
 
 
 def _reshape(eqn: Any, operands: Sequence[Where]) -> Where:
-    """Follow the axis through a reshape; merged with others it is still known, split again it is lost."""
+    """Follow the axis: merged with others it is still known, split again it is lost."""
     where = operands[0]
     if not isinstance(where, Axis):
         return where
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    ahead = _product(before[: where.at])
-    size = before[where.at]
+    ahead, size = math.prod(before[: where.at]), before[where.at]
     start = 1
     for i, length in enumerate(after):
-        # the axis of the result that holds at least one whole batch axis, from where it starts
         if start == ahead and length == size:
             return dataclasses.replace(where, at=i)
-        if (
-            start <= ahead
-            and start * length >= ahead * size
-            and length >= size
-            and ahead % start == 0
-        ):
-            return Axis(i, whole=False)
+        # An axis that holds at least one complete batch axis, from where that starts.
+        covers = start <= ahead and start * length >= ahead * size
+        if covers and length >= size and ahead % start == 0:
+            return Axis(i, alone=False)
         start *= length
-    return _LOST
+    return LOST
 
 
 def _same_axes(eqn: Any, operands: Sequence[Where]) -> Where:
     """Cut or join along other axes than the batch."""
     where = _together(operands)
-    if (
-        isinstance(where, Axis)
-        and eqn.invars[0].aval.shape[where.at] != eqn.outvars[0].aval.shape[where.at]
-    ):
-        return _LOST
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if isinstance(where, Axis) and before[where.at] != after[where.at]:
+        return LOST
     return where
 
 
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
-_RULES = {
+_PRIMITIVES: Mapping[str, Rule] = {
     "dot_general": _dot,
     "conv_general_dilated": _conv,
     "transpose": _transpose,
@@ -251,3 +261,10 @@ _RULES = {
     "concatenate": _same_axes,
     "pad": _same_axes,
 }
+
+
+def _same(where: Where) -> Where:
+    return where
+
+
+_RULES = Rules(_results, _enters, _same)

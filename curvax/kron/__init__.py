@@ -5,12 +5,12 @@ from curvax.kron._build_layout import kron_layout
 from curvax.kron._estimator import estimator
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean, moving_average
 from curvax.kron._fit import fit_factors, fit_moments
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._inverse import kron_inverse
 from curvax.kron._kron_factor import Diagonal, Full, Identity, KronFactor
 from curvax.kron._layout import Block, Layout, Leaf
 from curvax.kron._merging import merge
 from curvax.kron._moments import (
-    Basis,
     EigenCurvature,
     EigenFactors,
     eigen_curvature,
@@ -25,7 +25,6 @@ from curvax.kron._operator import (
     apply,
     kron_operator,
 )
-from curvax.kron._sample_space import sample_space
 
 __all__ = [
     "Basis",
@@ -58,5 +57,4 @@ __all__ = [
     "kron_operator",
     "merge",
     "moving_average",
-    "sample_space",
 ]

@@ -24,17 +24,19 @@ from curvax._batch import check_batch, sum_over_chunks, with_index
 from curvax._checks import check_count, check_params
 from curvax._types import Batch, Params, PRNGKey, Scalar
 from curvax._xla import fast_convs_in_loops, with_auto_sharding
+from curvax.capture import Capture, UseCotangents, record
 from curvax.capture._cotangents import check_fisher, empirical, exact, sampled
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
 from curvax.kron._layout import Layout, check_layout
+from curvax.kron._plan import layout_plan
 from curvax.kron._statistics import (
     counted_positions,
     diagonal_sums,
     input_moments,
     output_moments,
 )
-from curvax.kron._tapping import Capture, UseCotangents, record
-from curvax.objective import Objective, scaled_to_share, total_terms
+from curvax.losses._shares import share_of, term_counts
+from curvax.objective import Objective, total_terms
 
 
 class Reduction(NamedTuple):
@@ -245,25 +247,27 @@ def _over_chunks(
     position: StreamPosition,
 ) -> tuple[PyTree[Array], TermCounts]:
     """Sum a reduction over the chunks of a batch, each with its share of the mean loss."""
-    terms = total_terms(objective, params, batch, options.microbatch)
     rows = with_index(batch, position.first)
-    is_stream = position.totals is not None
-    totals = position.totals if is_stream else terms
-    num_examples = position.examples if is_stream else rows[1].size
+    totals, num_examples = position.totals, position.examples
+    if totals is None:
+        num_examples = rows[1].size
+        # A batch in one piece is all of the mean, whose terms its own outputs will tell.
+        if options.microbatch is not None:
+            totals = total_terms(objective, params, batch, options.microbatch)
 
-    def of_chunk(chunk: tuple[Batch, Array]) -> PyTree[Array]:
-        share = objective
-        if is_stream or options.microbatch is not None:
-            share = scaled_to_share(objective, params, chunk[0], totals)
+    def of_chunk(chunk: tuple[Batch, Array]) -> tuple[PyTree[Array], PyTree[Scalar]]:
         return _over_rounds(
-            share, layout, options, params, chunk, key, reduction, num_examples=num_examples
+            objective, layout, options, params, chunk, key, reduction, totals, num_examples
         )
 
     if options.microbatch is None:
-        sums = of_chunk(rows)
+        sums, terms = of_chunk(rows)
     else:
-        sums = sum_over_chunks(of_chunk, rows, options.microbatch)
-    of_mean, of_batch = (jnp.asarray(sum(jax.tree.leaves(n))) for n in (totals, terms))
+        sums, terms = sum_over_chunks(of_chunk, rows, options.microbatch)
+    of_mean, of_batch = (
+        jnp.asarray(sum(jax.tree.leaves(counts)))
+        for counts in (terms if totals is None else totals, terms)
+    )
     return sums, TermCounts(of_mean, of_batch)
 
 
@@ -275,12 +279,20 @@ def _over_rounds(
     chunk: tuple[Batch, Array],
     key: PRNGKey,
     reduction: Reduction,
+    totals: PyTree[Scalar] | None,
     num_examples: Any,
-) -> PyTree[Array]:
-    """Capture a chunk once, and sum a reduction over the cotangents that the estimator gives."""
+) -> tuple[PyTree[Array], PyTree[Scalar]]:
+    """Capture a chunk once, sum a reduction over the cotangents of its outputs, count its terms.
+
+    Of the mean over `totals` terms the chunk has its share; without totals it is all of the mean.
+    """
     (inputs, targets), index = chunk
-    capture = record(objective, layout, params, inputs, options.by_example)
+    plan = layout_plan(objective, layout, params, inputs, options.by_example)
+    capture = record(plan, params, inputs)
     loss, outputs = objective.loss, capture.outputs
+    terms = term_counts(loss, outputs, targets)
+    if totals is not None:
+        loss = share_of(loss, terms, totals)
     if options.fisher == "mc":
         if not options.by_example and options.microbatch is not None:
             key = jax.random.fold_in(key, index[0])  # chunks draw apart, as examples would
@@ -299,7 +311,7 @@ def _over_rounds(
         return reduction.contribution(capture, capture.pull(u), pulled_v)
 
     if rounds.number == 1:
-        return reduction.finish(capture, one_round(jnp.int32(0)))
+        return reduction.finish(capture, one_round(jnp.int32(0))), terms
     shapes = jax.eval_shape(lambda: one_round(jnp.int32(0)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     step = fast_convs_in_loops(one_round)
@@ -308,4 +320,4 @@ def _over_rounds(
         return jax.tree.map(jnp.add, total, step(k)), None
 
     total, _ = lax.scan(add_round, zeros, jnp.arange(rounds.number))
-    return reduction.finish(capture, total)
+    return reduction.finish(capture, total), terms

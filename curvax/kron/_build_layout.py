@@ -11,9 +11,8 @@ import numpy as np
 from curvax._batch import check_batch
 from curvax._checks import check_choice, check_params
 from curvax._types import Batch, Params
-from curvax.capture import View, entry_numbers
-from curvax.capture._grouping import Group, group_uses
-from curvax.kron._layout import SHARING, UNMATCHED, Block, Layout, Leaf, leaf_shapes, trace_uses
+from curvax.capture import Kernel, View, entry_numbers, find_kernels
+from curvax.kron._layout import SHARING, UNMATCHED, Block, Layout, Leaf, leaf_shapes
 from curvax.objective import Objective
 
 T = TypeVar("T")
@@ -121,10 +120,9 @@ def kron_layout(
         _by_path("sharing", sharing, shapes, SHARING),
         _by_path("max_dim", max_dim, shapes, None),
     )
-    _, _, uses, reasons = trace_uses(objective, params, batch[0])
-    groups, reasons = group_uses(uses, reasons, shapes)
-    names = unique_names(groups)
-    blocks = [_block(name, group, choices) for name, group in zip(names, groups, strict=True)]
+    kernels, reasons = find_kernels(objective, params, batch[0])
+    names = unique_names(list(kernels))
+    blocks = [_block(name, kernel, choices) for name, kernel in zip(names, kernels, strict=True)]
     covered = _covered(blocks, shapes)
     leaves = []
     for path, shape in shapes.items():
@@ -171,21 +169,21 @@ def _by_path(
     return resolved
 
 
-def unique_names(groups: Sequence[Group]) -> list[str]:
-    """Name groups by their kernels, with a number where two have the same text."""
+def unique_names(kernels: Sequence[Kernel]) -> list[str]:
+    """Name kernels by their views, with a number where two have the same text."""
     names: list[str] = []
     texts: list[str] = []
-    for group in groups:
-        text = str(group.kernel)
+    for kernel in kernels:
+        text = str(kernel.view)
         texts.append(text)
         count = texts.count(text)
         names.append(text if count == 1 else f"{text} #{count}")
     return names
 
 
-def _block(name: str, group: Group, choices: Choices) -> Block:
+def _block(name: str, kernel: Kernel, choices: Choices) -> Block:
     """Make a block of the uses of one kernel."""
-    leaves = (*group.kernel.leaves, *(group.bias.leaves if group.bias else ()))
+    leaves = (*kernel.view.leaves, *(kernel.bias.leaves if kernel.bias else ()))
 
     def chosen(by_path: Mapping[str, Choice]) -> Any:
         return max((by_path[path] for path in leaves), key=lambda choice: len(choice.key)).value
@@ -195,15 +193,15 @@ def _block(name: str, group: Group, choices: Choices) -> Block:
     def structure(size: int) -> str:
         return "full" if size <= max_dim else "diagonal"
 
-    _, rows, columns = group.kernel.shape
+    _, rows, columns = kernel.view.shape
     # Inputs of lookups are one-hot: A is diagonal, exactly.
-    only_lookups = all(use.kind == "lookup" and not use.transposed for use in group.members)
+    only_lookups = all(use.kind == "lookup" and not use.transposed for use in kernel.uses)
     return Block(
         name=name,
-        kernel=group.kernel,
-        bias=group.bias,
-        uses=group.members,
-        a_structure="diagonal" if only_lookups else structure(rows + (group.bias is not None)),
+        kernel=kernel.view,
+        bias=kernel.bias,
+        uses=kernel.uses,
+        a_structure="diagonal" if only_lookups else structure(rows + (kernel.bias is not None)),
         g_structure=structure(columns),
         sharing=chosen(choices.sharing),
     )

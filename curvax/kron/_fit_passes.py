@@ -24,8 +24,9 @@ from curvax.kron._accumulate import (
     make_factors,
 )
 from curvax.kron._factors import Factors, WeightedMean, init_factors
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._layout import Layout
-from curvax.kron._moments import Basis, EigenFactors, kron_basis, make_moments, moment_sums
+from curvax.kron._moments import EigenFactors, kron_basis, make_moments, moment_sums
 from curvax.objective import Objective
 
 T = TypeVar("T")

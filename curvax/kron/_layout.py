@@ -11,16 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.tree_util import keystr
-from jaxtyping import Bool, PyTree
+from jaxtyping import Bool
 
 from curvax._checks import check_choice, is_masked
-from curvax._jaxpr import trace_model
 from curvax._types import Params
-from curvax.capture import HoldsView, Use, View, entry_numbers, find_uses, leaf_view
-from curvax.capture._grouping import Member
+from curvax.capture import UseKind, View, entry_numbers
 from curvax.kron._kron_factor import STRUCTURES
 from curvax.kron._layout_table import layout_table
-from curvax.objective import Objective
 
 UNMATCHED = ("error", "diagonal", "identity")
 SHARING = ("expand", "reduce")
@@ -58,7 +55,7 @@ class Block:
     name: str
     kernel: View
     bias: View | None
-    uses: tuple[Member, ...]
+    uses: tuple[UseKind, ...]
     a_structure: str
     g_structure: str
     sharing: str
@@ -224,23 +221,6 @@ class Layout:
             for leaf in self.leaves
         ]
         return Layout(blocks, tuple(leaves))
-
-
-def trace_uses(
-    objective: Objective, params: Params, inputs: Any
-) -> tuple[Any, PyTree, list[Use], dict[str, str]]:
-    """Trace the model for its program, its outputs' shapes, the uses of params, and other reasons.
-
-    The reasons say why leaves are in no block.
-    """
-    closed, outputs = trace_model(
-        lambda params, inputs: objective.outputs(params, inputs), params, inputs
-    )
-    held: list[Any] = [
-        HoldsView(leaf_view(path, shape)) for path, shape in leaf_shapes(params).items()
-    ]
-    found = find_uses(closed, [*held, *[None] * len(jax.tree.leaves(inputs))])
-    return closed, outputs, found.uses, found.reasons
 
 
 def leaf_shapes(params: Params) -> dict[str, tuple[int, ...]]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from curvax._batch import ENTRIES_AT_A_TIME
-from curvax._types import Batch, Params, PRNGKey, at_least_float32
+from curvax._types import Batch, Params, PRNGKey
+from curvax.capture import Capture, PerUseArray, UseCotangents
 from curvax.kron._accumulate import (
     PassOptions,
     Reduction,
@@ -23,24 +21,12 @@ from curvax.kron._accumulate import (
     make_factors,
 )
 from curvax.kron._factors import Factors, WeightedMean
+from curvax.kron._gradient_pairs import Basis, block_moments
 from curvax.kron._kron_factor import Eigen, eigh_all, matmul
 from curvax.kron._layout import Block, Layout
 from curvax.kron._statistics import diagonal_sums
-from curvax.kron._tapping import Capture, PerUseArray, UseCotangents
 from curvax.kron._two_products import combined_factors
 from curvax.objective import Objective
-
-
-class Basis(NamedTuple):
-    """Eigenvectors of both factors of a block, `[stack, n, n]` in columns; None for the identity.
-
-    Attributes:
-      a: eigenvectors Q_A of A.
-      g: eigenvectors Q_G of G.
-    """
-
-    a: Array | None
-    g: Array | None
 
 
 class EigenFactors(NamedTuple):
@@ -256,94 +242,3 @@ def carried_moments(old: Basis, new: Basis, moments: WeightedMean) -> WeightedMe
         rotation = matmul(new.g.swapaxes(1, 2), old.g)
         total = matmul(total, jnp.square(rotation).swapaxes(1, 2))
     return WeightedMean(total, moments.weight)
-
-
-def block_moments(
-    block: Block,
-    basis: Basis,
-    inputs: list[PerUseArray],
-    g: list[PerUseArray],
-    h: list[PerUseArray] | None = None,
-) -> Float[Array, "s i o"]:
-    """Sum over examples `(Q_A' D Q_G) * (Q_A' E Q_G)`, D from the cotangents g and E from h (by default g)."""
-    first = rotated_pairs(block, basis, inputs, g)
-    second = first if h is None else rotated_pairs(block, basis, inputs, h)
-    is_lookup = any(jnp.issubdtype(left.dtype, jnp.integer) for left, _ in first)
-    if (
-        len(inputs) == 1 and inputs[0].shape[2] == 1 and not is_lookup
-    ):  # one position: (a g')^2 = a^2 (g^2)'
-        left, right = (x * y for x, y in zip(first[0], second[0], strict=True))
-        return jnp.einsum("esni,esno->sio", left, right, precision=lax.Precision.HIGHEST)
-
-    def of_examples(rows: Any) -> Float[Array, "s i o"]:
-        gradients = [sum(gradient_of_pair(block, *pair) for pair in pairs) for pairs in rows]
-        return jnp.sum(gradients[0] * gradients[-1], axis=0)
-
-    rows = (first,) if h is None else (first, second)
-    size, per_example = inputs[0].shape[0], math.prod(block.shape)
-    few = min(size, max(1, ENTRIES_AT_A_TIME // per_example))
-    whole = size // few * few
-    cut = lambda x: x[:whole].reshape(-1, few, *x.shape[1:])
-    if whole == few == size:
-        return of_examples(rows)
-    start = jnp.zeros(block.shape, first[0][1].dtype)
-    total, _ = lax.scan(
-        lambda t, rows: (t + of_examples(rows), None), start, jax.tree.map(cut, rows)
-    )
-    return total + of_examples(jax.tree.map(lambda x: x[whole:], rows)) if whole < size else total
-
-
-def rotated_pairs(
-    block: Block, basis: Basis, inputs: list[PerUseArray], g: list[PerUseArray]
-) -> list[tuple[Array, Array]]:
-    """Return `rotated_pair` of every use."""
-    return [rotated_pair(block, k, basis, inputs[k], g[k]) for k in range(len(inputs))]
-
-
-def rotated_pair(
-    block: Block, k: int, basis: Basis, a: PerUseArray, g: PerUseArray
-) -> tuple[Array, Array]:
-    """Return what the kernel's gradient is the outer product of, `[e, s, n, i]` and `[e, s, n, o]`, in the eigenbasis.
-
-    Of a lookup without bias whose side is diagonal the first is the row numbers, `[e, s, n, 1]`.
-    """
-    member, g = block.uses[k], at_least_float32(g)
-    if member.transposed:
-        edge = [(0, 0)] * 3 + [(0, int(block.bias is not None))]
-        given = (
-            jax.nn.one_hot(a[..., 0], block.shape[2], dtype=g.dtype)
-            if member.kind == "lookup"
-            else a.astype(g.dtype)
-        )
-        return _into(basis.a, jnp.pad(g, edge)), _into(basis.g, given)
-    right = _into(basis.g, g)
-    if member.kind == "lookup" and block.bias is not None:
-        a = jax.nn.one_hot(a[..., 0], block.kernel.shape[1], dtype=g.dtype)
-    elif member.kind == "lookup":
-        return (
-            a if basis.a is None else jax.vmap(lambda q, ids: q[ids[..., 0]], (0, 1), 1)(basis.a, a)
-        ), right
-    one = jnp.full((*a.shape[:-1], 1), member.biased, g.dtype)
-    joined = (
-        a.astype(g.dtype)
-        if block.bias is None
-        else jnp.concatenate([a.astype(g.dtype), one], axis=-1)
-    )
-    return _into(basis.a, joined), right
-
-
-def _into(vectors: Array | None, x: PerUseArray) -> PerUseArray:
-    if vectors is None:
-        return x
-    return jnp.einsum("esni,sij->esnj", x, vectors, precision=lax.Precision.HIGHEST)
-
-
-def gradient_of_pair(block: Block, left: Array, right: Array) -> Float[Array, "e s i o"]:
-    """Return each example's gradient, the sum over positions of outer products."""
-    if not jnp.issubdtype(left.dtype, jnp.integer):
-        return jnp.einsum("esni,esno->esio", left, right, precision=lax.Precision.HIGHEST)
-    known = jnp.where(
-        left < 0, block.shape[1], left
-    )  # indexing would count negative numbers from the end
-    rows = lambda ids, g: jnp.zeros(block.shape[1:], g.dtype).at[ids[:, 0]].add(g, mode="drop")
-    return jax.vmap(jax.vmap(rows))(known, right)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from curvax._checks import is_masked
 from curvax._types import Params, Scalar, at_least_float32
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._kron_factor import (
     Eigen,
     Inverted,
@@ -25,7 +26,7 @@ from curvax.kron._kron_factor import (
     matmul,
 )
 from curvax.kron._layout import Block, Layout, Leaf, check_layout
-from curvax.kron._moments import Basis, EigenFactors, decompose
+from curvax.kron._moments import EigenFactors, decompose
 from curvax.kron._two_products import (
     FactorPair,
     combined_factors,

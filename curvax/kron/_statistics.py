@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvax._types import at_least_float32
-from curvax.capture._grouping import Member
+from curvax.capture import PerUseArray, UseCotangents, UseKind
 from curvax.kron._factors import WeightedMean
 from curvax.kron._kron_factor import STRUCTURES
 from curvax.kron._layout import Block
-from curvax.kron._tapping import PerUseArray, UseCotangents
 
 # b: examples, s: stack, t: positions, i: inputs (with the 1 of a bias), o: outputs
 Counted = Float[Array, "b s t"]
@@ -113,7 +112,7 @@ def _of_orientation(block: Block, transposed: bool) -> list[int]:
 
 
 # m: 1 where a position counts, 0 where not
-def _expanded_moment(block: Block, use: Member, a: PerUseArray, m: Counted) -> WeightedMean:
+def _expanded_moment(block: Block, use: UseKind, a: PerUseArray, m: Counted) -> WeightedMean:
     """Sum `a a'` over all positions of one use; its weight is how many there are."""
     structure = STRUCTURES[block.g_structure if use.transposed else block.a_structure]
     weight = jnp.sum(m, axis=(0, 2))
@@ -128,7 +127,7 @@ def _expanded_moment(block: Block, use: Member, a: PerUseArray, m: Counted) -> W
 
 
 def _summed_inputs(
-    block: Block, use: Member, a: PerUseArray, m: Counted
+    block: Block, use: UseKind, a: PerUseArray, m: Counted
 ) -> tuple[Float[Array, "b s i"], Float[Array, "b s"]]:
     """Sum inputs over the positions of each example, and count them."""
     count = jnp.sum(m, axis=2)
@@ -140,7 +139,7 @@ def _summed_inputs(
     return _with_one(block, use, total, count), count
 
 
-def _with_one(block: Block, use: Member, a: Array, one: Array) -> Array:
+def _with_one(block: Block, use: UseKind, a: Array, one: Array) -> Array:
     """Append the bias's coordinate.
 
     It is `one` where the bias is added, and 0 for a use without it; without a bias there is none.
@@ -151,7 +150,7 @@ def _with_one(block: Block, use: Member, a: Array, one: Array) -> Array:
     return jnp.concatenate([a, coordinate[..., None]], axis=-1)
 
 
-def _table_rows(block: Block, use: Member) -> int:
+def _table_rows(block: Block, use: UseKind) -> int:
     """Return how many rows the table of a lookup has."""
     return block.kernel.shape[2 if use.transposed else 1]
 

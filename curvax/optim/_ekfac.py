@@ -14,14 +14,8 @@ from curvax import kron
 from curvax._types import Params, Scalar
 from curvax.kron import Factors, Layout, kron_basis, moving_average
 from curvax.kron._factors import WeightedMean, init_factors
-from curvax.kron._moments import (
-    Basis,
-    EigenCurvature,
-    EigenFactors,
-    block_moments,
-    carried_moments,
-    decompose,
-)
+from curvax.kron._gradient_pairs import Basis, block_moments
+from curvax.kron._moments import EigenCurvature, EigenFactors, carried_moments, decompose
 from curvax.kron._operator import BlockSpectrum, KronOperator, eigen_spectrum, kron_operator
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating

@@ -13,11 +13,10 @@ from jaxtyping import Array, Int, PyTree
 from curvax._checks import check_damping, check_function, check_params, check_precision, is_masked
 from curvax._trees import all_finite, keep_unless
 from curvax._types import Count, Params, Scalar
-from curvax.kron import sample_space
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.products import ggnvp, hvp
-from curvax.solve import SolveInfo, cg, direct
+from curvax.solve import SolveInfo, cg, direct, sample_space
 from curvax.spectra import absolute_krylov
 
 
@@ -75,7 +74,7 @@ def scale_by_newton(
     Returns:
       `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *, curvature, damping=None)`;
       curvature is what the solver takes, in every step: a matvec such as `curvax.ggnvp(...)` (a pytree, so it may cross
-      `jit`), or what `curvax.kron.sample_space` returns. Nothing of it is kept: it belongs to one batch. What is kept over steps
+      `jit`), or what `curvax.solve.sample_space` returns. Nothing of it is kept: it belongs to one batch. What is kept over steps
       is a matrix, in `curvax.scale_by_lazy_newton`. State is a `ScaleByNewtonState`.
 
     Raises:
@@ -256,7 +255,7 @@ def egn(
 ) -> optax.GradientTransformationExtraArgs:
     """Exact Gauss-Newton: `params -= learning_rate (F + damping I)^-1 g`, solved directly.
 
-    By Cholesky in the space of examples and outputs, or of parameters if those are fewer; see `curvax.kron.sample_space`.
+    By Cholesky in the space of examples and outputs, or of parameters if those are fewer; see `curvax.solve.sample_space`.
 
     Args:
       learning_rate: number or schedule; 1 is the Levenberg-Marquardt step.
@@ -267,7 +266,7 @@ def egn(
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`. `NewtonInfo` in the state.
 
     Raises:
-      ValueError, TypeError: at trace time, as `curvax.kron.sample_space`, `curvax.solve.direct` and `curvax.estimating`.
+      ValueError, TypeError: at trace time, as `curvax.solve.sample_space`, `curvax.solve.direct` and `curvax.estimating`.
 
     Cost: with n outputs in the batch `n^3 / 3` multiplications, `n^2` for each unit of a dense layer, and a backward pass
       for each output of an example. Memory: `n^2` floats.
@@ -284,7 +283,7 @@ def egn(
 
     References: Korbit et al. (2024), Exact Gauss-Newton optimization for training deep neural networks.
 
-    Deviates: the system is made symmetric, see `curvax.kron.sample_space`; momentum and line search come from optax.
+    Deviates: the system is made symmetric, see `curvax.solve.sample_space`; momentum and line search come from optax.
     """
     space = lambda params, batch, key: sample_space(objective, params, batch)
     return _finished(direct, space, damping, learning_rate)

@@ -16,6 +16,7 @@ from curvax.solve._lineax_adapter import from_lineax, to_lineax
 from curvax.solve._minres import minres
 from curvax.solve._neumann import neumann
 from curvax.solve._result import Result, SolveInfo
+from curvax.solve._sample_space import sample_space
 from curvax.solve._window import (
     Window,
     init_window,
@@ -48,6 +49,7 @@ __all__ = [
     "map_inverse_blocks",
     "minres",
     "neumann",
+    "sample_space",
     "to_lineax",
     "whiten",
     "window_inverse",

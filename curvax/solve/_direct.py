@@ -59,7 +59,7 @@ def direct(
     of refinement takes back.
 
     Args:
-      curvature: of `curvax.kron.sample_space(objective, params, batch)`, or `Dense(curvax.to_dense(matvec, params))`.
+      curvature: of `curvax.solve.sample_space(objective, params, batch)`, or `Dense(curvax.to_dense(matvec, params))`.
       b: tree like params.
       damping: positive (with `Dense` it may be 0); in units of an eigenvalue of F.
       tol: residual above which the code is STALLED.
@@ -89,7 +89,7 @@ def direct(
         x, product = _of_rows(curvature, damping, wide)
     else:
         raise TypeError(
-            f"direct takes what curvax.kron.sample_space returns, or curvax.solve.Dense(matrix), got {describe(curvature)}; "
+            f"direct takes what curvax.solve.sample_space returns, or curvax.solve.Dense(matrix), got {describe(curvature)}; "
             "a matvec is for curvax.cg."
         )
     good = all_finite(x)

@@ -26,7 +26,7 @@ import optax
 from _harness import Problem, Transformer, parser, report, seconds, write_json
 
 import curvax
-from curvax.kron._tapping import record
+from curvax.kron._plan import layout_plan
 
 CYCLE = 10
 
@@ -163,7 +163,10 @@ def cycle(tx: Any, problem: Problem) -> tuple[Callable[[], Any], float, int, flo
 
 def limit(setting: Setting, problem: Problem, layout: curvax.kron.Layout, adam: float) -> float:
     """Ratio of the operations that a step needs to those of Adam's step."""
-    recorded = lambda p, x: record(problem.objective, layout, p, x, by_example=False).inputs
+    plan = layout_plan(
+        problem.objective, layout, problem.params, problem.batch[0], per_example=False
+    )
+    recorded = lambda p, x: curvax.capture.record(plan, p, x).inputs
     inputs = jax.eval_shape(recorded, problem.params, problem.batch[0])
     products = power = inverse = 0
     for block in layout.blocks:

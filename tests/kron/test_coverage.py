@@ -13,8 +13,9 @@ from jax.tree_util import keystr
 
 import curvax
 from curvax import losses
+from curvax.capture import record
 from curvax.kron._factors import init_factors
-from curvax.kron._tapping import record
+from curvax.kron._plan import layout_plan
 
 BFLOAT16 = [name for name in zoo.CASES if name.startswith("bf16")]
 
@@ -71,7 +72,8 @@ def check_taps(case, objective, layout, tolerance):
             [],
         )
         for by_example in (False, True):
-            taps = record(objective, layout, params, inputs, by_example)
+            plan = layout_plan(objective, layout, params, inputs, by_example)
+            taps = record(plan, params, inputs)
             pulled = taps.pull(r)
             blocks = {
                 b.name: from_taps(b, taps.inputs[b.name], pulled.blocks[b.name])
@@ -297,11 +299,8 @@ def test_the_branch_not_taken_has_no_cotangents():
     ones = jnp.ones_like(batch[1])
     inputs = lambda flag: {**case.inputs, "flag": jnp.full(4, flag)}
     for by_example in (False, True):
-        pulled = jax.jit(
-            lambda flag, by=by_example: record(
-                objective, layout, case.params, inputs(flag), by
-            ).pull(ones)
-        )
+        plan = layout_plan(objective, layout, case.params, inputs(0), by_example)
+        pulled = jax.jit(lambda flag, plan=plan: record(plan, case.params, inputs(flag)).pull(ones))
         for flag in (0, 1):
             taken = {
                 name: any(bool(g.any()) for g in flows)

@@ -12,10 +12,11 @@ from jax.tree_util import keystr
 
 import curvax
 from curvax import losses
-from curvax.kron import WeightedMean, _moments
+from curvax.kron import WeightedMean, _gradient_pairs
 from curvax.kron._factors import init_factors
-from curvax.kron._moments import Basis, carried_moments
-from curvax.kron._kron_factor import Diagonal, Full, Identity, invert_all
+from curvax.kron._gradient_pairs import Basis
+from curvax.kron._kron_factor import Diagonal, Full, invert_all
+from curvax.kron._moments import carried_moments
 from curvax.kron._two_products import combined_factors
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -574,7 +575,7 @@ def test_moments_are_the_diagonal_of_the_fisher_in_the_eigenbasis(name, fisher, 
         found = [estimate(), estimate(microbatch=2)]
         with monkeypatch.context() as patch:
             patch.setattr(
-                _moments, "ENTRIES_AT_A_TIME", 30
+                _gradient_pairs, "ENTRIES_AT_A_TIME", 30
             )  # at most two examples at a time, or one
             found.append(estimate())
         curvature = functools.partial(curvax.kron_inverse, layout, damping=0.0, power=1.0)

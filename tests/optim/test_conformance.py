@@ -177,7 +177,7 @@ OPTIMIZERS |= {
     "egn": Row(
         build=solving(curvax.egn),
         scale_by=functools.partial(curvax.scale_by_newton, curvax.solve.direct, 0.3),
-        estimator=lambda params, batch, key: curvax.kron.sample_space(OBJECTIVE, params, batch),
+        estimator=lambda params, batch, key: curvax.solve.sample_space(OBJECTIVE, params, batch),
         **SOLVES,
         every=1,
     ),

@@ -10,7 +10,6 @@ from typing import TypeVar
 import jax
 from jaxtyping import PyTree
 
-from curvax._checks import check_choice
 from curvax._types import Batch, Params, PRNGKey, Scalar
 from curvax.kron._factors import Factors
 from curvax.kron._fit import fit_passes, read_passes
@@ -188,8 +187,9 @@ def fit(
       of the Fisher; the paper keeps only the weights of the multilayer perceptrons.
     """
     # The method only chooses the passes; what a pass does is stated in `kron._fit_passes`.
+    check_choice("method", method, PASSES_OF)
     options = fit_options(fisher, microbatch)
-    passes = check_choice("method", method, PASSES_OF)(objective, layout, options)
+    passes = PASSES_OF[method](objective, layout, options)
     results = fit_passes(
         passes,
         layout,
@@ -234,7 +234,8 @@ def load(folder: Path | str, objective: Objective, layout: Layout, params: Param
     # A microbatch changes no shape of what is saved, and need not be known.
     options = fit_options(saved["fisher"], microbatch=None)
     method: str = saved["method"]
-    passes = check_choice("method", method, PASSES_OF)(objective, layout, options)
+    check_choice("method", method, PASSES_OF)
+    passes = PASSES_OF[method](objective, layout, options)
     results, missing = read_passes(passes, params, store)
     return _fitted(results, layout, method, missing)
 

@@ -19,16 +19,16 @@ from curvax._types import Batch, Params, Scalar, at_least_float32
 from curvax._xla import with_auto_sharding
 from curvax.apps.influence._fitting import Fitted
 from curvax.apps.influence._queries import Measurement, Queries, QueryInfo, precondition
+from curvax.capture import Capture, gradient_pairs, record
 from curvax.kron._gradient_products import (
     LowRank,
     examples_at_a_time,
-    gradient_pairs,
     products_by_example,
     products_by_position,
     worth_forming,
 )
 from curvax.kron._layout import check_layout
-from curvax.kron._tapping import Capture, record
+from curvax.kron._plan import kernel_of, layout_plan
 from curvax.losses._shares import share_of, term_counts
 from curvax.objective import Objective
 from curvax.solve import SolveInfo, cg
@@ -313,10 +313,11 @@ def _parts(
 ) -> dict[str, Array]:
     """Return the parts of the scores, `[examples, queries]`: by layer, all together, or by position with the rest."""
     layout, vectors = queries.layout, queries.blocks
-    recorded = record(objective, layout, params, chunk[0], by_example=True)
+    plan = layout_plan(objective, layout, params, chunk[0], per_example=True)
+    recorded = record(plan, params, chunk[0])
     pulled = recorded.pull(share_gradient(objective, recorded, chunk[1], queries.terms))
     pairs = {
-        b.name: gradient_pairs(b, recorded.inputs[b.name], pulled.blocks[b.name])
+        b.name: gradient_pairs(kernel_of(b), recorded.inputs[b.name], pulled.blocks[b.name])
         for b in layout.blocks
     }
     parts = {}
@@ -365,9 +366,8 @@ def _rows_at_a_time(
     queries: Queries, objective: Objective, params: Params, inputs: Any, by_position: bool
 ) -> int:
     """Choose how many examples to work on at a time."""
-    recorded = jax.eval_shape(
-        lambda: record(objective, queries.layout, params, inputs, by_example=True).inputs
-    )
+    plan = layout_plan(objective, queries.layout, params, inputs, per_example=True)
+    recorded = jax.eval_shape(lambda: record(plan, params, inputs).inputs)
     names = {block: block.name for block in queries.layout.blocks}
     few = [
         examples_at_a_time(block, queries.blocks[n], recorded[n], by_position)

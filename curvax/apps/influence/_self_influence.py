@@ -20,11 +20,12 @@ from curvax._xla import with_auto_sharding
 from curvax.apps.influence._fitting import Fitted
 from curvax.apps.influence._methods import check_fitted, dampings
 from curvax.apps.influence._scoring import flat, share_gradient
-from curvax.kron._gradient_products import gradient_pairs, squares_by_example
+from curvax.capture import record
+from curvax.kron._gradient_pairs import Basis, rotated_pairs
+from curvax.kron._gradient_products import squares_by_example
 from curvax.kron._layout import Layout, check_layout
-from curvax.kron._moments import Basis
 from curvax.kron._operator import EigenOperator, KronOperator, kron_operator
-from curvax.kron._tapping import record
+from curvax.kron._plan import layout_plan
 from curvax.losses._shares import term_counts
 from curvax.objective import Objective
 
@@ -131,7 +132,8 @@ def _self_parts(
     chunk: Batch,
 ) -> Float[Array, " examples"]:
     """Return `grad f_b . P grad L_b / N` with f_b the example's mean loss."""
-    recorded = record(objective, layout, params, chunk[0], by_example=True)
+    plan = layout_plan(objective, layout, params, chunk[0], per_example=True)
+    recorded = record(plan, params, chunk[0])
 
     def squares(cotangent: Any) -> Array:
         pulled = recorded.pull(cotangent)
@@ -147,7 +149,7 @@ def _self_parts(
             )
             assert isinstance(power, EigenOperator)
             basis = Basis(power.left, power.right)
-            parts.append(squares_by_example(block, power, gradient_pairs(block, *rows, basis)))
+            parts.append(squares_by_example(block, power, rotated_pairs(block, basis, *rows)))
         return jnp.asarray(sum(parts))
 
     share = share_gradient(objective, recorded, chunk[1], terms)

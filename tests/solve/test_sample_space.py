@@ -11,7 +11,7 @@ import pytest
 import zoo
 
 import curvax
-from curvax.kron import _gram
+from curvax.capture import _gram
 from curvax.solve import Dense, SampleSpace, direct
 
 flat_rows = jax.vmap(oracle.flat)
@@ -19,7 +19,7 @@ flat_rows = jax.vmap(oracle.flat)
 
 @functools.partial(jax.jit, static_argnums=0)
 def space_and_rows(objective, params, batch):
-    space = curvax.kron.sample_space(objective, params, batch, space="samples")
+    space = curvax.solve.sample_space(objective, params, batch, space="samples")
     return space, flat_rows(jax.vmap(space.pull)(jnp.eye(len(space.gram))))
 
 
@@ -99,14 +99,14 @@ def test_rows_are_formed_in_parts(x64, monkeypatch):
     whole, _ = space_and_rows(case.objective, case.params, case.batch)
     monkeypatch.setattr(_gram, "ENTRIES_AT_A_TIME", 200)
     parts = jax.jit(
-        lambda p, b: curvax.kron.sample_space(case.objective, p, b, space="samples").gram
+        lambda p, b: curvax.solve.sample_space(case.objective, p, b, space="samples").gram
     )(case.params, case.batch)
     np.testing.assert_allclose(parts, whole.gram, rtol=1e-12, atol=1e-14)
 
 
 def test_the_smaller_space_is_chosen(x64):
     case, gradient, matrix = problem("mlp")
-    form = jax.jit(lambda p, b: curvax.kron.sample_space(case.objective, p, b))
+    form = jax.jit(lambda p, b: curvax.solve.sample_space(case.objective, p, b))
     assert isinstance(jax.eval_shape(form, case.params, case.batch), SampleSpace)
     tripled = jax.tree.map(lambda x: jnp.concatenate([x] * 3), case.batch)  # the same mean
     dense = form(case.params, tripled)
@@ -117,7 +117,7 @@ def test_the_smaller_space_is_chosen(x64):
     np.testing.assert_allclose(oracle.flat(x), want, rtol=1e-8)
     x, info = direct(Dense(-jnp.eye(len(matrix))), gradient, damping=0.5)
     assert "not positive definite" in info.message and not np.any(oracle.flat(x))
-    with pytest.raises(TypeError, match=r"direct takes what curvax\.kron\.sample_space returns"):
+    with pytest.raises(TypeError, match=r"direct takes what curvax\.solve\.sample_space returns"):
         direct(lambda v: v, gradient, damping=1.0)
     with pytest.raises(ValueError, match="b has no leaf"):
         direct(form(case.params, case.batch), {"w": jnp.ones(1)}, damping=1.0)
@@ -133,7 +133,7 @@ def test_float32_solves_are_accurate_down_to_small_damping():
     batch = (x, jax.random.normal(jax.random.key(2), (6, 3)))
     gradient = jax.grad(objective)(w, batch)
     solve = jax.jit(
-        lambda w, batch, b: direct(curvax.kron.sample_space(objective, w, batch), b, damping=1e-6)
+        lambda w, batch, b: direct(curvax.solve.sample_space(objective, w, batch), b, damping=1e-6)
     )
     step, _info = solve(w, batch, gradient)
     with jax.enable_x64(True):
@@ -153,7 +153,7 @@ def test_memory_stays_below_the_jacobian():
         [jnp.zeros((100, 300)), jnp.zeros((300, 5))],
         (jnp.zeros((16, 100)), jnp.zeros(16, int)),
     )
-    form = jax.jit(lambda p, b: curvax.kron.sample_space(objective, p, b).gram)
+    form = jax.jit(lambda p, b: curvax.solve.sample_space(objective, p, b).gram)
     jacobian = 80 * 31_500 * 4
     assert form.lower(params, batch).compile().memory_analysis().temp_size_in_bytes < 0.1 * jacobian
 
@@ -161,11 +161,11 @@ def test_memory_stays_below_the_jacobian():
 def test_errors():
     case = cases.mlp()
     with pytest.raises(ValueError, match="unknown space 'rows'"):
-        curvax.kron.sample_space(case.objective, case.params, case.batch, space="rows")
+        curvax.solve.sample_space(case.objective, case.params, case.batch, space="rows")
     mixing = curvax.Objective(lambda w, x: (x - x.mean(0)) @ w, curvax.losses.squared_error())
     with pytest.raises(ValueError, match="mixes examples"):
         jax.eval_shape(
-            lambda w, b: curvax.kron.sample_space(mixing, w, b),
+            lambda w, b: curvax.solve.sample_space(mixing, w, b),
             jnp.ones((20, 2)),
             (jnp.ones((3, 20)), jnp.ones((3, 2))),
         )

@@ -1,0 +1,228 @@
+"""From uses to kernels: which uses share one, and which leaves must stay out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Int
+
+from curvax.capture._uses import Use
+from curvax.capture._views import View, entry_numbers
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+"""Shapes of the leaves of params, by path."""
+
+Reasons: TypeAlias = dict[str, str]
+"""For leaves that are in no kernel, by path, why not."""
+
+
+@dataclass(frozen=True)
+class UseKind:
+    """What one use of a kernel is.
+
+    Attributes:
+      kind: "dot", "conv" or "lookup".
+      transposed: whether it multiplies by the transpose of the kernel.
+      biased: whether the kernel's bias is added to its output.
+    """
+
+    kind: str
+    transposed: bool = False
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Entries of parameters that linear maps use as one matrix for each slice of a stack.
+
+    Attributes:
+      view: view `[stack, in, out]`.
+      bias: view `[stack, out]`, a further input that is 1, or None.
+      uses: what each of the uses is, in the order of the program.
+    """
+
+    view: View
+    bias: View | None
+    uses: tuple[UseKind, ...]
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views of the kernel and of its bias."""
+        return (self.view,) if self.bias is None else (self.view, self.bias)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Stack, rows (inputs, and one more for a bias) and columns (outputs)."""
+        stack, rows, columns = self.view.shape
+        return stack, rows + (self.bias is not None), columns
+
+
+def group_uses(
+    uses: Sequence[Use], reasons: Mapping[str, str], shapes: Shapes
+) -> tuple[dict[Kernel, tuple[int, ...]], Reasons]:
+    """Group uses by their kernel.
+
+    A leaf that is refused for one use is in no kernel, and takes those with it that are joined to
+    it in one: so the grouping goes on until no further leaf is refused.
+
+    Args:
+      uses: the uses, as the walk through the program met them.
+      reasons: why leaves are refused already.
+      shapes: shapes of all leaves.
+
+    Returns:
+      The kernels with the numbers of their uses, and why a leaf is in none.
+    """
+    reasons = dict(reasons)
+    while True:
+        before = len(reasons)
+        kernels = _by_kernel(_usable(uses, reasons), reasons, shapes)
+        if len(reasons) == before:
+            return kernels, reasons
+
+
+def _usable(uses: Sequence[Use], reasons: Reasons) -> dict[int, Use]:
+    """Drop uses of refused leaves, and refused biases of others; refuse what is joined to them."""
+    usable = {}
+    for number, use in enumerate(uses):
+        refused = next((path for path in use.view.leaves if path in reasons), None)
+        bias_leaves = use.bias.leaves if use.bias is not None else ()
+        if refused is not None:
+            for path in use.view.leaves:
+                reasons.setdefault(path, f"is joined with {refused}, which {reasons[refused]}")
+            for path in bias_leaves:
+                reasons.setdefault(path, f"is the bias of {use.view}, which is in no block")
+            continue
+        if any(path in reasons for path in bias_leaves):
+            why = f"is joined with a leaf in no block in the bias {use.bias}"
+            for path in bias_leaves:
+                reasons.setdefault(path, why)
+            use = dataclasses.replace(use, bias=None)
+        usable[number] = use
+    return usable
+
+
+class _UseOf(NamedTuple):
+    """Which use of a kernel, and which way round."""
+
+    number: int
+    transposed: bool
+
+
+def _by_kernel(
+    uses: Mapping[int, Use], reasons: Reasons, shapes: Shapes
+) -> dict[Kernel, tuple[int, ...]]:
+    """Put uses with the same entries together, as they are or transposed."""
+    views = [view for use in uses.values() for view in (use.view, use.bias) if view is not None]
+    numbering = _Numbering(shapes, views)
+    groups: list[tuple[View, list[_UseOf]]] = []
+
+    # A use with a bias says which way round the matrix is: those go first.
+    for number in sorted(uses, key=lambda number: uses[number].bias is None):
+        view = uses[number].view
+        for other, group in groups:
+            if numbering.equal(other, view):
+                group.append(_UseOf(number, False))
+                break
+            if numbering.equal(other, view, transposed=True):
+                group.append(_UseOf(number, True))
+                break
+        else:
+            groups.append((view, [_UseOf(number, False)]))
+
+    kernels = {}
+    for view, group in groups:
+        group = sorted(group)
+        kernel = _kernel(view, group, uses, numbering, reasons)
+        kernels[kernel] = tuple(use.number for use in group)
+    _refuse_overlaps(kernels, numbering, reasons)
+    return kernels
+
+
+def _kernel(
+    view: View,
+    group: Sequence[_UseOf],
+    uses: Mapping[int, Use],
+    numbering: _Numbering,
+    reasons: Reasons,
+) -> Kernel:
+    """Join the uses of a view, with the one bias that they share; refuse any other bias."""
+    biases = [(uses[use.number].bias, use.transposed) for use in group]
+    straight = (bias for bias, transposed in biases if bias is not None and not transposed)
+    bias = next(straight, None)
+    for other, transposed in biases:
+        if other is None:
+            continue
+        if transposed or bias is None or not numbering.equal(bias, other):
+            why = "transposed" if transposed else "with another bias elsewhere"
+            for path in other.leaves:
+                reasons.setdefault(path, f"is a bias of {view}, which is used {why}")
+    kinds = []
+    for number, transposed in group:
+        use = uses[number]
+        kinds.append(UseKind(use.kind, transposed, use.bias is not None))
+    return Kernel(view, bias, tuple(kinds))
+
+
+def _refuse_overlaps(
+    kernels: Mapping[Kernel, tuple[int, ...]], numbering: _Numbering, reasons: Reasons
+) -> None:
+    """Refuse leaves of which an entry is in two views, or twice in one."""
+    views = [view for kernel in kernels for view in kernel.views]
+    biases = {kernel.bias for kernel in kernels}
+    readers = Counter(path for view in views for path in view.leaves)
+    shared = {path for path, count in readers.items() if count > 1}
+    # Numbering all entries is slow for large models: only where views may overlap at all.
+    suspects = [view.repeats or bool(shared.intersection(view.leaves)) for view in views]
+    if not any(suspects):
+        return
+    owner = np.full(numbering.total, -1)  # for every entry the number of the view that has it
+    for i, view in enumerate(views):
+        if not suspects[i]:
+            continue
+        entries = numbering.entries(view).ravel()
+        if len(np.unique(entries)) < entries.size:
+            for path in view.leaves:
+                reasons.setdefault(path, "enters one linear map several times")
+        for j in np.unique(owner[entries]).tolist():
+            if j < 0:
+                continue
+            why = "is used by several linear maps, as matrices that overlap"
+            if {view, views[j]} <= biases:
+                why = "is the bias of several kernels"
+            for path in shared.intersection((*view.leaves, *views[j].leaves)):
+                reasons.setdefault(path, why)
+        owner[entries] = i
+
+
+class _Numbering:
+    """Entries of views as numbers, computed only where views must be compared."""
+
+    def __init__(self, shapes: Shapes, views: Sequence[View]) -> None:
+        paths = {path for view in views for path in view.leaves}
+        self._shapes = {path: shape for path, shape in shapes.items() if path in paths}
+        self._known: dict[View, Int[np.ndarray, "..."]] = {}
+        self.total = sum(math.prod(shape) for shape in self._shapes.values())
+
+    def entries(self, view: View) -> Int[np.ndarray, "..."]:
+        if view not in self._known:
+            self._known[view] = entry_numbers(view, self._shapes)
+        return self._known[view]
+
+    def equal(self, a: View, b: View, transposed: bool = False) -> bool:
+        """Tell whether two views have the same entries at the same places (of the transpose)."""
+        shape = (*b.shape[:-2], b.shape[-1], b.shape[-2]) if transposed else b.shape
+        if not transposed and a == b:
+            return True
+        if a.shape != shape or set(a.leaves) != set(b.leaves):
+            return False
+        entries = self.entries(b)
+        if transposed:
+            entries = entries.swapaxes(-1, -2)
+        return np.array_equal(self.entries(a), entries)

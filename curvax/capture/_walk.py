@@ -1,0 +1,156 @@
+"""Walk through a program and say of every variable what it holds.
+
+An abstract interpretation: the analysis (`Rules`) brings a lattice of what a variable may hold and
+says what an equation does to it; the walk brings the program, its dead code and its nested
+programs. Two analyses use it: `_find` follows parameters, `_mixing` the batch axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from curvax._jaxpr import is_constant, scan_counts
+
+Value: TypeAlias = Any
+"""What a variable holds: an element of the analysis' lattice, None for nothing that it follows."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an equation is.
+
+    Attributes:
+      site: its index in its program, after the indices of the equations around that program.
+      loops: the loops around it, as `(number, length)`, outermost first.
+    """
+
+    site: tuple[int, ...] = ()
+    loops: tuple[tuple[int, int], ...] = ()
+
+    def at(self, index: int) -> Place:
+        """Go one program further in."""
+        return dataclasses.replace(self, site=(*self.site, index))
+
+
+class Step(NamedTuple):
+    """An equation as the walk meets it.
+
+    Attributes:
+      eqn: the equation.
+      operands: what its operands hold.
+      live: for each result, whether the outputs of the program depend on it.
+      place: where it is.
+    """
+
+    eqn: Any
+    operands: list[Value]
+    live: list[bool]
+    place: Place
+
+
+class Rules(NamedTuple):
+    """An analysis.
+
+    Attributes:
+      results: `step -> what the results of the equation hold`.
+      enters: `equation -> the program inside` that the walk goes through in its place, or None.
+      read_twice: `held -> what is known of it` where two equations read one variable.
+    """
+
+    results: Callable[[Step], Sequence[Value]]
+    enters: Callable[[Any], Any]
+    read_twice: Callable[[Value], Value]
+
+
+def walk(
+    program: Any,
+    arguments: Sequence[Value],
+    live: Sequence[bool],
+    rules: Rules,
+    place: Place,
+) -> list[Value]:
+    """Return what the outputs of a program hold, given what its arguments hold.
+
+    Only equations on which a live output depends, and that read a variable that holds something,
+    are looked at.
+    """
+    jaxpr = program.jaxpr
+    values: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
+    needed = _needed(jaxpr, live)
+    readers = _readers(jaxpr, live, needed)
+
+    def look(atom: Any) -> Value:
+        if is_constant(atom):
+            return None
+        value = values.get(atom)
+        return rules.read_twice(value) if readers[atom] > 1 else value
+
+    for index, eqn in enumerate(jaxpr.eqns):
+        operands = [look(atom) for atom in eqn.invars]
+        if not needed.intersection(eqn.outvars) or all(value is None for value in operands):
+            continue
+        alive, here = [atom in needed for atom in eqn.outvars], place.at(index)
+        inner = rules.enters(eqn)
+        # A nested program with one argument for each operand is walked through in place.
+        if inner is not None:
+            results: Sequence[Value] = walk(inner, operands, alive, rules, here)
+        else:
+            results = rules.results(Step(eqn, operands, alive, here))
+        values.update(zip(eqn.outvars, results, strict=True))
+    outputs = zip(jaxpr.outvars, live, strict=True)
+    return [look(atom) if alive else None for atom, alive in outputs]
+
+
+class ScanOperands(NamedTuple, Generic[T]):
+    """The operands of a `scan` (or their counterparts in its body).
+
+    Attributes:
+      consts: those that are closed over.
+      carry: those that are carried from round to round.
+      xs: those that are scanned over.
+    """
+
+    consts: list[T]
+    carry: list[T]
+    xs: list[T]
+
+
+def scan_operands(eqn: Any, operands: Sequence[T]) -> ScanOperands[T]:
+    """Tell the three kinds of operands of a `scan` apart."""
+    num_consts, num_carry = scan_counts(eqn)
+    first = num_consts + num_carry
+    return ScanOperands(
+        list(operands[:num_consts]), list(operands[num_consts:first]), list(operands[first:])
+    )
+
+
+def _needed(jaxpr: Any, live: Sequence[bool]) -> set[Any]:
+    """Return the variables on which the live outputs depend."""
+    needed = _variables(_live_outputs(jaxpr, live))
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed |= _variables(eqn.invars)
+    return needed
+
+
+def _readers(jaxpr: Any, live: Sequence[bool], needed: set[Any]) -> Counter[Any]:
+    """Count for every variable how often it is read; being an output is a reading too."""
+    reads = _live_outputs(jaxpr, live)
+    for eqn in jaxpr.eqns:
+        if needed.intersection(eqn.outvars):
+            reads += eqn.invars
+    return Counter(atom for atom in reads if not is_constant(atom))
+
+
+def _live_outputs(jaxpr: Any, live: Sequence[bool]) -> list[Any]:
+    return [atom for atom, alive in zip(jaxpr.outvars, live, strict=True) if alive]
+
+
+def _variables(atoms: Sequence[Any]) -> set[Any]:
+    return {atom for atom in atoms if not is_constant(atom)}

@@ -1,0 +1,36 @@
+"""The plan of what Kronecker factors record of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from curvax._types import Params
+from curvax.capture import Kernel, Plan, plan
+from curvax.kron._layout import Block, Layout
+from curvax.objective import Objective
+
+
+def layout_plan(
+    objective: Objective, layout: Layout, params: Params, inputs: Any, per_example: bool
+) -> Plan:
+    """Plan the capture of all blocks of a layout, and of the leaves that get a diagonal.
+
+    Args:
+      objective: the `curvax.Objective`.
+      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
+      params: pytree of float arrays.
+      inputs: the inputs of a batch.
+      per_example: run every row by itself; otherwise the batch is one "example" with all positions.
+
+    Raises:
+      ValueError: as `curvax.capture.plan`.
+    """
+    kernels = {block.name: kernel_of(block) for block in layout.blocks}
+    # Leaves that are the identity outside of blocks need no gradient.
+    leaves = [leaf.path for leaf in layout.leaves if leaf.outside == "diagonal"]
+    return plan(objective, params, inputs, kernels, leaves, per_example)
+
+
+def kernel_of(block: Block) -> Kernel:
+    """Return a block's kernel, as capture knows it."""
+    return Kernel(block.kernel, block.bias, block.uses)

@@ -1,0 +1,193 @@
+"""The Gauss-Newton matrix of a batch in the space of its examples and outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from curvax._batch import check_batch
+from curvax._checks import check_choice, check_params
+from curvax._shared import unwrap
+from curvax._trees import by_path, dimension
+from curvax._types import Batch, Outputs, Params, Targets, at_least_float32
+from curvax._xla import with_auto_sharding
+from curvax.capture import UseCotangents, find_kernels, gram, plan, record, uncovered
+from curvax.losses import Loss
+from curvax.objective import Objective
+from curvax.products import ggnvp, to_dense
+from curvax.products._linear import linearize
+from curvax.solve._direct import Dense, Formed, SampleSpace
+
+SPACES = {"auto": "the smaller one", "samples": "examples x outputs", "params": "parameters"}
+
+# b: examples of the batch, c: outputs of an example, k: columns of the root, n = c b: rows
+
+
+def sample_space(
+    objective: Objective, params: Params, batch: Batch, *, space: str = "auto"
+) -> Formed:
+    """Form the Gauss-Newton matrix of a batch for exact solves, in the smaller of two spaces.
+
+    `F = J'S J = U U'`, with S the output-space curvature (as in `curvax.ggnvp`), `S = R R'` by
+    example, `U = J'R`. Where the batch has fewer outputs n than there are parameters d, `U'U` is
+    formed, and `(F + damping I)^-1` is applied through it; else F itself. No Jacobian is formed:
+    `U'U` is the sum over layers of products of inner products of the layers' inputs and
+    output-gradients. Negative curvature (of a user's loss) counts as none in sample space.
+
+    Args:
+      objective: the `curvax.Objective` whose curvature is formed.
+      params: pytree of float arrays.
+      batch: `(inputs, targets)`.
+      space: "auto" for the smaller space, "samples" or "params".
+
+    Returns:
+      What `curvax.solve.direct` takes; a pytree, so that it may cross `jit`.
+
+    Raises:
+      ValueError: if the space is unknown; in sample space if the model mixes examples (BatchNorm in
+        training), or if outputs lack the batch's leading axis.
+      TypeError: if a kernel of the model has a backward pass only.
+
+    Cost: in sample space c backward passes without kernels' gradients, and for each dense layer
+      `n^2 (in / c^2 + out)` multiplications; where a kernel meets several positions of an example
+      (convolutions, sequences) `n^2 in out`. Memory: `n^2` floats, c times the activations. In
+      parameter space d Gauss-Newton products, `d^2` floats.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> x = jnp.array([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]])                         # F = x'x / 2
+      >>> space = curvax.solve.sample_space(objective, jnp.zeros(3), (x, jnp.zeros(2)))
+      >>> space.gram.round(4).tolist()                                                # x x' / 2
+      [[2.5, 0.0], [0.0, 4.5]]
+      >>> step, info = curvax.solve.direct(space, jnp.ones(3), damping=0.5)
+      >>> [round(v, 4) for v in step.tolist()]
+      [1.0, 0.2, 0.0]
+
+    References: Korbit et al. (2024), Exact Gauss-Newton optimization for training deep neural
+      networks, whose system `(S J J' + damping I) q = r` is made symmetric here by the root of S.
+    """
+    check_choice("space", space, SPACES)
+    check_params(params)
+    check_batch(batch)
+    shapes = jax.tree.leaves(jax.eval_shape(lambda: objective.outputs(params, batch[0])))
+    num_rows = sum(math.prod(shape.shape) for shape in shapes)
+    in_params = space == "auto" and num_rows > dimension(params)
+    if space == "params" or in_params:
+        matrix = to_dense(ggnvp(objective, params, batch), params, chunk_size=8)
+        return Dense(at_least_float32(matrix))
+    return _in_sample_space(objective, params, batch)
+
+
+def _in_sample_space(objective: Objective, params: Params, batch: Batch) -> SampleSpace:
+    """Form `U'U`, and the two maps `v -> U'v` and `q -> J'R q` between the spaces."""
+    inputs, targets = batch
+
+    def outputs_at(p: Params) -> Outputs:
+        return objective.outputs(p, inputs)
+
+    outputs, jacobian = linearize(outputs_at, params, "Use curvax.gauss_newton_bartlett.")
+    roots, gradient = _roots(objective.loss, outputs, targets)
+
+    def gram_of_rows(params: Params, batch: Batch, roots: Array) -> Float[Array, "n n"]:
+        return _gram_of_rows(objective, params, batch, roots)
+
+    matrix = with_auto_sharding(gram_of_rows, params, batch, roots)
+    push = Partial(_push, jacobian, roots, params)
+    pull = Partial(_pull, jacobian, roots, params, outputs)
+    return SampleSpace(matrix, push, pull, gradient)
+
+
+def _gram_of_rows(
+    objective: Objective, params: Params, batch: Batch, roots: Float[Array, "b c k"]
+) -> Float[Array, "n n"]:
+    """Return `U'U`, the inner products of all rows `J_b' R_b e_k`."""
+    kernels, _ = find_kernels(objective, params, batch[0])
+    named = {str(number): kernel for number, kernel in enumerate(kernels)}
+    views = [view for kernel in kernels for view in kernel.views]
+    masks = {}
+    for path, x in by_path(params).items():
+        mask = uncovered(path, x.shape, views)
+        # Leaves that kernels cover wholly need no gradient beside theirs.
+        if mask.any():
+            masks[path] = mask
+    planned = plan(objective, params, batch[0], named, masks, per_example=True)
+    capture = record(planned, params, batch[0])
+
+    def pull_column(column: Float[Array, "b c"]) -> UseCotangents:
+        return capture.pull(_unflatten(column, capture.outputs))
+
+    # The k-th cotangent of every example: [k, b, c].
+    cotangents = jax.vmap(pull_column)(jnp.moveaxis(roots, -1, 0))
+    return gram(named, masks, capture, cotangents)
+
+
+def _roots(
+    loss: Loss, outputs: Outputs, targets: Targets
+) -> tuple[Float[Array, "b c k"], Float[Array, " n"]]:
+    """Return R and `R^-1` times the gradient of the loss in the outputs.
+
+    `R_b R_b' = S_b`, the curvature of the mean loss in the outputs of example b.
+    """
+    flat = _flatten(outputs)
+
+    def curvature_product(e: Float[Array, " c"]) -> Float[Array, "b c"]:
+        direction = _unflatten(jnp.broadcast_to(e, flat.shape), outputs)
+        return _flatten(loss.curvature_product(outputs, unwrap(targets), direction))
+
+    # One direction for all examples at once, because S has a block for each: [c, b, c].
+    columns = lax.map(curvature_product, jnp.eye(flat.shape[1], dtype=flat.dtype))
+    # S_b = Q L Q', so R_b = Q L^1/2, and R^-1 r = L^-1/2 Q' r. Directions without curvature have no
+    # inverse, and none is needed: the gradient of a loss vanishes with its curvature there.
+    values, vectors = jnp.linalg.eigh(jnp.moveaxis(columns, 0, -1))
+    root_values = jnp.sqrt(jnp.maximum(values, 0))
+    residual = _flatten(jax.grad(loss)(outputs, unwrap(targets)))
+    rotated = jnp.einsum("bck,bc->kb", vectors, residual, precision=lax.Precision.HIGHEST)
+    gradient = rotated / jnp.where(root_values > 0, root_values, jnp.inf).T
+    return vectors * root_values[:, None, :], gradient.ravel()
+
+
+def _push(
+    jacobian: Callable[[Params], Outputs], roots: Array, params: Params, v: Params
+) -> Float[Array, " n"]:
+    """Return `U'v = R'J v`."""
+    pushed = _flatten(jacobian(jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)))
+    return jnp.einsum("bck,bc->kb", roots, pushed, precision=lax.Precision.HIGHEST).ravel()
+
+
+def _pull(
+    jacobian: Callable[[Params], Outputs],
+    roots: Array,
+    params: Params,
+    outputs: Outputs,
+    q: Float[Array, " n"],
+) -> Params:
+    """Return `U q = J'R q`."""
+    columns = q.reshape(roots.shape[2], -1)
+    cotangent = jnp.einsum("bck,kb->bc", roots, columns, precision=lax.Precision.HIGHEST)
+    (pulled,) = jax.linear_transpose(jacobian, params)(_unflatten(cotangent, outputs))
+    return pulled
+
+
+def _flatten(outputs: Outputs) -> Float[Array, "b c"]:
+    """Put each example's outputs side by side."""
+    leaves = [at_least_float32(x) for x in jax.tree.leaves(outputs)]
+    return jnp.concatenate([x.reshape(x.shape[0], -1) for x in leaves], axis=1)
+
+
+def _unflatten(rows: Float[Array, "b c"], like: Outputs) -> Outputs:
+    """Undo `_flatten`."""
+    leaves, structure = jax.tree.flatten(like)
+    parts, first = [], 0
+    for x in leaves:
+        size = math.prod(x.shape[1:])
+        part = rows[:, first : first + size]
+        parts.append(part.reshape(x.shape).astype(x.dtype))
+        first += size
+    return jax.tree.unflatten(structure, parts)
