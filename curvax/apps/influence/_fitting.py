@@ -10,6 +10,7 @@ from typing import TypeVar
 import jax
 from jaxtyping import PyTree
 
+from curvax._checks import check_choice
 from curvax._types import Batch, Params, PRNGKey, Scalar
 from curvax.kron._factors import Factors
 from curvax.kron._fit import fit_passes, read_passes
