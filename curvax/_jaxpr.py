@@ -65,15 +65,17 @@ def trace_model(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     same program without running its Python: the trace is the one that `jax.jit(fn)` keeps, for as
     long as the function lives.
     """
+    # `make_jaxpr` looks for a kept trace too: a function made here has none.
+    trace_anew = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)
     try:
         hash(fn)
     except TypeError:  # a module of arrays, as Equinox has them, is no key of a cache
-        return jax.make_jaxpr(fn, return_shape=True)(*args)
+        return trace_anew(*args)
     traced = jax.jit(fn).trace(*args)
     if len(traced.jaxpr.jaxpr.invars) != len(jax.tree.leaves(args)):
         # The function closes over values that are being traced, which `jit` makes arguments of. A
         # kept trace would not say which they are now: trace again, with them as constants.
-        return jax.make_jaxpr(fn, return_shape=True)(*args)
+        return trace_anew(*args)
     return traced.jaxpr, traced.out_info
 
 

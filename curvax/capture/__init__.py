@@ -1,4 +1,4 @@
-"""Capture: which parameter enters which linear map, its inputs there, and cotangents of its outputs.
+"""Capture: which parameter enters which linear map, with what inputs and output-cotangents.
 
 The path, step by step:
   1. `kernels, reasons = find_kernels(objective, params, inputs)`: follow every leaf of params;

@@ -111,7 +111,11 @@ class Findings:
                 self.reasons.setdefault(path, reason)
 
 
-def find_uses(program: Any, arguments: Sequence[Holds], live: Sequence[bool]) -> Findings:
+def find_uses(
+    program: Any,
+    arguments: Sequence[Holds],
+    live: Sequence[bool],
+) -> Findings:
     """Walk through a program.
 
     Args:
@@ -140,28 +144,34 @@ def _results(findings: Findings, step: Step) -> Sequence[Holds]:
     name = eqn.primitive.name
     nothing: list[Holds] = [None] * len(eqn.outvars)
     views = [operand for operand in operands if isinstance(operand, HoldsView)]
+    # Nested programs that are not walked through in place.
     if name == "scan":
         return _through_scan(findings, step)
     if name == "cond":
         _through_branches(findings, step)
         return nothing
+    # A cast changes precision, not what an entry is: the view is read in its own dtype.
     if name in _SAME:
         return operands
+    # Only an output arrives here without a view: does it go on?
     if not views:
         return [_moved_output(step)] if len(eqn.outvars) == 1 else nothing
     if name == "stop_gradient":
         return nothing
+    # A structural move of parameters alone is a larger view, not a use.
     moved = _moved_views(eqn, views) if len(views) == len(operands) else None
     if moved is not None:
         return moved
     if name == "add" and len(views) == 1:
         return [_added(findings, step, views[0])]
+    # A linear map of something else with a view is a use; anything else is none.
     use = _linear_map(step, views)
     if use is None:
         both = " with another parameter" if len(views) > 1 else ""
         for view in views:
             findings.refuse(view, f"enters `{name}`{both}")
         return nothing
+    # The result holds the output, whose cotangent is that of this use.
     findings.uses.append(use)
     findings.kernel_loops.append(views[0].loops)
     return [HoldsOutput(len(findings.uses) - 1, use.axes)]
@@ -182,6 +192,7 @@ def _through_scan(findings: Findings, step: Step) -> list[Holds]:
     body = eqn.params["jaxpr"].jaxpr
     outer = scan_operands(eqn, step.operands)
     num_carry = len(outer.carry)
+    # Numbered, for the same loop around a kernel and its bias to be recognized.
     number = findings.num_loops
     findings.num_loops += 1
 
@@ -209,14 +220,30 @@ def _through_scan(findings: Findings, step: Step) -> list[Holds]:
     live = [not same for same in unchanged] + step.live[num_carry:]
     loops = (*step.place.loops, (number, eqn.params["length"]))
     place = dataclasses.replace(step.place, loops=loops)
-    results = walk(eqn.params["jaxpr"], [*consts, *carry, *xs], live, _rules(findings), place)
+    results = walk(
+        eqn.params["jaxpr"],
+        [*consts, *carry, *xs],
+        live,
+        _rules(findings),
+        place,
+    )
     for result in results[num_carry:]:
         findings.refuse(result, "is returned by a `scan`")
-    after = [value if same else None for value, same in zip(outer.carry, unchanged, strict=True)]
+    after = [
+        value if same else None
+        for value, same in zip(
+            outer.carry,
+            unchanged,
+            strict=True,
+        )
+    ]
     return [*after, *[None] * (len(results) - num_carry)]
 
 
-def _linear_map(step: Step, views: Sequence[HoldsView]) -> Use | None:
+def _linear_map(
+    step: Step,
+    views: Sequence[HoldsView],
+) -> Use | None:
     """Read an equation as a linear map with one operand a view of parameters, if it is one."""
     eqn, kernel = step.eqn, views[0]
     if len(views) > 1 or kernel.axes is not None:
@@ -230,6 +257,7 @@ def _linear_map(step: Step, views: Sequence[HoldsView]) -> Use | None:
         use = of_lookup(kernel.view, hidden, eqn)
     else:
         return None
+    # A loop that slices the kernel makes a stack, any other one more positions.
     loops = step.place.loops
     return dataclasses.replace(
         use,
@@ -246,6 +274,7 @@ def _added(findings: Findings, step: Step, bias: HoldsView) -> Holds:
     if not isinstance(output, HoldsOutput):
         findings.refuse(bias, "enters `add`, not straight on a linear map's output")
         return None
+    # One bias a kernel has: a second one would be another row with the same input 1.
     use = findings.uses[output.use]
     if use.bias is not None:
         findings.refuse(bias, "enters `add` as a second bias")
@@ -268,10 +297,14 @@ def _added(findings: Findings, step: Step, bias: HoldsView) -> Holds:
     return output
 
 
-def _moved_views(eqn: Any, views: list[HoldsView]) -> list[Holds] | None:
+def _moved_views(
+    eqn: Any,
+    views: list[HoldsView],
+) -> list[Holds] | None:
     """Move entries of parameters; None for a primitive that does something else with them."""
     name, first = eqn.primitive.name, views[0]
     hidden = len(first.loops)
+    # Repeats are only noted: whether they are those of a bias is seen where it is added.
     if name == "broadcast_in_dim":
         return [_broadcast(eqn, first)]
     # A repeated view has no other moves: only a bias is repeated, just before it is added.
@@ -282,7 +315,14 @@ def _moved_views(eqn: Any, views: list[HoldsView]) -> list[Holds] | None:
         return [HoldsView(joined(eqn, parts, hidden), first.loops)]
     if name not in MOVES:
         return None
-    return [HoldsView(view, first.loops) for view in MOVES[name](eqn, first.view, hidden)]
+    return [
+        HoldsView(view, first.loops)
+        for view in MOVES[name](
+            eqn,
+            first.view,
+            hidden,
+        )
+    ]
 
 
 def _broadcast(eqn: Any, value: HoldsView) -> HoldsView:
@@ -309,6 +349,7 @@ def _moved_output(step: Step) -> Holds:
     before, after = eqn.invars[operands.index(output)].aval.shape, eqn.outvars[0].aval.shape
     # The cotangent of what is subtracted has the other sign.
     is_added = name == "add" or (name == "sub" and operands[0] is output)
+    # An addend that broadcasts the output would sum its cotangent over repeats.
     if is_added and before == after:
         return output
     if name == "transpose":
@@ -321,7 +362,9 @@ def _moved_output(step: Step) -> Holds:
 
 
 def _reshaped_axes(
-    before: Sequence[int], after: Sequence[int], axes: Sequence[int | None]
+    before: Sequence[int],
+    after: Sequence[int],
+    axes: Sequence[int | None],
 ) -> tuple[int | None, ...] | None:
     """Carry places in the spread through a reshape; None if an axis with one is split or merged."""
     moved: list[int | None] = []

@@ -36,17 +36,29 @@ class DensePair:
     a: Float[Array, "b s t i"]
     g: Float[Array, "b s t o"]
 
-    def gradient(self, shape: tuple[int, int, int]) -> Float[Array, "b s i o"]:
+    def gradient(
+        self,
+        shape: tuple[int, int, int],
+    ) -> Float[Array, "b s i o"]:
         """Return `D = sum_t a_t g_t'` of every example; `shape` is that of the kernel."""
+        # Both sides are at hand; a lookup's are not.
         del shape
         return jnp.einsum("bsti,bsto->bsio", self.a, self.g, precision=lax.Precision.HIGHEST)
 
-    def through(self, v: Float[Array, "s i o"]) -> Float[Array, "b s t o"]:
+    def through(
+        self,
+        v: Float[Array, "s i o"],
+    ) -> Float[Array, "b s t o"]:
         """Return `a_t' V`."""
         return jnp.einsum("bsti,sio->bsto", self.a, v, precision=lax.Precision.HIGHEST)
 
-    def columns(self, first: Array, width: int) -> Float[Array, "b s t w"]:
+    def columns(
+        self,
+        first: Array,
+        width: int,
+    ) -> Float[Array, "b s t w"]:
         """Return `width` entries of the inputs from `first` on, zero beyond the last."""
+        # In the precision of the cotangents, as the gradient is.
         a = self.a.astype(self.g.dtype)
         beyond = -a.shape[-1] % width
         padded = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, beyond)])
@@ -66,28 +78,51 @@ class LookupPair:
     rows: Int[Array, "b s t"]
     g: Float[Array, "b s t o"]
 
-    def gradient(self, shape: tuple[int, int, int]) -> Float[Array, "b s i o"]:
+    def gradient(
+        self,
+        shape: tuple[int, int, int],
+    ) -> Float[Array, "b s i o"]:
         """Return `D`: in row i the sum of the cotangents of all positions that look it up."""
 
-        def of_slice(rows: Int[Array, " t"], g: Float[Array, "t o"]) -> Float[Array, "i o"]:
+        def of_slice(
+            rows: Int[Array, " t"],
+            g: Float[Array, "t o"],
+        ) -> Float[Array, "i o"]:
             return jnp.zeros(shape[1:], g.dtype).at[rows].add(g, mode="drop")
 
+        # Rows out of range are dropped, as the model's own lookup drops them.
         rows = known_rows(self.rows, shape[1])
         gradients: Float[Array, "b s i o"] = jax.vmap(jax.vmap(of_slice))(rows, self.g)
         return gradients
 
-    def through(self, v: Float[Array, "s i o"]) -> Float[Array, "b s t o"]:
+    def through(
+        self,
+        v: Float[Array, "s i o"],
+    ) -> Float[Array, "b s t o"]:
         """Return `a_t' V`: rows of V, zero for row numbers out of range."""
 
-        def of_slice(v: Float[Array, "i o"], rows: Int[Array, "b t"]) -> Float[Array, "b t o"]:
+        def of_slice(
+            v: Float[Array, "i o"],
+            rows: Int[Array, "b t"],
+        ) -> Float[Array, "b t o"]:
             return v.at[rows].get(mode="fill", fill_value=0)
 
+        # Rows out of range have a zero input, and so a zero product.
         rows = known_rows(self.rows, v.shape[1])
-        products: Float[Array, "b s t o"] = jax.vmap(of_slice, (0, 1), 1)(v, rows)
+        products: Float[Array, "b s t o"] = jax.vmap(
+            of_slice,
+            (0, 1),
+            1,
+        )(v, rows)
         return products
 
-    def columns(self, first: Array, width: int) -> Float[Array, "b s t w"]:
+    def columns(
+        self,
+        first: Array,
+        width: int,
+    ) -> Float[Array, "b s t w"]:
         """Return `width` entries of the one-hot inputs from `first` on."""
+        # Rows outside of this range have no 1 in it.
         return jax.nn.one_hot(self.rows - first, width, dtype=self.g.dtype)
 
 
@@ -95,7 +130,10 @@ GradientPair: TypeAlias = DensePair | LookupPair
 """What the gradient of one use is the sum of outer products of."""
 
 
-def known_rows(rows: Int[Array, "..."], size: int) -> Int[Array, "..."]:
+def known_rows(
+    rows: Int[Array, "..."],
+    size: int,
+) -> Int[Array, "..."]:
     """Move negative row numbers out of range: indexing would count them from the end."""
     return jnp.where(rows < 0, size, rows)
 
@@ -115,13 +153,23 @@ def gradient_pairs(
     return [_pair(kernel, j, a, at_least_float32(g)) for j, a, g in uses]
 
 
-def _pair(kernel: Kernel, j: int, a: PerUseArray, g: PerUseArray) -> GradientPair:
+def _pair(
+    kernel: Kernel,
+    j: int,
+    a: PerUseArray,
+    g: PerUseArray,
+) -> GradientPair:
     """Bring the input and the cotangent of use j to the sides of the kernel where they belong."""
     use, has_bias = kernel.uses[j], kernel.bias is not None
+    # The one case that stays sparse: a bias would add a dense input, a transpose a dense side.
     if use.kind == "lookup" and not use.transposed and not has_bias:
         return LookupPair(a[..., 0], g)
     if use.kind == "lookup":
-        a = jax.nn.one_hot(a[..., 0], kernel.view.shape[2 if use.transposed else 1], dtype=g.dtype)
+        a = jax.nn.one_hot(
+            a[..., 0],
+            kernel.view.shape[2 if use.transposed else 1],
+            dtype=g.dtype,
+        )
     a = a.astype(g.dtype)
     if use.transposed:
         # y = W a: the gradient is g a', and the row of the bias is left alone.
@@ -129,6 +177,10 @@ def _pair(kernel: Kernel, j: int, a: PerUseArray, g: PerUseArray) -> GradientPai
         return DensePair(jnp.pad(g, edge), a)
     if has_bias:
         # Homogeneous coordinates: the bias is a row of the kernel whose input is 1.
-        one = jnp.full((*a.shape[:-1], 1), use.biased, g.dtype)
+        one = jnp.full(
+            (*a.shape[:-1], 1),
+            use.biased,
+            g.dtype,
+        )
         a = jnp.concatenate([a, one], axis=-1)
     return DensePair(a, g)

@@ -46,7 +46,15 @@ def gram(
         products.append(_of_kernel(kernel, capture.inputs[name], cotangents.blocks[name]))
     for path, x in cotangents.outside.items():
         # Entries of the leaf that are in kernels have been counted there.
-        rows = x if masks[path].all() else jnp.where(masks[path], x, 0)
+        rows = (
+            x
+            if masks[path].all()
+            else jnp.where(
+                masks[path],
+                x,
+                0,
+            )
+        )
         flat = at_least_float32(rows).reshape(x.shape[0] * x.shape[1], -1)
         products.append(_product(flat, flat))
     return jnp.asarray(sum(products))
@@ -63,6 +71,7 @@ def _of_kernel(
     if len(pairs) > 1 or not isinstance(pair, DensePair) or pair.g.shape[3] > 1:
         return _of_formed_rows(kernel, pairs, k)
     n = k * pair.g.shape[1]
+    # Slices of a stack are further entries of the rows: their products add up.
     total = jnp.zeros((n, n), wide_dtype(pair.g))
     for s in range(pair.g.shape[2]):
         # (a . a')(g . g'), each for the k cotangents only where it depends on them.
@@ -78,15 +87,24 @@ def _slice_products(x: Float[Array, "m b size"]) -> Float[Array, "m b m b"]:
     return _product(flat, flat).reshape(m, b, m, b)
 
 
-def _of_formed_rows(kernel: Kernel, pairs: Sequence[GradientPair], k: int) -> Float[Array, "n n"]:
+def _of_formed_rows(
+    kernel: Kernel,
+    pairs: Sequence[GradientPair],
+    k: int,
+) -> Float[Array, "n n"]:
     """Form the rows `sum_t a_t g_t'`, some of their inputs at a time, and multiply them."""
     stack, size, columns = kernel.shape
+    # As many inputs at a time as keep the rows formed below 2^24 entries.
     n = k * pairs[0].g.shape[1]
     width = max(1, min(size, ENTRIES_AT_A_TIME // (n * stack * columns)))
     dtype = wide_dtype(pairs[0].g)
 
-    def add(total: Float[Array, "n n"], first: Array) -> tuple[Float[Array, "n n"], None]:
+    def add(
+        total: Float[Array, "n n"],
+        first: Array,
+    ) -> tuple[Float[Array, "n n"], None]:
         rows = jnp.asarray(sum(_outer(pair.columns(first, width), pair.g) for pair in pairs))
+        # Rows that do not depend on the cotangent (k is 1) are those of all cotangents.
         rows = jnp.broadcast_to(rows, (k, *rows.shape[1:])).reshape(n, -1)
         return total + _product(rows, rows), None
 
@@ -96,9 +114,23 @@ def _of_formed_rows(kernel: Kernel, pairs: Sequence[GradientPair], k: int) -> Fl
     return lax.scan(add, zero, jnp.arange(0, size, width))[0]
 
 
-def _outer(a: Float[Array, "k b s t i"], g: Float[Array, "k b s t o"]) -> Float[Array, "k b s i o"]:
-    return jnp.matmul(a.swapaxes(-1, -2), g.astype(a.dtype), precision=lax.Precision.HIGHEST)
+def _outer(
+    a: Float[Array, "k b s t i"],
+    g: Float[Array, "k b s t o"],
+) -> Float[Array, "k b s i o"]:
+    return jnp.matmul(
+        a.swapaxes(-1, -2),
+        g.astype(a.dtype),
+        precision=lax.Precision.HIGHEST,
+    )
 
 
-def _product(x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
-    return jnp.matmul(at_least_float32(x), at_least_float32(y).T, precision=lax.Precision.HIGHEST)
+def _product(
+    x: Float[Array, "m d"],
+    y: Float[Array, "n d"],
+) -> Float[Array, "m n"]:
+    return jnp.matmul(
+        at_least_float32(x),
+        at_least_float32(y).T,
+        precision=lax.Precision.HIGHEST,
+    )

@@ -64,7 +64,9 @@ class Kernel:
 
 
 def group_uses(
-    uses: Sequence[Use], reasons: Mapping[str, str], shapes: Shapes
+    uses: Sequence[Use],
+    reasons: Mapping[str, str],
+    shapes: Shapes,
 ) -> tuple[dict[Kernel, tuple[int, ...]], Reasons]:
     """Group uses by their kernel.
 
@@ -79,6 +81,7 @@ def group_uses(
     Returns:
       The kernels with the numbers of their uses, and why a leaf is in none.
     """
+    # Ours to add to: the reasons of the walk are not changed.
     reasons = dict(reasons)
     while True:
         before = len(reasons)
@@ -87,18 +90,23 @@ def group_uses(
             return kernels, reasons
 
 
-def _usable(uses: Sequence[Use], reasons: Reasons) -> dict[int, Use]:
+def _usable(
+    uses: Sequence[Use],
+    reasons: Reasons,
+) -> dict[int, Use]:
     """Drop uses of refused leaves, and refused biases of others; refuse what is joined to them."""
     usable = {}
     for number, use in enumerate(uses):
         refused = next((path for path in use.view.leaves if path in reasons), None)
         bias_leaves = use.bias.leaves if use.bias is not None else ()
+        # A view with a refused leaf is no kernel; the leaves beside it in the view go with it.
         if refused is not None:
             for path in use.view.leaves:
                 reasons.setdefault(path, f"is joined with {refused}, which {reasons[refused]}")
             for path in bias_leaves:
                 reasons.setdefault(path, f"is the bias of {use.view}, which is in no block")
             continue
+        # A refused bias leaves the kernel standing, without it.
         if any(path in reasons for path in bias_leaves):
             why = f"is joined with a leaf in no block in the bias {use.bias}"
             for path in bias_leaves:
@@ -120,6 +128,7 @@ def _by_kernel(
 ) -> dict[Kernel, tuple[int, ...]]:
     """Put uses with the same entries together, as they are or transposed."""
     views = [view for use in uses.values() for view in (use.view, use.bias) if view is not None]
+    # Views are compared by the entries that they read, not by how they are written.
     numbering = _Numbering(shapes, views)
     groups: list[tuple[View, list[_UseOf]]] = []
 
@@ -138,6 +147,7 @@ def _by_kernel(
 
     kernels = {}
     for view, group in groups:
+        # Back into the order of the program, in which inputs are recorded.
         group = sorted(group)
         kernel = _kernel(view, group, uses, numbering, reasons)
         kernels[kernel] = tuple(use.number for use in group)
@@ -154,6 +164,7 @@ def _kernel(
 ) -> Kernel:
     """Join the uses of a view, with the one bias that they share; refuse any other bias."""
     biases = [(uses[use.number].bias, use.transposed) for use in group]
+    # The bias is a row of the kernel: one that is added to the transpose's output is not.
     straight = (bias for bias, transposed in biases if bias is not None and not transposed)
     bias = next(straight, None)
     for other, transposed in biases:
@@ -163,6 +174,7 @@ def _kernel(
             why = "transposed" if transposed else "with another bias elsewhere"
             for path in other.leaves:
                 reasons.setdefault(path, f"is a bias of {view}, which is used {why}")
+    # A use without the bias has 0 for its input, which `biased` says.
     kinds = []
     for number, transposed in group:
         use = uses[number]
@@ -171,9 +183,12 @@ def _kernel(
 
 
 def _refuse_overlaps(
-    kernels: Mapping[Kernel, tuple[int, ...]], numbering: _Numbering, reasons: Reasons
+    kernels: Mapping[Kernel, tuple[int, ...]],
+    numbering: _Numbering,
+    reasons: Reasons,
 ) -> None:
     """Refuse leaves of which an entry is in two views, or twice in one."""
+    # Kernels and biases alike: no entry of params may have two curvatures.
     views = [view for kernel in kernels for view in kernel.views]
     biases = {kernel.bias for kernel in kernels}
     readers = Counter(path for view in views for path in view.leaves)
@@ -187,6 +202,7 @@ def _refuse_overlaps(
         if not suspects[i]:
             continue
         entries = numbering.entries(view).ravel()
+        # An entry twice in one view makes the map from leaves to matrix no permutation.
         if len(np.unique(entries)) < entries.size:
             for path in view.leaves:
                 reasons.setdefault(path, "enters one linear map several times")
@@ -204,20 +220,33 @@ def _refuse_overlaps(
 class _Numbering:
     """Entries of views as numbers, computed only where views must be compared."""
 
-    def __init__(self, shapes: Shapes, views: Sequence[View]) -> None:
+    def __init__(
+        self,
+        shapes: Shapes,
+        views: Sequence[View],
+    ) -> None:
         paths = {path for view in views for path in view.leaves}
         self._shapes = {path: shape for path, shape in shapes.items() if path in paths}
         self._known: dict[View, Int[np.ndarray, "..."]] = {}
         self.total = sum(math.prod(shape) for shape in self._shapes.values())
 
-    def entries(self, view: View) -> Int[np.ndarray, "..."]:
+    def entries(
+        self,
+        view: View,
+    ) -> Int[np.ndarray, "..."]:
         if view not in self._known:
             self._known[view] = entry_numbers(view, self._shapes)
         return self._known[view]
 
-    def equal(self, a: View, b: View, transposed: bool = False) -> bool:
+    def equal(
+        self,
+        a: View,
+        b: View,
+        transposed: bool = False,
+    ) -> bool:
         """Tell whether two views have the same entries at the same places (of the transpose)."""
         shape = (*b.shape[:-2], b.shape[-1], b.shape[-2]) if transposed else b.shape
+        # The same expression: no need to number its entries.
         if not transposed and a == b:
             return True
         if a.shape != shape or set(a.leaves) != set(b.leaves):

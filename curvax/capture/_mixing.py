@@ -59,7 +59,11 @@ Rule: TypeAlias = Callable[[Any, Sequence[Where]], Where]
 """`(equation, operands) -> what each of its results holds`."""
 
 
-def mixing_operation(program: Any, is_batched: Sequence[bool], live: Sequence[bool]) -> str | None:
+def mixing_operation(
+    program: Any,
+    is_batched: Sequence[bool],
+    live: Sequence[bool],
+) -> str | None:
     """Name an operation by which one row of the inputs influences what is computed of another.
 
     None means that no such operation was met; where the batch axis cannot be followed, nothing is
@@ -71,6 +75,7 @@ def mixing_operation(program: Any, is_batched: Sequence[bool], live: Sequence[bo
       live: for each output whether it counts.
     """
     arguments = [Axis(0) if batched else None for batched in is_batched]
+    # Only what reaches the outputs counts: statistics in aux may mix.
     results = walk(program, arguments, live, _RULES, Place())
     return next((where.by for where in results if isinstance(where, Mixed)), None)
 
@@ -78,6 +83,7 @@ def mixing_operation(program: Any, is_batched: Sequence[bool], live: Sequence[bo
 def _enters(eqn: Any) -> Any:
     """Enter custom derivatives too: how a result depends on examples is in the primal program."""
     inner = inner_program(eqn) or eqn.params.get("call_jaxpr")
+    # Custom derivatives may have arguments of their own; then the axis is lost.
     fits = inner is not None and len(inner.jaxpr.invars) == len(eqn.invars)
     return inner if fits else None
 
@@ -93,12 +99,14 @@ def _results(step: Step) -> list[Where]:
     mixed = next((where for where in read if isinstance(where, Mixed)), None)
     if mixed is not None:
         return [mixed] * number
+    # Rules are about axes: they need to know all of them.
     if LOST not in operands:
         rule = _PRIMITIVES.get(name)
         if rule is None and name.startswith(("reduce_", "arg")) and "axes" in eqn.params:
             rule = _reduce
         if rule is not None:
             return [rule(eqn, operands)] * number
+    # Entry by entry, examples stay apart where their axes agree.
     if number == 1 and _is_elementwise(eqn):
         return [_together(operands)]
     return [LOST] * number
@@ -108,6 +116,7 @@ def _through_scan(step: Step) -> list[Where]:
     """Walk through a loop over another axis than the batch, to a fixed point of its carries."""
     eqn = step.eqn
     consts, carry, xs = scan_operands(eqn, step.operands)
+    # The body sees one slice: without the scanned axis, which must not be the batch.
     slices = [_shifted(where, -1) for where in xs]
     live = [True] * len(eqn.outvars)
     results: list[Where] = []
@@ -116,7 +125,14 @@ def _through_scan(step: Step) -> list[Where]:
     for _ in range(2):
         arguments = [*consts, *carry, *slices]
         results = walk(eqn.params["jaxpr"], arguments, live, _RULES, step.place)
-        carry = [_together(pair) for pair in zip(carry, results[: len(carry)], strict=True)]
+        carry = [
+            _together(pair)
+            for pair in zip(
+                carry,
+                results[: len(carry)],
+                strict=True,
+            )
+        ]
     return [*carry, *(_shifted(where, 1) for where in results[len(carry) :])]
 
 
@@ -135,10 +151,20 @@ def _is_elementwise(eqn: Any) -> bool:
     return all(_fits(atom.aval.shape, shape) for atom in eqn.invars)
 
 
-def _fits(shape: Sequence[int], result: Sequence[int]) -> bool:
+def _fits(
+    shape: Sequence[int],
+    result: Sequence[int],
+) -> bool:
     if not shape or len(shape) != len(result):
         return not shape
-    return all(n in (1, m) for n, m in zip(shape, result, strict=True))
+    return all(
+        n in (1, m)
+        for n, m in zip(
+            shape,
+            result,
+            strict=True,
+        )
+    )
 
 
 def _together(operands: Sequence[Where]) -> Where:
@@ -176,8 +202,10 @@ def _dot(eqn: Any, operands: Sequence[Where]) -> Where:
     for number, atom in enumerate(eqn.invars):
         bound = (*contracting[number], *batch[number])
         free.append([i for i in range(len(atom.aval.shape)) if i not in bound])
+    # Where the free axes of each operand begin in the output.
     firsts = (len(batch[0]), len(batch[0]) + len(free[0]))
 
+    # Where the batch axis of either operand goes.
     places = set()
     batched = [(number, where) for number, where in enumerate(operands) if isinstance(where, Axis)]
     for number, where in batched:
@@ -195,6 +223,7 @@ def _dot(eqn: Any, operands: Sequence[Where]) -> Where:
 
 def _conv(eqn: Any, operands: Sequence[Where]) -> Where:
     numbers, (image, kernel) = eqn.params["dimension_numbers"], operands
+    # Other axes than the batch's own: we cannot tell.
     if isinstance(image, Axis) and kernel is None and image.at == numbers.lhs_spec[0]:
         return dataclasses.replace(image, at=numbers.out_spec[0])
     return LOST
@@ -220,6 +249,7 @@ def _reshape(eqn: Any, operands: Sequence[Where]) -> Where:
     if not isinstance(where, Axis):
         return where
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    # In row-major order the batch axis has `ahead` blocks before it.
     ahead, size = math.prod(before[: where.at]), before[where.at]
     start = 1
     for i, length in enumerate(after):

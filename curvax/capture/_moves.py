@@ -15,33 +15,57 @@ Move: TypeAlias = Callable[[Any, View, int], list[View]]
 """`(equation, view, hidden) -> views of the results`, for a primitive with one operand."""
 
 
-def joined(eqn: Any, views: list[View], hidden: int) -> View:
+def joined(
+    eqn: Any,
+    views: list[View],
+    hidden: int,
+) -> View:
     """Concatenate or stack views."""
     if eqn.primitive.name == "concatenate":
         return concatenate(tuple(views), hidden + eqn.params["dimension"])
     axis = hidden + eqn.params["axis"]
+    # Stacking is joining along a new axis of size 1.
     rows = [reshape(view, (*view.shape[:axis], 1, *view.shape[axis:])) for view in views]
     return concatenate(tuple(rows), axis)
 
 
-def _reshape(eqn: Any, view: View, hidden: int) -> list[View]:
+def _reshape(
+    eqn: Any,
+    view: View,
+    hidden: int,
+) -> list[View]:
+    # Row-major, and loops stay in front: a reshape of one round is one of all rounds.
     return [reshape(view, (*view.shape[:hidden], *eqn.outvars[0].aval.shape))]
 
 
-def _transpose(eqn: Any, view: View, hidden: int) -> list[View]:
+def _transpose(
+    eqn: Any,
+    view: View,
+    hidden: int,
+) -> list[View]:
     permutation = (hidden + i for i in eqn.params["permutation"])
     return [transpose(view, (*range(hidden), *permutation))]
 
 
-def _reverse(eqn: Any, view: View, hidden: int) -> list[View]:
+def _reverse(
+    eqn: Any,
+    view: View,
+    hidden: int,
+) -> list[View]:
     bounds: list[tuple[int | None, int | None, int]] = [*_everything(view)]
     for axis in eqn.params["dimensions"]:
+        # A negative step from the end to the beginning.
         bounds[hidden + axis] = (None, None, -1)
     return [cut(view, tuple(bounds))]
 
 
-def _slice(eqn: Any, view: View, hidden: int) -> list[View]:
+def _slice(
+    eqn: Any,
+    view: View,
+    hidden: int,
+) -> list[View]:
     starts, stops = eqn.params["start_indices"], eqn.params["limit_indices"]
+    # JAX leaves the strides out where all are 1.
     strides = eqn.params["strides"] or (1,) * len(starts)
     bounds = _everything(view)[:hidden]
     for start, stop, stride in zip(starts, stops, strides, strict=True):
@@ -49,7 +73,11 @@ def _slice(eqn: Any, view: View, hidden: int) -> list[View]:
     return [cut(view, tuple(bounds))]
 
 
-def _split(eqn: Any, view: View, hidden: int) -> list[View]:
+def _split(
+    eqn: Any,
+    view: View,
+    hidden: int,
+) -> list[View]:
     axis, start = hidden + eqn.params["axis"], 0
     parts = []
     for size in map(int, eqn.params["sizes"]):
@@ -58,13 +86,34 @@ def _split(eqn: Any, view: View, hidden: int) -> list[View]:
     return parts
 
 
-def _unstack(eqn: Any, view: View, hidden: int) -> list[View]:
+def _unstack(
+    eqn: Any,
+    view: View,
+    hidden: int,
+) -> list[View]:
     axis = hidden + eqn.params["axis"]
+    # Without the axis along which the parts lay.
     shape = (*view.shape[:axis], *view.shape[axis + 1 :])
-    return [reshape(_between(view, axis, i, i + 1), shape) for i in range(view.shape[axis])]
+    return [
+        reshape(
+            _between(
+                view,
+                axis,
+                i,
+                i + 1,
+            ),
+            shape,
+        )
+        for i in range(view.shape[axis])
+    ]
 
 
-def _between(view: View, axis: int, start: int, stop: int) -> View:
+def _between(
+    view: View,
+    axis: int,
+    start: int,
+    stop: int,
+) -> View:
     """Slice along one axis."""
     bounds = _everything(view)
     bounds[axis] = (start, stop, 1)

@@ -110,12 +110,13 @@ def plan(
 
     Cost: a trace of the model, unless JAX has one of it for these shapes.
     """
-    # Per example, the program is that of a batch of one, and its kernels must be those of the batch.
+    # Per example, the program is that of a batch of one; its kernels must be those of the batch.
     rows = inputs
     if per_example:
         rows = jax.eval_shape(lambda: map_rows(lambda x: x[:1], inputs))
     model = _trace(objective, params, rows)
     uses_of, _ = _find_kernels(model, params, rows)
+    # By value: a layout made earlier, in another process even, is recognized.
     for name, kernel in kernels.items():
         if kernel not in uses_of:
             raise ValueError(_unknown_kernel(name, kernel, per_example))
@@ -136,6 +137,7 @@ def _trace(objective: Objective, params: Params, inputs: Any) -> _Model:
     # The model itself is traced, not a function made here: by its identity JAX knows it again.
     program, results = trace_model(objective.model, params, unwrap(inputs))
     outputs = objective.outputs_of(results)
+    # Aux comes after the outputs among the results, and is dead code to us.
     num_outputs = len(jax.tree.leaves(outputs))
     live = [i < num_outputs for i in range(len(program.jaxpr.outvars))]
     return _Model(program, outputs, live)
@@ -145,7 +147,9 @@ def _find_kernels(
     model: _Model, params: Params, inputs: Any
 ) -> tuple[dict[Kernel, tuple[Use, ...]], Reasons]:
     """Find the kernels of a program whose arguments are the leaves of params and of inputs."""
+    # Of the leaves alone: a kernel is made of entries of params.
     shapes = {path: tuple(x.shape) for path, x in by_path(params).items()}
+    # The arguments of the program: first the leaves of params, then the inputs.
     views = [HoldsView(leaf_view(path, shape)) for path, shape in shapes.items()]
     nothing = [None] * len(jax.tree.leaves(inputs))
     findings = find_uses(model.program, [*views, *nothing], model.live)
@@ -172,6 +176,7 @@ def _unknown_kernel(name: str, kernel: Kernel, per_example: bool) -> str:
 
 def _check_unmixed(model: _Model, params: Params, inputs: Any) -> None:
     """Raise if one row of the inputs influences the outputs of another."""
+    # Params are the same for all rows, and so are `Shared` parts of the inputs.
     is_batched = [False] * len(jax.tree.leaves(params))
     for x in jax.tree.leaves(inputs, is_leaf=is_shared):
         is_batched += [not is_shared(x)] * len(jax.tree.leaves(x))

@@ -1,4 +1,4 @@
-"""One forward pass that records the inputs of all uses, and pulls output-cotangents back to them."""
+"""One forward pass that records the inputs of all uses, and pulls cotangents back to them."""
 
 from __future__ import annotations
 
@@ -94,11 +94,26 @@ def _record_batch(plan: Plan, params: Params, inputs: Any) -> Capture:
         return _perturbed(plan, args, zeros)
 
     outputs, pull, raw_inputs = jax.vjp(forward, _zeros(plan, params), has_aux=True)
-    matrices = [use.inputs(a)[None] for use, a in zip(plan.all_uses, raw_inputs, strict=True)]
+    matrices = [
+        use.inputs(a)[None]
+        for use, a in zip(
+            plan.all_uses,
+            raw_inputs,
+            strict=True,
+        )
+    ]
 
     def pull_back(cotangent: Outputs) -> UseCotangents:
+        # Cotangents of the zeros: g of every use, and the gradients of the leaves.
         (zeros,) = pull(cotangent)
-        flows = [use.outputs(g)[None] for use, g in zip(plan.all_uses, zeros.uses, strict=True)]
+        flows = [
+            use.outputs(g)[None]
+            for use, g in zip(
+                plan.all_uses,
+                zeros.uses,
+                strict=True,
+            )
+        ]
         gradients = {path: x[None] for path, x in zeros.leaves.items()}
         return UseCotangents(_by_kernel(plan, flows), gradients)
 
@@ -110,10 +125,20 @@ def _record_rows(plan: Plan, params: Params, inputs: Any) -> Capture:
 
     The perturbations have an entry for every row, so that a pull-back gives one gradient for each.
     """
+    # By any array with a batch axis; `Shared` parts have none.
     size = batch_size(inputs)
-    axes = jax.tree.map(lambda x: None if is_shared(x) else 0, inputs, is_leaf=is_shared)
+    # Parts without a batch axis go to every row.
+    axes = jax.tree.map(
+        lambda x: None if is_shared(x) else 0,
+        inputs,
+        is_leaf=is_shared,
+    )
 
-    def forward_row(row: Any, zeros: _Perturbations) -> tuple[Outputs, list[Array]]:
+    def forward_row(
+        row: Any,
+        zeros: _Perturbations,
+    ) -> tuple[Outputs, list[Array]]:
+        # The model expects a batch axis: a batch of one.
         one_row = map_rows(lambda x: x[None], row)
         return _perturbed(plan, _arguments(plan, params, one_row), zeros)
 
@@ -125,13 +150,29 @@ def _record_rows(plan: Plan, params: Params, inputs: Any) -> Capture:
     zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), zeros_of_row)
     outputs, pull, raw_inputs = jax.vjp(forward, zeros, has_aux=True)
     uses = plan.all_uses
-    matrices = [jax.vmap(use.inputs)(a) for use, a in zip(uses, raw_inputs, strict=True)]
+    matrices = [
+        jax.vmap(use.inputs)(a)
+        for use, a in zip(
+            uses,
+            raw_inputs,
+            strict=True,
+        )
+    ]
 
     def pull_back(cotangent: Outputs) -> UseCotangents:
+        # Each row's cotangent is one of a batch of one.
         (zeros,) = pull(jax.tree.map(lambda x: x[:, None], cotangent))
-        flows = [jax.vmap(use.outputs)(g) for use, g in zip(uses, zeros.uses, strict=True)]
+        flows = [
+            jax.vmap(use.outputs)(g)
+            for use, g in zip(
+                uses,
+                zeros.uses,
+                strict=True,
+            )
+        ]
         return UseCotangents(_by_kernel(plan, flows), zeros.leaves)
 
+    # From batches of one back to rows.
     outputs = jax.tree.map(lambda x: x[:, 0], outputs)
     return Capture(outputs, _by_kernel(plan, matrices), pull_back)
 
@@ -154,11 +195,18 @@ def _perturbed(
 def _run_plan(
     plan: Plan, args: Sequence[Array], zeros: _Perturbations
 ) -> tuple[Outputs, list[Array]]:
-    leaves = dict(zip(plan.paths, args[: len(plan.paths)], strict=True))
+    leaves = dict(
+        zip(
+            plan.paths,
+            args[: len(plan.paths)],
+            strict=True,
+        )
+    )
     for path, z in zeros.leaves.items():
         leaves[path] = leaves[path] + z
     perturbed = [*leaves.values(), *args[len(plan.paths) :]]
     results, raw_inputs = run_tapped(plan.program, plan.all_uses, perturbed, zeros.uses)
+    # Results after the outputs are aux, which nobody asks for here.
     outputs = results[: plan.outputs.num_leaves]
     return jax.tree.unflatten(plan.outputs, outputs), raw_inputs
 
@@ -174,7 +222,10 @@ def _zeros(plan: Plan, params: Params) -> _Perturbations:
     )
 
 
-def _by_kernel(plan: Plan, matrices: Sequence[PerUseArray]) -> dict[str, list[PerUseArray]]:
+def _by_kernel(
+    plan: Plan,
+    matrices: Sequence[PerUseArray],
+) -> dict[str, list[PerUseArray]]:
     """Put arrays of all uses under the names of their kernels."""
     grouped, first = {}, 0
     for name, uses in plan.uses:
@@ -183,17 +234,22 @@ def _by_kernel(plan: Plan, matrices: Sequence[PerUseArray]) -> dict[str, list[Pe
     return grouped
 
 
-def _arguments(plan: Plan, params: Params, inputs: Any) -> list[Array]:
+def _arguments(
+    plan: Plan,
+    params: Params,
+    inputs: Any,
+) -> list[Array]:
     """Return the arguments of the plan's program, or raise if they are not of its shapes."""
     leaves = by_path(params)
     args = [*leaves.values(), *jax.tree.leaves(inputs)]
     names = [*leaves, *(f"inputs{path}" for path in by_path(inputs))]
+    # The program is for these shapes and dtypes only; of the rows any number will do.
     expected = [variable.aval for variable in plan.program.jaxpr.invars]
     if tuple(leaves) != plan.paths or len(args) != len(expected):
         raise ValueError(
             f"the plan is of another model: it was made for params {', '.join(plan.paths)} and "
-            f"{len(expected) - len(plan.paths)} array(s) of inputs, got {', '.join(names)}. Make it "
-            "again: curvax.capture.plan(objective, params, inputs, ...)."
+            f"{len(expected) - len(plan.paths)} array(s) of inputs, got {', '.join(names)}. "
+            "Make it again: curvax.capture.plan(objective, params, inputs, ...)."
         )
     for name, x, aval in zip(names, args, expected, strict=True):
         if jnp.shape(x) != aval.shape or jnp.result_type(x) != aval.dtype:

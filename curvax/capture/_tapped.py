@@ -36,7 +36,10 @@ Tapped: TypeAlias = tuple[Sequence[Any], Taps]
 
 
 def run_tapped(
-    program: Any, uses: Sequence[Use], args: Sequence[Any], perturbations: Sequence[Array]
+    program: Any,
+    uses: Sequence[Use],
+    args: Sequence[Any],
+    perturbations: Sequence[Array],
 ) -> tuple[Sequence[Any], list[Array]]:
     """Run a program, adding a perturbation to the output of each use.
 
@@ -46,6 +49,7 @@ def run_tapped(
     Returns:
       The results of the program, and the input of each use.
     """
+    # A use is known by where its equation is.
     operands = {use.site: use.operand for use in uses}
     zeros = {use.site: z for use, z in zip(uses, perturbations, strict=True)}
     results, inputs = _run(program, args, operands, zeros)
@@ -57,11 +61,21 @@ def zero_perturbation(use: Use) -> Shaped[Array, "*loops_and_output"]:
     return jnp.zeros((*use.lengths, *use.output.shape), use.output.dtype)
 
 
-def _run(program: Any, args: Sequence[Any], operands: Operands, zeros: Taps) -> Tapped:
+def _run(
+    program: Any,
+    args: Sequence[Any],
+    operands: Operands,
+    zeros: Taps,
+) -> Tapped:
     """Evaluate a program equation by equation where there are uses, in one piece elsewhere."""
     inputs: Taps = {}
 
-    def rule(index: int, eqn: Any, values: list[Any], as_it_is: AsItIs) -> Sequence[Any]:
+    def rule(
+        index: int,
+        eqn: Any,
+        values: list[Any],
+        as_it_is: AsItIs,
+    ) -> Sequence[Any]:
         # The equation is a use: y = a W + z.
         if (index,) in operands:
             inputs[(index,)] = values[operands[(index,)]]
@@ -73,16 +87,25 @@ def _run(program: Any, args: Sequence[Any], operands: Operands, zeros: Taps) -> 
         inputs.update({(index, *site): x for site, x in recorded.items()})
         return results
 
+    # Equations without uses in or around them are run as they are, many at once.
     first = {site[0] for site in operands}
     return interpret(program, args, lambda index, eqn: index in first, rule), inputs
 
 
-def _inside(taps: Mapping[Site, Any], index: int) -> dict[Site, Any]:
+def _inside(
+    taps: Mapping[Site, Any],
+    index: int,
+) -> dict[Site, Any]:
     """Return what belongs to the equation (or branch) of that index, relative to it."""
     return {site[1:]: x for site, x in taps.items() if site[0] == index}
 
 
-def _enter(eqn: Any, values: list[Any], operands: Operands, zeros: Taps) -> Tapped:
+def _enter(
+    eqn: Any,
+    values: list[Any],
+    operands: Operands,
+    zeros: Taps,
+) -> Tapped:
     """Rebuild a nested program around its tapped inside, by the public function that made it."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
@@ -93,6 +116,7 @@ def _enter(eqn: Any, values: list[Any], operands: Operands, zeros: Taps) -> Tapp
     def run(values: list[Any], zeros: Taps) -> Tapped:
         return _run(inner_program(eqn), values, operands, zeros)
 
+    # What remat saves is up to its policy: the rebuilt program keeps it.
     if "policy" in params:  # remat
         prevent = params["prevent_cse"]
         prevent = any(prevent) if isinstance(prevent, tuple) else prevent
@@ -100,22 +124,41 @@ def _enter(eqn: Any, values: list[Any], operands: Operands, zeros: Taps) -> Tapp
     return run(values, zeros)
 
 
-def _scan(eqn: Any, values: list[Any], operands: Operands, zeros: Taps) -> Tapped:
+def _scan(
+    eqn: Any,
+    values: list[Any],
+    operands: Operands,
+    zeros: Taps,
+) -> Tapped:
     """Scan over the perturbations too, and stack the inputs of all rounds."""
     consts, init, xs = scan_operands(eqn, values)
 
-    def step(carry: list[Any], x: tuple[list[Any], Taps]) -> tuple[list[Any], Any]:
+    def step(
+        carry: list[Any],
+        x: tuple[list[Any], Taps],
+    ) -> tuple[list[Any], Any]:
         slices, zeros_of_round = x
+        # One round: its slice of what is scanned over, and of the perturbations.
         args = [*consts, *carry, *slices]
         results, inputs = _run(eqn.params["jaxpr"], args, operands, zeros_of_round)
         return list(results[: len(init)]), (results[len(init) :], inputs)
 
     settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, (ys, inputs) = lax.scan(step, init, (xs, zeros), **settings)
+    carry, (ys, inputs) = lax.scan(
+        step,
+        init,
+        (xs, zeros),
+        **settings,
+    )
     return [*carry, *ys], inputs
 
 
-def _cond(eqn: Any, values: list[Any], operands: Operands, zeros: Taps) -> Tapped:
+def _cond(
+    eqn: Any,
+    values: list[Any],
+    operands: Operands,
+    zeros: Taps,
+) -> Tapped:
     """Switch between tapped branches, each of which records zeros for the uses of the others."""
     index, *args = values
 
@@ -129,13 +172,16 @@ def _cond(eqn: Any, values: list[Any], operands: Operands, zeros: Taps) -> Tappe
 
         return run
 
+    # Every branch has uses of its own, recorded under its number.
     branches = [tapped_branch(number) for number in range(len(eqn.params["branches"]))]
+    # What all branches record together.
     shapes: dict[Site, Any] = {}
     for run in branches:
         shapes |= jax.eval_shape(run, zeros, *args)[1]
 
     def completed(run: Callable[..., Tapped]) -> Callable[..., Tapped]:
         def run_completed(zeros: Taps, *args: Any) -> Tapped:
+            # On CPUs convolutions inside of branches are slow in the layout of backward passes.
             results, inputs = fast_convs_in_loops(run)(zeros, *args)
             # All branches of a `cond` return trees of one structure.
             zero_inputs = {site: jnp.zeros(x.shape, x.dtype) for site, x in shapes.items()}
@@ -143,5 +189,10 @@ def _cond(eqn: Any, values: list[Any], operands: Operands, zeros: Taps) -> Tappe
 
         return run_completed
 
-    tapped: Tapped = lax.switch(index, list(map(completed, branches)), zeros, *args)
+    tapped: Tapped = lax.switch(
+        index,
+        list(map(completed, branches)),
+        zeros,
+        *args,
+    )
     return tapped

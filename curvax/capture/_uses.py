@@ -57,23 +57,35 @@ class Use:
     lengths: tuple[int, ...] = ()
     stacked: tuple[bool, ...] = ()
 
-    def inputs(self, raw: Shaped[Array, "*loops_and_input"]) -> Shaped[Array, "s t i"]:
+    def inputs(
+        self,
+        raw: Shaped[Array, "*loops_and_input"],
+    ) -> Shaped[Array, "s t i"]:
         """Bring the recorded input, with leading axes for the loops, to matrices."""
         return self._through_loops(self.to_inputs, raw)
 
-    def outputs(self, raw: Float[Array, "*loops_and_output"]) -> Float[Array, "s t o"]:
+    def outputs(
+        self,
+        raw: Float[Array, "*loops_and_output"],
+    ) -> Float[Array, "s t o"]:
         """Bring the output, or a cotangent of it, to matrices."""
         return self._through_loops(self.to_outputs, raw)
 
     def _through_loops(self, to_matrices: ToMatrices, raw: Array) -> Array:
         """Count loops that slice the kernel as stack, and all others as positions."""
+        # The raw array has an axis for every loop, outermost first.
         for _ in self.lengths:
             to_matrices = jax.vmap(to_matrices)
         matrices = to_matrices(raw)  # [*loops, s, t, size]
         n = len(self.lengths)
         loops_of_stack = [i for i in range(n) if self.stacked[i]]
         loops_of_positions = [i for i in range(n) if not self.stacked[i]]
-        return _flat(matrices, [*loops_of_stack, n], [*loops_of_positions, n + 1], [n + 2])
+        return _flat(
+            matrices,
+            [*loops_of_stack, n],
+            [*loops_of_positions, n + 1],
+            [n + 2],
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,12 @@ class _Flatten:
         return _flat(x, *self.groups)
 
 
-def of_dot(kernel: View, hidden: int, which: int, eqn: Any) -> Use:
+def of_dot(
+    kernel: View,
+    hidden: int,
+    which: int,
+    eqn: Any,
+) -> Use:
     """Read a `dot_general` whose operand number `which` is the kernel.
 
     The `hidden` first axes of the kernel's view belong to the loops around.
@@ -97,6 +114,7 @@ def of_dot(kernel: View, hidden: int, which: int, eqn: Any) -> Use:
     # 1. What is neither contracted nor batch is free: outputs on our side, positions on the other.
     k_ndim, a_ndim = len(kernel.shape) - hidden, len(eqn.invars[other].aval.shape)
     k_free = _other_axes(k_ndim, contracting[which], batch[which])
+    # Of the input: whatever is neither contracted nor batch counts positions.
     a_free = _other_axes(a_ndim, contracting[other], batch[other])
     # 2. The output has the batch axes first, then the free ones of the left operand, then of the
     #    right.
@@ -162,6 +180,7 @@ def of_lookup(table: View, hidden: int, eqn: Any) -> Use:
     """Read a `gather` of slices along one axis of a table: a product with one-hot inputs."""
     numbers = eqn.params["dimension_numbers"]
     (axis,) = numbers.start_index_map
+    # Every axis but the one that is indexed.
     columns = _other_axes(len(table.shape) - hidden, [axis])
     output = eqn.outvars[0].aval
     out_axes = tuple(numbers.offset_dims)
@@ -183,13 +202,19 @@ def is_lookup(eqn: Any) -> bool:
     """Tell whether a `gather` reads slices along one axis, each of them complete."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     shape = eqn.invars[0].aval.shape
+    # One index for each slice, and the axis gone from the result.
     axes = numbers.start_index_map
     if len(axes) != 1 or numbers.collapsed_slice_dims != axes or numbers.operand_batching_dims:
         return False
     return all(sizes[i] == shape[i] for i in _other_axes(len(shape), axes))
 
 
-def with_bias(use: Use, view: View, hidden: int, axes: Sequence[int | None]) -> Use | None:
+def with_bias(
+    use: Use,
+    view: View,
+    hidden: int,
+    axes: Sequence[int | None],
+) -> Use | None:
     """Join a bias to a use; None if what is added does not vary as a bias does.
 
     Args:
@@ -210,6 +235,7 @@ def with_bias(use: Use, view: View, hidden: int, axes: Sequence[int | None]) -> 
         return axis is None, axis or 0
 
     order = sorted(range(len(axes)), key=place_of)
+    # In the order of the spread, so that it flattens to [stack, out] as the kernel does.
     ordered = transpose(view, (*range(hidden), *(hidden + i for i in order)))
     stack, _, out = use.view.shape
     return dataclasses.replace(use, bias=reshape(ordered, (stack, out)))
@@ -246,20 +272,43 @@ class _Patches:
         x = x.transpose(self.order)
         edges = zip(self.padding, self.input_dilation, strict=True)
         space = [(low, high, step - 1) for (low, high), step in edges]
-        x = lax.pad(x, jnp.zeros([], x.dtype), [(0, 0, 0), *space, (0, 0, 0)])
+        x = lax.pad(
+            x,
+            jnp.zeros([], x.dtype),
+            [(0, 0, 0), *space, (0, 0, 0)],
+        )
         # 2. A slice for each place in the window.
         steps = zip(self.window, self.window_dilation, strict=True)
-        offsets = itertools.product(*(range(0, n * step, step) for n, step in steps))
+        offsets = itertools.product(
+            *(
+                range(
+                    0,
+                    n * step,
+                    step,
+                )
+                for n, step in steps
+            )
+        )
         patches = jnp.stack([self._slice(x, offset) for offset in offsets], axis=-2)
         # 3. [b, *out_space, window, groups, channels of a group] -> [s, t, i].
         patches = patches.reshape(*patches.shape[:-1], self.groups, -1)
         n = patches.ndim
-        return _flat(patches, [n - 2], range(n - 3), [n - 3, n - 1])
+        return _flat(
+            patches,
+            [n - 2],
+            range(n - 3),
+            [n - 3, n - 1],
+        )
 
-    def _slice(self, x: Array, offset: tuple[int, ...]) -> Array:
+    def _slice(
+        self,
+        x: Array,
+        offset: tuple[int, ...],
+    ) -> Array:
         """Return what one place of the window sees in all of its steps."""
         bounds = [slice(None)]
         for axis, start in enumerate(offset):
+            # From the first place of the window to the last.
             reach = (self.window[axis] - 1) * self.window_dilation[axis]
             stop = x.shape[axis + 1] - reach + start
             bounds.append(slice(start, stop, self.strides[axis]))
@@ -276,7 +325,12 @@ class _Features:
     def __call__(self, x: Array) -> Array:
         x = x.transpose(self.order)
         x = x.reshape(*x.shape[:-1], self.groups, -1)
-        return _flat(x, [x.ndim - 2], range(x.ndim - 2), [x.ndim - 1])
+        return _flat(
+            x,
+            [x.ndim - 2],
+            range(x.ndim - 2),
+            [x.ndim - 1],
+        )
 
 
 @dataclass(frozen=True)
@@ -286,7 +340,11 @@ class _RowNumbers:
     rows: int
     clip: bool
 
-    def __call__(self, indices: Int[Array, "..."]) -> Int[Array, "1 t 1"]:
+    def __call__(
+        self,
+        indices: Int[Array, "..."],
+    ) -> Int[Array, "1 t 1"]:
+        # As the lookup does; in all other modes what is out of range reads no row.
         if self.clip:
             indices = jnp.clip(indices, 0, self.rows - 1)
         return indices.reshape(1, -1, 1)
@@ -304,7 +362,11 @@ def _other_axes(ndim: int, *groups: Sequence[int]) -> list[int]:
 
 
 def _matrices(
-    view: View, hidden: int, stack: Sequence[int], inputs: Sequence[int], outputs: Sequence[int]
+    view: View,
+    hidden: int,
+    stack: Sequence[int],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
 ) -> View:
     """View `[s, i, o]`: loops and `stack`, then the contracted axes, then the free ones."""
     order = [*range(hidden), *(hidden + i for i in (*stack, *inputs, *outputs))]

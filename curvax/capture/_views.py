@@ -41,6 +41,7 @@ class View:
     @property
     def repeats(self) -> bool:
         """Whether some leaf occurs more than once in the expression, so that an entry might."""
+        # More entries than the leaves have, or a leaf written twice.
         sizes = map(math.prod, self.leaf_shapes.values())
         nodes = list(_leaf_nodes(self))
         return math.prod(self.shape) > sum(sizes) or len(nodes) > len(self.leaves)
@@ -71,12 +72,18 @@ class View:
         return str(self.of[0])
 
 
-def leaf_view(path: str, shape: tuple[int, ...]) -> View:
+def leaf_view(
+    path: str,
+    shape: tuple[int, ...],
+) -> View:
     """View all of a leaf."""
     return View("leaf", tuple(shape), (path,))
 
 
-def reshape(view: View, shape: tuple[int, ...]) -> View:
+def reshape(
+    view: View,
+    shape: tuple[int, ...],
+) -> View:
     """View the entries in another shape, in row-major order."""
     if view.shape == tuple(shape):
         return view
@@ -86,7 +93,10 @@ def reshape(view: View, shape: tuple[int, ...]) -> View:
     return View("reshape", tuple(map(int, shape)), (), (view,))
 
 
-def transpose(view: View, permutation: tuple[int, ...]) -> View:
+def transpose(
+    view: View,
+    permutation: tuple[int, ...],
+) -> View:
     """Permute the axes.
 
     Axes of size 1 do not count: the same entries in the same order are the same expression.
@@ -103,12 +113,21 @@ def transpose(view: View, permutation: tuple[int, ...]) -> View:
     if narrow.move == "transpose":
         composed = tuple(narrow.how[i] for i in order)
         return reshape(transpose(narrow.of[0], composed), shape)
-    permuted = View("transpose", tuple(narrow.shape[i] for i in order), order, (narrow,))
+    permuted = View(
+        "transpose",
+        tuple(narrow.shape[i] for i in order),
+        order,
+        (narrow,),
+    )
     return reshape(permuted, shape)
 
 
-def cut(view: View, bounds: tuple[tuple[int | None, int | None, int], ...]) -> View:
+def cut(
+    view: View,
+    bounds: tuple[tuple[int | None, int | None, int], ...],
+) -> View:
     """Slice, by one (start, stop, step) for each axis; a negative step reverses."""
+    # A slice that leaves nothing out is no move.
     if bounds == tuple((0, size, 1) for size in view.shape):
         return view
     axes = zip(bounds, view.shape, strict=True)
@@ -116,8 +135,12 @@ def cut(view: View, bounds: tuple[tuple[int | None, int | None, int], ...]) -> V
     return View("slice", shape, tuple(tuple(each) for each in bounds), (view,))
 
 
-def concatenate(views: tuple[View, ...], axis: int) -> View:
+def concatenate(
+    views: tuple[View, ...],
+    axis: int,
+) -> View:
     """Join views along an axis."""
+    # Nothing is joined: the view itself.
     if len(views) == 1:
         return views[0]
     shape = list(views[0].shape)
@@ -125,9 +148,13 @@ def concatenate(views: tuple[View, ...], axis: int) -> View:
     return View("concatenate", tuple(shape), (axis,), views)
 
 
-def entry_numbers(view: View, leaves: Mapping[str, tuple[int, ...]]) -> Int[np.ndarray, "..."]:
+def entry_numbers(
+    view: View,
+    leaves: Mapping[str, tuple[int, ...]],
+) -> Int[np.ndarray, "..."]:
     """Number the entries of all `leaves` (shapes by path) in order; return those of the view."""
     numbers: dict[str, Any] = {}
+    # Leaf after leaf, each in row-major order.
     start = 0
     for path, shape in leaves.items():
         stop = start + math.prod(shape)
@@ -137,7 +164,11 @@ def entry_numbers(view: View, leaves: Mapping[str, tuple[int, ...]]) -> Int[np.n
     return entries
 
 
-def uncovered(path: str, shape: tuple[int, ...], views: Sequence[View]) -> Bool[np.ndarray, "..."]:
+def uncovered(
+    path: str,
+    shape: tuple[int, ...],
+    views: Sequence[View],
+) -> Bool[np.ndarray, "..."]:
     """Tell for each entry of a leaf whether none of the views reads it.
 
     Args:
@@ -154,6 +185,7 @@ def uncovered(path: str, shape: tuple[int, ...], views: Sequence[View]) -> Bool[
     mask = np.ones(math.prod(shape), bool)
     for view in touching:
         shapes = {path: shape, **view.leaf_shapes}  # the leaf first: its numbers start at 0
+        # Entries of other leaves have numbers beyond those of this one.
         numbers = entry_numbers(view, shapes)
         mask[numbers[numbers < mask.size]] = False
     return mask.reshape(shape)
@@ -166,7 +198,10 @@ def _leaf_nodes(view: View) -> Iterator[View]:
         yield from _leaf_nodes(part)
 
 
-def _bounds_text(bounds: tuple[int | None, int | None, int], size: int) -> str:
+def _bounds_text(
+    bounds: tuple[int | None, int | None, int],
+    size: int,
+) -> str:
     start, stop, step = bounds
     text = f"{start or ''}:{'' if stop in (None, size) else stop}"
     return text if step == 1 else f"{text}:{step}"

@@ -81,6 +81,7 @@ def walk(
     are looked at.
     """
     jaxpr = program.jaxpr
+    # What each variable holds; one that is absent holds nothing.
     values: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
     needed = _needed(jaxpr, live)
     readers = _readers(jaxpr, live, needed)
@@ -93,6 +94,7 @@ def walk(
 
     for index, eqn in enumerate(jaxpr.eqns):
         operands = [look(atom) for atom in eqn.invars]
+        # Dead code, or nothing of interest: the results hold nothing.
         if not needed.intersection(eqn.outvars) or all(value is None for value in operands):
             continue
         alive, here = [atom in needed for atom in eqn.outvars], place.at(index)
@@ -121,8 +123,12 @@ class ScanOperands(NamedTuple, Generic[T]):
     xs: list[T]
 
 
-def scan_operands(eqn: Any, operands: Sequence[T]) -> ScanOperands[T]:
+def scan_operands(
+    eqn: Any,
+    operands: Sequence[T],
+) -> ScanOperands[T]:
     """Tell the three kinds of operands of a `scan` apart."""
+    # In this order, in the operands of the equation as in the arguments of its body.
     num_consts, num_carry = scan_counts(eqn)
     first = num_consts + num_carry
     return ScanOperands(
@@ -130,8 +136,12 @@ def scan_operands(eqn: Any, operands: Sequence[T]) -> ScanOperands[T]:
     )
 
 
-def _needed(jaxpr: Any, live: Sequence[bool]) -> set[Any]:
+def _needed(
+    jaxpr: Any,
+    live: Sequence[bool],
+) -> set[Any]:
     """Return the variables on which the live outputs depend."""
+    # From the outputs back.
     needed = _variables(_live_outputs(jaxpr, live))
     for eqn in reversed(jaxpr.eqns):
         if needed.intersection(eqn.outvars):
@@ -139,8 +149,13 @@ def _needed(jaxpr: Any, live: Sequence[bool]) -> set[Any]:
     return needed
 
 
-def _readers(jaxpr: Any, live: Sequence[bool], needed: set[Any]) -> Counter[Any]:
+def _readers(
+    jaxpr: Any,
+    live: Sequence[bool],
+    needed: set[Any],
+) -> Counter[Any]:
     """Count for every variable how often it is read; being an output is a reading too."""
+    # Dead code reads nothing.
     reads = _live_outputs(jaxpr, live)
     for eqn in jaxpr.eqns:
         if needed.intersection(eqn.outvars):
@@ -148,7 +163,10 @@ def _readers(jaxpr: Any, live: Sequence[bool], needed: set[Any]) -> Counter[Any]
     return Counter(atom for atom in reads if not is_constant(atom))
 
 
-def _live_outputs(jaxpr: Any, live: Sequence[bool]) -> list[Any]:
+def _live_outputs(
+    jaxpr: Any,
+    live: Sequence[bool],
+) -> list[Any]:
     return [atom for atom, alive in zip(jaxpr.outvars, live, strict=True) if alive]
 
 

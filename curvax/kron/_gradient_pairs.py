@@ -63,11 +63,11 @@ def block_moments(
     first = rotated_pairs(block, basis, inputs, g)
     second = first if h is None else rotated_pairs(block, basis, inputs, h)
     pair, other = first[0], second[0]
-    if len(first) == 1 and isinstance(pair, DensePair) and isinstance(other, DensePair):
-        if pair.g.shape[2] == 1:
-            # One position: the square of a g' is a^2 (g^2)', and no gradient is formed.
-            a, g_squared = pair.a * other.a, pair.g * other.g
-            return jnp.einsum("bsti,bsto->sio", a, g_squared, precision=lax.Precision.HIGHEST)
+    is_single = len(first) == 1 and pair.g.shape[2] == 1
+    if is_single and isinstance(pair, DensePair) and isinstance(other, DensePair):
+        # One position: the square of a g' is a^2 (g^2)', and no gradient is formed.
+        a_squared, g_squared = pair.a * other.a, pair.g * other.g
+        return jnp.einsum("bsti,bsto->sio", a_squared, g_squared, precision=lax.Precision.HIGHEST)
     return _sum_of_products(block, (first,) if h is None else (first, second))
 
 
@@ -80,16 +80,28 @@ def _sum_of_products(
         formed = [gradient_of(block, pairs) for pairs in rows]
         return jnp.sum(formed[0] * formed[-1], axis=0)
 
+    # A gradient takes as many entries as the kernel: only a few examples at a time.
     size = gradients[0][0].g.shape[0]
     few = min(size, max(1, ENTRIES_AT_A_TIME // math.prod(block.shape)))
     num_chunked = size // few * few
     if few == size:
         return of_examples(gradients)
 
-    def add(total: Array, rows: Any) -> tuple[Array, None]:
+    def add(
+        total: Array,
+        rows: Any,
+    ) -> tuple[Array, None]:
         return total + of_examples(rows), None
 
-    chunks = jax.tree.map(lambda x: x[:num_chunked].reshape(-1, few, *x.shape[1:]), gradients)
+    # The scan takes full chunks; what is over is done after it.
+    chunks = jax.tree.map(
+        lambda x: x[:num_chunked].reshape(
+            -1,
+            few,
+            *x.shape[1:],
+        ),
+        gradients,
+    )
     zeros = jnp.zeros(block.shape, gradients[0][0].g.dtype)
     total, _ = lax.scan(add, zeros, chunks)
     if num_chunked < size:
@@ -97,12 +109,16 @@ def _sum_of_products(
     return total
 
 
-def gradient_of(block: Block, pairs: Sequence[GradientPair]) -> Float[Array, "b s i o"]:
+def gradient_of(
+    block: Block,
+    pairs: Sequence[GradientPair],
+) -> Float[Array, "b s i o"]:
     """Return every example's gradient of the block's kernel, summed over uses."""
     return jnp.asarray(sum(pair.gradient(block.shape) for pair in pairs))
 
 
 def _rotated(pair: GradientPair, basis: Basis) -> GradientPair:
+    # Q_G' g for every position.
     g = _into(basis.g, pair.g)
     if isinstance(pair, DensePair):
         return DensePair(_into(basis.a, pair.a), g)
@@ -113,7 +129,10 @@ def _rotated(pair: GradientPair, basis: Basis) -> GradientPair:
     return DensePair(rows_of_q(basis.a, pair.rows), g)
 
 
-def _into(q: Array | None, x: Float[Array, "b s t n"]) -> Float[Array, "b s t n"]:
+def _into(
+    q: Array | None,
+    x: Float[Array, "b s t n"],
+) -> Float[Array, "b s t n"]:
     """Return `Q' x` for every vector x."""
     if q is None:
         return x

@@ -37,7 +37,9 @@ Vectors: TypeAlias = Array | LowRank
 
 
 def products_by_example(
-    block: Block, vectors: Float[Array, "q s i o"], pairs: Sequence[GradientPair]
+    block: Block,
+    vectors: Float[Array, "q s i o"],
+    pairs: Sequence[GradientPair],
 ) -> Float[Array, "q b"]:
     """Return the inner products `V . D` of vectors with every example's gradient D.
 
@@ -47,7 +49,10 @@ def products_by_example(
     return jnp.asarray(sum(_of_use(block, vectors, pair) for pair in pairs))
 
 
-def products_by_position(vector: Array | LowRank, pair: GradientPair) -> Float[Array, "b t"]:
+def products_by_position(
+    vector: Array | LowRank,
+    pair: GradientPair,
+) -> Float[Array, "b t"]:
     """Return `sum_s a_t' V g_t` for one vector `[s, i, o]` and every position of one use.
 
     Cost, an example, slice and position: `in out` multiplications, of rank r `r (in + out)`, of
@@ -111,7 +116,11 @@ def _of_use(
     block: Block, vectors: Float[Array, "q s i o"], pair: GradientPair
 ) -> Float[Array, "q b"]:
     """Return what one use adds to `V . D`."""
-    if _without_gradient(pair.g.shape[2], len(vectors), isinstance(pair, LookupPair)):
+    if _without_gradient(
+        pair.g.shape[2],
+        len(vectors),
+        isinstance(pair, LookupPair),
+    ):
 
         def product(v: Float[Array, "s i o"]) -> Float[Array, " b"]:
             return jnp.sum(pair.through(v) * pair.g, axis=(1, 2, 3))

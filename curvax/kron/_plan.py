@@ -11,7 +11,11 @@ from curvax.objective import Objective
 
 
 def layout_plan(
-    objective: Objective, layout: Layout, params: Params, inputs: Any, per_example: bool
+    objective: Objective,
+    layout: Layout,
+    params: Params,
+    inputs: Any,
+    per_example: bool,
 ) -> Plan:
     """Plan the capture of all blocks of a layout, and of the leaves that get a diagonal.
 

@@ -30,7 +30,11 @@ SPACES = {"auto": "the smaller one", "samples": "examples x outputs", "params": 
 
 
 def sample_space(
-    objective: Objective, params: Params, batch: Batch, *, space: str = "auto"
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    *,
+    space: str = "auto",
 ) -> Formed:
     """Form the Gauss-Newton matrix of a batch for exact solves, in the smaller of two spaces.
 
@@ -92,10 +96,15 @@ def _in_sample_space(objective: Objective, params: Params, batch: Batch) -> Samp
     def outputs_at(p: Params) -> Outputs:
         return objective.outputs(p, inputs)
 
+    # J once for both maps; U'U is formed without it.
     outputs, jacobian = linearize(outputs_at, params, "Use curvax.gauss_newton_bartlett.")
     roots, gradient = _roots(objective.loss, outputs, targets)
 
-    def gram_of_rows(params: Params, batch: Batch, roots: Array) -> Float[Array, "n n"]:
+    def gram_of_rows(
+        params: Params,
+        batch: Batch,
+        roots: Array,
+    ) -> Float[Array, "n n"]:
         return _gram_of_rows(objective, params, batch, roots)
 
     matrix = with_auto_sharding(gram_of_rows, params, batch, roots)
@@ -105,10 +114,14 @@ def _in_sample_space(objective: Objective, params: Params, batch: Batch) -> Samp
 
 
 def _gram_of_rows(
-    objective: Objective, params: Params, batch: Batch, roots: Float[Array, "b c k"]
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    roots: Float[Array, "b c k"],
 ) -> Float[Array, "n n"]:
     """Return `U'U`, the inner products of all rows `J_b' R_b e_k`."""
     kernels, _ = find_kernels(objective, params, batch[0])
+    # Kernels need names only to find their arrays again.
     named = {str(number): kernel for number, kernel in enumerate(kernels)}
     views = [view for kernel in kernels for view in kernel.views]
     masks = {}
@@ -117,6 +130,7 @@ def _gram_of_rows(
         # Leaves that kernels cover wholly need no gradient beside theirs.
         if mask.any():
             masks[path] = mask
+    # By example: the rows of J of two examples must not be summed.
     planned = plan(objective, params, batch[0], named, masks, per_example=True)
     capture = record(planned, params, batch[0])
 
@@ -154,10 +168,21 @@ def _roots(
 
 
 def _push(
-    jacobian: Callable[[Params], Outputs], roots: Array, params: Params, v: Params
+    jacobian: Callable[[Params], Outputs],
+    roots: Array,
+    params: Params,
+    v: Params,
 ) -> Float[Array, " n"]:
     """Return `U'v = R'J v`."""
-    pushed = _flatten(jacobian(jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)))
+    pushed = _flatten(
+        jacobian(
+            jax.tree.map(
+                lambda x, p: x.astype(p.dtype),
+                v,
+                params,
+            )
+        )
+    )
     return jnp.einsum("bck,bc->kb", roots, pushed, precision=lax.Precision.HIGHEST).ravel()
 
 
@@ -169,6 +194,7 @@ def _pull(
     q: Float[Array, " n"],
 ) -> Params:
     """Return `U q = J'R q`."""
+    # Rows are ordered [k, b], as the matrix U'U is.
     columns = q.reshape(roots.shape[2], -1)
     cotangent = jnp.einsum("bck,kb->bc", roots, columns, precision=lax.Precision.HIGHEST)
     (pulled,) = jax.linear_transpose(jacobian, params)(_unflatten(cotangent, outputs))
@@ -181,7 +207,10 @@ def _flatten(outputs: Outputs) -> Float[Array, "b c"]:
     return jnp.concatenate([x.reshape(x.shape[0], -1) for x in leaves], axis=1)
 
 
-def _unflatten(rows: Float[Array, "b c"], like: Outputs) -> Outputs:
+def _unflatten(
+    rows: Float[Array, "b c"],
+    like: Outputs,
+) -> Outputs:
     """Undo `_flatten`."""
     leaves, structure = jax.tree.flatten(like)
     parts, first = [], 0
