@@ -22,6 +22,26 @@ from curvax.objective import Objective
 from curvax.products import hvp
 from curvax.solve import Window, fisher_window, inverse_diagonal, map_inverse_blocks
 
+__all__ = [
+    "Masks",
+    "Pattern",
+    "Prunable",
+    "Pruned",
+    "apoptosis",
+    "apply_masks",
+    "density",
+    "diagonal_fisher",
+    "keep_pruned",
+    "kernels",
+    "magnitude",
+    "n_of_m",
+    "prune",
+    "remove",
+    "surgeon",
+    "unstructured",
+    "whole",
+]
+
 Masks: TypeAlias = PyTree[Bool[Array, "..."]]
 """A tree like params: True where a weight stays."""
 
@@ -123,11 +143,8 @@ def apoptosis(
 def unstructured(prunable: Prunable = kernels) -> Pattern:
     """Remove single weights, those of lowest score in all prunable leaves together."""
 
-    def pattern(
-        scores: Params,
-        masks: Masks,
-        sparsity: Any,
-    ) -> Masks:
+    def pattern(scores: Params, masks: Masks, sparsity: Any) -> Masks:
+        """Keep the highest scores of all prunable leaves together."""
         check_like(masks, scores, "masks", "scores")
         candidates = {path: x for path, x in by_path(scores).items() if prunable(path, x)}
         if not candidates:
@@ -141,11 +158,7 @@ def unstructured(prunable: Prunable = kernels) -> Pattern:
         pieces = jnp.split(stays, list(itertools.accumulate(lengths))[:-1])
         stays_by_path = dict(zip(candidates, pieces, strict=True))
 
-        def of_leaf(
-            path: str,
-            x: Array,
-            mask: Array,
-        ) -> Array:
+        def of_leaf(path: str, x: Array, mask: Array) -> Array:
             if path not in stays_by_path:
                 return mask
             return stays_by_path[path].reshape(x.shape) & mask
@@ -178,11 +191,8 @@ def n_of_m(
     if n > m:
         raise ValueError(f"n must be at most m, got {n} of {m}.")
 
-    def of_leaf(
-        path: str,
-        x: Array,
-        mask: Array,
-    ) -> Array:
+    def of_leaf(path: str, x: Array, mask: Array) -> Array:
+        """Keep the n highest scores of each group of a leaf."""
         if not prunable(path, x):
             return mask
         if x.shape[axis] % m:
@@ -195,11 +205,7 @@ def n_of_m(
         stays = _ranks(groups) >= m - n
         return jnp.moveaxis(stays.reshape(columns.shape), -1, axis) & mask
 
-    def pattern(
-        scores: Params,
-        masks: Masks,
-        sparsity: Any,
-    ) -> Masks:
+    def pattern(scores: Params, masks: Masks, sparsity: Any) -> Masks:
         del sparsity  # it follows from n and m
         return _map_leaves(of_leaf, scores, masks)
 
@@ -212,16 +218,10 @@ def whole(axis: int = -1, prunable: Prunable = kernels) -> Pattern:
     Axis -1 holds the output units of Flax's kernels.
     """
 
-    def pattern(
-        scores: Params,
-        masks: Masks,
-        sparsity: Any,
-    ) -> Masks:
-        def of_leaf(
-            path: str,
-            x: Array,
-            mask: Array,
-        ) -> Array:
+    def pattern(scores: Params, masks: Masks, sparsity: Any) -> Masks:
+        """Keep the slices with the highest sums of scores."""
+
+        def of_leaf(path: str, x: Array, mask: Array) -> Array:
             if not prunable(path, x):
                 return mask
             others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
@@ -281,29 +281,17 @@ def remove(
     removed = jax.tree.map(lambda mask, w: (~mask).astype(w.dtype), masks, wide)
 
     # Of one block: its inverse F^-1 [k, k], its weights w [k], and q [k], 1 where a weight goes.
-    def multipliers(
-        inverse: Array,
-        w: Array,
-        q: Array,
-    ) -> Array:
+    def multipliers(inverse: Array, w: Array, q: Array) -> Array:
         """Return the Lagrange multipliers `(E'F^-1 E)^-1 w_Q` at the entries of Q, else zero."""
         # Rows and columns out of Q become those of I: then shapes do not depend on the masks.
         system = jnp.outer(q, q) * inverse + jnp.diag(1 - q)
         return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(system, lower=True), q * w)
 
-    def corrected(
-        inverse: Array,
-        w: Array,
-        q: Array,
-    ) -> Array:
+    def corrected(inverse: Array, w: Array, q: Array) -> Array:
         # w + dw; the factor 1 - q makes the zeros of Q exact
         return (1 - q) * (w - inverse @ multipliers(inverse, w, q))
 
-    def increase(
-        inverse: Array,
-        w: Array,
-        q: Array,
-    ) -> Array:
+    def increase(inverse: Array, w: Array, q: Array) -> Array:
         return w * q * multipliers(inverse, w, q) / 2
 
     weights = map_inverse_blocks(corrected, window, damping, block_size, wide, removed)
@@ -453,11 +441,7 @@ def _map_leaves(
     """Apply `fn(path, scores, mask) -> mask` to every leaf."""
     check_like(masks, scores, "masks", "scores")
 
-    def with_text(
-        path: Any,
-        x: Array,
-        mask: Array,
-    ) -> Array:
+    def with_text(path: Any, x: Array, mask: Array) -> Array:
         return fn(jax.tree_util.keystr(path), x, mask)
 
     return jax.tree.map_with_path(with_text, scores, masks)

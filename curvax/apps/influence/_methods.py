@@ -222,6 +222,7 @@ def _means_of_diagonals(
     leaves = {leaf.path: leaf for leaf in layout.leaves}
     means = {}
     for path, entries in diagonal.items():
+        # entries in blocks are zero here, and would lower the mean
         outside = in_no_block(layout, leaves[path])
         means[path] = jnp.mean(entries.mean, where=outside)
     return means
@@ -237,6 +238,7 @@ def dampings(fitted: Fitted, method: str, damping: Any) -> Any:
     """
     means = mean_eigenvalues(fitted, method)
     if damping is None:
+        # Under `jit` there is nothing to check yet.
         concrete = [x for x in means.values() if not isinstance(x, jax.core.Tracer)]
         if not all((np.asarray(x) > 0).all() for x in concrete):
             raise ValueError(

@@ -133,6 +133,7 @@ def precondition(
         raise TypeError(
             f"measurement must be hashable, an Objective or a function; got {measurement!r}."
         )
+    # (C + damping I)^-1 grad f_q: by a matrix at hand, or with "cg" by a solve for each query
     damping = None if method == "identity" else dampings(fitted, method, damping)
     layout, solves = fitted.layout, None
     if method == "cg":

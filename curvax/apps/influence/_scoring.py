@@ -250,6 +250,7 @@ def score(
     if by == "token":
         of_chunk = partial(_scores_by_token, length=_length(batch[0]))
         tokens, elsewhere = score_chunks(of_chunk, by_position=True)
+        # the parts of all positions, and what belongs to none
         total = jnp.sum(tokens, axis=2) + elsewhere
         return Influence(change_if_removed=total, by_token=tokens, rest=elsewhere)
     if by == "layer":
@@ -508,5 +509,6 @@ def _length(inputs: Any) -> int:
 
 
 def _first(queries: Queries) -> Array:
+    # any array with the axis of queries: for their number and dtype
     first: Array = jax.tree.leaves((queries.blocks, queries.outside))[0]
     return first

@@ -137,6 +137,7 @@ def _inverse(fitted: Fitted, method: str, damping: Any) -> _Inverse:
             "is their self-influence."
         )
     damping = dampings(fitted, method, damping)
+    # Power -1 of A x G + damping I, or of the moments in the eigenbasis (EK-FAC) + damping.
     blocks: dict[str, EigenPower] = {}
     if isinstance(curvature, Factors):
         for name, power in kron_power(layout, curvature, damping, "exact", -1.0).items():

@@ -143,5 +143,6 @@ def _allocation(
         widths = list(omegas[layer])
         bits[layer] = widths[places[parent]]
         parent = int(parents[parent])
+    # the layers in the order of omegas again
     in_order = dict(reversed(bits.items()))
     return Allocation(in_order, int(size[point]), float(omega[point]))
