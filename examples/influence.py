@@ -157,7 +157,7 @@ def pictures(data: Data, test: Data, training: Training, path: Path) -> None:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, test[1])
     hardest = tuple(x[jnp.argsort(-losses)[:6]] for x in test)
     fitted = influence.fit(OBJECTIVE, layout_of(params, data), params, cut(data), jax.random.key(0))
-    prepared, _ = influence.precondition(fitted, OBJECTIVE, OBJECTIVE, params, hardest)
+    prepared, _ = influence.precondition(fitted, OBJECTIVE, params, hardest)
     helpful, harmful = influence.top_k(prepared, OBJECTIVE, params, cut(data), k=5)
     draw(hardest, np.argmax(MODEL.apply(params, hardest[0]), -1), data, helpful, harmful, path)
 

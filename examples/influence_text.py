@@ -213,7 +213,7 @@ def prepare(
         return of_targets(problem.model, params, query)[0, -MEASURED:].sum()
 
     prepared, _ = influence.precondition(
-        fitted, problem.objective, measure, problem.params, queries
+        fitted, problem.objective, problem.params, queries, measurement=measure
     )
     if rank:
         prepared, info = COMPRESS(prepared, rank)

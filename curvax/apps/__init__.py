@@ -1,4 +1,4 @@
-"""What people do with curvature."""
+"""What people do with curvature: attribution, pruning, quantization, hypergradients, sharpness."""
 
 from curvax.apps import influence, pruning, quantization
 from curvax.apps._hypergradient import implicit_gradient

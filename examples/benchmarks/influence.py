@@ -52,7 +52,7 @@ def passes(problem: Problem, num_queries: int, rounds: int) -> list[dict[str, An
     layout = curvax.kron_layout(objective, params, batch)
     fitted = influence.fit(objective, layout, params, [batch], KEY, progress=False)
     queries = jax.tree.map(lambda x: x[:num_queries], batch)
-    prepared, _ = influence.precondition(fitted, objective, objective, params, queries)
+    prepared, _ = influence.precondition(fitted, objective, params, queries)
     small, _ = influence.compress(prepared, RANK)
     score = jax.jit(
         lambda prepared, params, batch: influence.score(prepared, objective, params, batch)
@@ -118,7 +118,7 @@ def memory(problem: Problem, length: int) -> dict[str, Any]:
     layout = curvax.kron_layout(objective, params, problem.batch)
     fitted = influence.fit(objective, layout, params, stream, KEY, progress=False)
     queries = jax.tree.map(lambda x: x[:8], problem.batch)
-    prepared, _ = influence.precondition(fitted, objective, objective, params, queries)
+    prepared, _ = influence.precondition(fitted, objective, params, queries)
     influence.top_k(prepared, objective, params, stream, k=10)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {

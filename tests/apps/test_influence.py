@@ -215,9 +215,7 @@ def test_tokens_and_layers_sum_to_the_whole(name):
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 def test_low_rank_scores_converge_to_full_rank(name):
     case = CASES[name]()
-    prepared, _ = influence.precondition(
-        fitted(name), case.objective, case.objective, case.params, case.batch
-    )
+    prepared, _ = influence.precondition(fitted(name), case.objective, case.params, case.batch)
     scores = lambda prepared, **options: influence.score(
         prepared, case.objective, case.params, case.batch, **options
     )
@@ -253,7 +251,7 @@ def test_work_arrays_are_bounded_whatever_the_batch(monkeypatch, rank):
     """A few examples at a time where more do not fit, with the same result."""
     case = CASES["attention"]()
     prepared, _ = influence.precondition(
-        fitted("attention"), case.objective, case.objective, case.params, case.batch
+        fitted("attention"), case.objective, case.params, case.batch
     )
     prepared = prepared if rank is None else influence.compress(prepared, rank)[0]
     double = jax.tree.map(lambda x: jnp.concatenate([x, x]), case.batch)
@@ -270,9 +268,7 @@ def test_work_arrays_are_bounded_whatever_the_batch(monkeypatch, rank):
 def test_top_k_is_that_of_the_whole_matrix():
     case = CASES["mlp"]()
     whole = np.asarray(run("mlp")[0].change_if_removed)
-    prepared, _ = influence.precondition(
-        fitted("mlp"), case.objective, case.objective, case.params, case.batch
-    )
+    prepared, _ = influence.precondition(fitted("mlp"), case.objective, case.params, case.batch)
     batches = [rows(case.batch, 0, 2), rows(case.batch, 2, 3), rows(case.batch, 3)]
     for k in (1, 3, 100):
         highest, lowest = influence.top_k(prepared, case.objective, case.params, batches, k)
@@ -485,7 +481,7 @@ def check_solves_and_compression(objective, layout, fit, params, batch, own, par
     assert len(set(np.round(ridge, 12))) == 4
     ggn = curvax.to_dense(curvax.ggnvp(objective, params, batch), params)
     close(result.change_if_removed, own @ np.linalg.inv(ggn + np.diag(ridge)) @ parts.T)
-    prepared, _ = influence.precondition(fit, objective, objective, params, batch)
+    prepared, _ = influence.precondition(fit, objective, params, batch)
     small, told = influence.compress(prepared, 1)
     flat = lambda tree: np.concatenate([np.asarray(x).reshape(5, -1) for x in tree], axis=1)
     kept = [v if isinstance(v, jax.Array) else v.left @ v.right for v in small.blocks.values()]

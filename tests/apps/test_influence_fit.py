@@ -299,7 +299,7 @@ def test_damping_of_each_block_is_a_tenth_of_its_mean_eigenvalue():
     objective, params, batches, _ = problem()
     means, (_, info) = (
         influence.mean_eigenvalues(whole()),
-        influence.precondition(whole(), objective, objective, params, batches[0]),
+        influence.precondition(whole(), objective, params, batches[0]),
     )
     assert set(means) == {"['w']", "['v']", "['scale']"} == set(info.damping)
     for name, moments in whole().eigen.moments.items():
@@ -409,16 +409,14 @@ def test_errors_say_what_and_where():
                 run(train=[])
             else:
                 influence.top_k(
-                    influence.precondition(whole(), objective, objective, params, batches[0])[0],
+                    influence.precondition(whole(), objective, params, batches[0])[0],
                     objective,
                     params,
                     [],
                     3,
                 )
     with refused("rank must be at least 1, got 0"):
-        influence.compress(
-            influence.precondition(whole(), objective, objective, params, batches[0])[0], 0
-        )
+        influence.compress(influence.precondition(whole(), objective, params, batches[0])[0], 0)
     with refused("unknown method 'cg'; valid: 'ekfac', 'kfac', 'diagonal', 'identity'"):
         fit(method="cg")
     with refused("batches is an iterator .*, which can be gone through but once", TypeError):

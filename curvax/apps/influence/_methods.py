@@ -19,8 +19,10 @@ from curvax._host import OnHost
 from curvax._stream import check_rereadable, on_device
 from curvax._types import Batch, Matvec, Params
 from curvax.apps.influence._fitting import Fitted
+from curvax.kron._factors import Factors, WeightedMean
 from curvax.kron._inverse import kron_inverse
 from curvax.kron._layout import Layout
+from curvax.kron._moments import EigenFactors
 from curvax.kron._operator import EigenOperator, KronOperator, apply, damping_of
 from curvax.kron._two_products import combined_factors
 from curvax.objective import Objective
@@ -31,6 +33,9 @@ from curvax.solve._window import num_rows
 Solve: TypeAlias = Callable[..., tuple[Params, SolveInfo]]
 """`(matvec, b, *, damping, preconditioner) -> (x, SolveInfo)`."""
 
+Curvature: TypeAlias = Factors | EigenFactors | Window
+"""What a method divides by: Kronecker factors, moments in their eigenbasis, or gradients."""
+
 SERVES = {
     "ekfac": ("ekfac", "kfac", "cg", "identity"),
     "kfac": ("kfac", "identity"),
@@ -40,72 +45,100 @@ SERVES = {
 }
 """Which methods a fit of a method can be used for."""
 
+# C: curvature of the mean loss, fitted; A, G: the Kronecker factors of a block, s: stack
+
 
 def check_fitted(fitted: Fitted, method: str | None) -> str:
     """Return the method, or raise unless the fit is complete and serves it."""
     if fitted.missing:
         raise ValueError(
-            f"the fit is not complete: its passes over {' and '.join(fitted.missing)} did not come to the end. "
-            "Call fit again with the same arguments and folder; it goes on where it was."
+            f"the fit is not complete: its passes over {' and '.join(fitted.missing)} did not come "
+            "to the end. Call fit again with the same arguments and folder, and it goes on."
         )
     layout = fitted.layout
+    # Nothing would be differentiated: scores would all be zero.
     if not layout.blocks and all(leaf.outside != "diagonal" for leaf in layout.leaves):
         raise ValueError(
-            'the layout holds every leaf fixed (kind="identity"): nothing is left that has influence.'
+            'the layout holds every leaf fixed (kind="identity"): no leaf is left with influence.'
         )
     method = fitted.method if method is None else method
-    check_choice(
-        "method", method, dict.fromkeys(name for names in SERVES.values() for name in names)
-    )
+    methods = dict.fromkeys(name for names in SERVES.values() for name in names)
+    check_choice("method", method, methods)
     if method not in SERVES[fitted.method]:
-        makes = [name for name, names in SERVES.items() if method in names]
+        served = ", ".join(map(repr, SERVES[fitted.method]))
+        needed = ", ".join(repr(name) for name, names in SERVES.items() if method in names)
         raise ValueError(
-            f"a fit of {fitted.method!r} serves {', '.join(map(repr, SERVES[fitted.method]))}; {method!r} needs one of "
-            f"{', '.join(map(repr, makes))}: fit(..., method=...), or influence.of_window for 'mfac'."
+            f"a fit of {fitted.method!r} serves {served}; {method!r} needs one of {needed}: "
+            "fit(..., method=...), or influence.of_window for 'mfac'."
         )
-    if {"kfac": fitted.factors, "mfac": fitted.window, "identity": fitted.terms}.get(
-        method, fitted.eigen
-    ) is None:
-        raise ValueError(
-            f"the fit is not complete: it does not hold what {method!r} divides by. Make it by influence.fit."
-        )
+    # "identity" divides by nothing, but scores are parts of a mean over N terms
+    if method != "identity":
+        curvature_of(fitted, method)
+    elif fitted.terms is None:
+        raise _incomplete(method)
     return method
+
+
+def curvature_of(fitted: Fitted, method: str) -> Curvature:
+    """Return what a method other than "identity" divides by, or raise if the fit lacks it."""
+    curvature: Curvature | None
+    if method == "kfac":
+        curvature = fitted.factors
+    elif method == "mfac":
+        curvature = fitted.window
+    else:
+        curvature = fitted.eigen
+    if curvature is None:
+        raise _incomplete(method)
+    return curvature
+
+
+def _incomplete(method: str) -> ValueError:
+    return ValueError(
+        f"the fit is not complete: it does not hold what {method!r} divides by. "
+        "Make it by influence.fit."
+    )
 
 
 def of_window(layout: Layout, window: Window, terms: Any) -> Fitted:
     """Take a window of examples' gradients (M-FAC) as the curvature.
 
     Args:
-      layout: whose blocks and leaves influence is followed through.
-      window: such as `curvax.solve.window_of(curvax.per_example_grads(objective, params, batch))`, for the empirical Fisher of
-        these examples.
-      terms: N, how many terms the training loss is a mean over.
+      layout: the `Layout` whose blocks and leaves influence is followed through, as returned by
+        `curvax.kron_layout(objective, params, batch)`.
+      window: a window of gradients, such as
+        `curvax.solve.window_of(curvax.per_example_grads(objective, params, batch))`, which is the
+        empirical Fisher of these examples.
+      terms: N, the number of terms that the training loss is a mean over.
 
     Returns:
-      `Fitted`, of method "mfac".
+      A `Fitted` of method "mfac".
 
-    Cost: the inner products of the rows, `m^2 d / 2` multiplications; a copy of them.
+    Cost: the inner products of the rows, `m^2 d / 2` multiplications, and a copy of the rows.
 
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> from curvax.apps import influence
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
       >>> params, batch = jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1)))
-      >>> window = curvax.solve.window_of(curvax.per_example_grads(objective, params, batch))           # F = I / 2
-      >>> fitted = influence.of_window(curvax.kron_layout(objective, params, batch), window, terms=2)
+      >>> grads = curvax.per_example_grads(objective, params, batch)
+      >>> window = curvax.solve.window_of(grads)  # F = I / 2
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> fitted = influence.of_window(layout, window, terms=2)
       >>> result, _ = influence.influence(fitted, objective, params, batch, [batch], damping=0.5)
       >>> abs(result.change_if_removed).round(4).tolist()
       [[0.5, 0.0], [0.0, 0.5]]
     """
-    rows: Params = jax.vmap(lambda row: without_fixed(layout, row))(window.rows)
-    own = window_of(rows)._replace(count=window.count)
+    # What is fixed has no gradient: neither in the rows, nor in their inner products.
+    rows: Params = jax.vmap(partial(without_fixed, layout))(window.rows)
+    free_window = window_of(rows)._replace(count=window.count)
     return Fitted(
-        None,
-        None,
-        own,
-        jax.tree.map(lambda n: jnp.asarray(n, own.gram.dtype), terms),
-        layout,
-        "mfac",
+        factors=None,
+        eigen=None,
+        window=free_window,
+        terms=jax.tree.map(lambda n: jnp.asarray(n, free_window.gram.dtype), terms),
+        layout=layout,
+        method="mfac",
     )
 
 
@@ -113,15 +146,15 @@ def mean_eigenvalues(fitted: Fitted, method: str | None = None) -> dict[str, Arr
     """Return the mean eigenvalue of every block of the curvature, as a scale for its damping.
 
     Args:
-      fitted: of `fit`.
-      method: as in `influence`.
+      fitted: the curvature that `fit` or `of_window` returned.
+      method: the method as in `influence`; "identity" is that of the fit.
 
     Returns:
-      for each block `[stack]`, for each leaf with a diagonal a number, by path; for "mfac" one number, under "". A block in
-      which nothing was counted gets the largest of the others.
+      For each block `[stack]`, for each leaf with a diagonal a number, by path; for "mfac" one
+      number, under "". A block in which nothing was counted gets the largest of the others.
 
     Raises:
-      ValueError: a fit that is not complete, or does not serve the method.
+      ValueError: the fit is not complete, or does not serve the method.
 
     Cost: a pass over the eigenvalues.
 
@@ -129,90 +162,125 @@ def mean_eigenvalues(fitted: Fitted, method: str | None = None) -> dict[str, Arr
       >>> import jax, jax.numpy as jnp, curvax
       >>> from curvax.apps import influence
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-      >>> params, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros((2, 1)))
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> params, batch = jnp.zeros((2, 1)), (x, jnp.zeros((2, 1)))
       >>> layout = curvax.kron_layout(objective, params, batch)
-      >>> fitted = influence.fit(objective, layout, params, [batch], jax.random.key(0), fisher="exact", progress=False)
-      >>> means = influence.mean_eigenvalues(fitted)                                # of 1/2 and 9/2
+      >>> options = {"fisher": "exact", "progress": False}
+      >>> fitted = influence.fit(objective, layout, params, [batch], jax.random.key(0), **options)
+      >>> means = influence.mean_eigenvalues(fitted)  # of 1/2 and 9/2
       >>> means[""].tolist(), {name: 0.01 * x for name, x in means.items()}[""].shape
       ([2.5], (1,))
     """
     method = check_fitted(fitted, method)
-    means = _means(fitted, method)
-    largest = jnp.max(jnp.concatenate([jnp.ravel(x) for x in means.values()])) if means else 0.0
+    means = _means(fitted, fitted.method if method == "identity" else method)
+    if not means:
+        return means
+    # e.g. rows of an embedding that no batch looked up: any other scale is better than zero
+    largest = jnp.max(jnp.concatenate(list(map(jnp.ravel, means.values()))))
     return {name: jnp.where(x > 0, x, largest) for name, x in means.items()}
 
 
 def _means(fitted: Fitted, method: str) -> dict[str, Array]:
-    layout = fitted.layout
-    if fitted.window is not None:
-        free = without_fixed(
-            layout, jax.tree.map(lambda x: jnp.ones(x.shape[1:], x.dtype), fitted.window.rows)
-        )
-        trace_of_all = jnp.trace(fitted.window.gram[0]) / num_rows(fitted.window, "count")
-        return {"": trace_of_all / optax.tree.sum(free)}
-    if method == "kfac" and fitted.factors is not None:
-        both = {
-            block.name: combined_factors(block.structures, fitted.factors.blocks[block.name])
-            for block in layout.blocks
-        }
-        means = {name: a.mean_eigenvalue() * g.mean_eigenvalue() for name, (a, g) in both.items()}
-        diagonal = fitted.factors.diagonal
-    elif fitted.eigen is not None:
-        means = {
-            name: jnp.mean(moments.mean, axis=(1, 2))
-            for name, moments in fitted.eigen.moments.items()
-        }
-        diagonal = fitted.eigen.diagonal
-    else:
+    """Return the trace of each block over its dimension; nothing for a fit of "identity"."""
+    if method == "identity":
         return {}
-    own = {path: jnp.mean(x.mean, where=layout.uncovered(path)) for path, x in diagonal.items()}
-    return means | own
+    layout, curvature = fitted.layout, curvature_of(fitted, method)
+    if isinstance(curvature, Window):
+        return {"": _mean_of_window(layout, curvature)}
+    means: dict[str, Array] = {}
+    if isinstance(curvature, Factors):
+        # tr(A x G) / (in out) = (tr A / in) (tr G / out)
+        for block in layout.blocks:
+            a, g = combined_factors(block.structures, curvature.blocks[block.name])
+            means[block.name] = a.mean_eigenvalue() * g.mean_eigenvalue()
+    else:
+        # Moments in the eigenbasis take the place of the eigenvalues (EK-FAC).
+        for name, moments in curvature.moments.items():
+            means[name] = jnp.mean(moments.mean, axis=(1, 2))
+    return means | _means_of_diagonals(layout, curvature.diagonal)
+
+
+def _mean_of_window(layout: Layout, window: Window) -> Array:
+    """Return `tr(G'G) / N` over the number of entries that are not held fixed."""
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape[1:], x.dtype), window.rows)
+    num_free = optax.tree.sum(without_fixed(layout, ones))
+    # tr(G'G) = tr(G G'), the Gram matrix of the rows
+    return jnp.trace(window.gram[0]) / num_rows(window, "count") / num_free
+
+
+def _means_of_diagonals(
+    layout: Layout,
+    diagonal: Mapping[str, WeightedMean],
+) -> dict[str, Array]:
+    """Return the mean of each leaf's diagonal over its entries that are in no block."""
+    means = {}
+    for path, entries in diagonal.items():
+        # entries in blocks are zero here, and would lower the mean
+        means[path] = jnp.mean(entries.mean, where=layout.uncovered(path))
+    return means
 
 
 def dampings(fitted: Fitted, method: str, damping: Any) -> Any:
-    """Return the damping in use: what is given, or a tenth of the mean eigenvalue of every block.
+    """Return the damping that is used: the argument, or a tenth of each block's mean eigenvalue.
+
+    Grosse et al. (2023) take this tenth.
 
     Raises:
-      ValueError: damping that is not positive.
+      ValueError: damping is not positive, or does not have the shapes of the blocks.
     """
     means = mean_eigenvalues(fitted, method)
     if damping is None:
-        for x in means.values():
-            if not isinstance(x, jax.core.Tracer) and not (np.asarray(x) > 0).all():
-                raise ValueError(
-                    "the curvature is zero everywhere, or not finite: there is no mean eigenvalue to take a tenth of. "
-                    "Look for a constant loss, or NaN in params and data; or give damping a number."
-                )
+        # Under `jit` there is nothing to check yet.
+        concrete = [x for x in means.values() if not isinstance(x, jax.core.Tracer)]
+        if not all((np.asarray(x) > 0).all() for x in concrete):
+            raise ValueError(
+                "the curvature is zero everywhere, or not finite: there is no mean eigenvalue to "
+                "take a tenth of. Look for a constant loss, or NaN in params and data; or give "
+                "damping a number."
+            )
         return {name: 0.1 * x for name, x in means.items()}
-    for name, x in means.items():
-        if isinstance(damping, Mapping) and name not in damping:
-            raise ValueError(
-                f"damping has no entry for {name}; it needs one for each of {', '.join(means)}."
-            )
-        own, shapes = (
-            damping_of(damping, name),
-            {(), jnp.shape(x) if isinstance(damping, Mapping) else ()},
-        )
-        if jnp.shape(own) not in shapes:
-            raise ValueError(
-                f"damping of {name} must be of shape {' or '.join(map(str, shapes))}, got {describe(own)}."
-            )
-        if not isinstance(own, jax.core.Tracer):
-            check_damping(float(np.min(np.asarray(own))))
+    # One number for all blocks, or a mapping with one entry for each of them.
+    for name, mean in means.items():
+        _check_damping_of(name, damping, jnp.shape(mean), list(means))
     return damping
 
 
+def _check_damping_of(
+    name: str,
+    damping: Any,
+    shape: tuple[int, ...],
+    names: list[str],
+) -> None:
+    """Raise unless the damping of one block is there, positive, and a number or of a shape."""
+    shapes: set[tuple[int, ...]] = {()}
+    if isinstance(damping, Mapping):
+        shapes.add(shape)
+        if name not in damping:
+            raise ValueError(
+                f"damping has no entry for {name}; it needs one for each of {', '.join(names)}."
+            )
+    value = damping_of(damping, name)
+    if jnp.shape(value) not in shapes:
+        raise ValueError(
+            f"damping of {name} must be of shape {' or '.join(map(str, shapes))}, "
+            f"got {describe(value)}."
+        )
+    if not isinstance(value, jax.core.Tracer):
+        check_damping(float(np.min(np.asarray(value))))
+
+
 def inverse(fitted: Fitted, method: str, damping: Any) -> Matvec:
-    """Build the product with the damped inverse, of all methods but "cg"."""
+    """Build the product with `(C + damping I)^-1`, of all methods but "cg"."""
     if method == "identity":
-        return lambda v: v
-    if fitted.window is not None:
-        return window_inverse(fitted.window, damping_of(damping, ""), divisor="count")
-    if method == "kfac":
-        assert fitted.factors is not None
-        return kron_inverse(fitted.layout, fitted.factors, damping)
-    assert fitted.eigen is not None
-    return kron_inverse(fitted.layout, fitted.eigen, damping)
+        return _same
+    curvature = curvature_of(fitted, method)
+    if isinstance(curvature, Window):
+        return window_inverse(curvature, damping_of(damping, ""), divisor="count")
+    return kron_inverse(fitted.layout, curvature, damping)
+
+
+def _same(v: Params) -> Params:
+    return v
 
 
 def solve_each(
@@ -224,22 +292,26 @@ def solve_each(
     damping: Any,
     solver: Solve,
 ) -> tuple[Params, SolveInfo]:
-    """Solve with the Gauss-Newton matrix of the batches for every vector, a tree with a leading axis; EK-FAC preconditions.
+    """Solve with the damped Gauss-Newton matrix of the batches for every vector.
 
-    Damping by block becomes part of the matrix.
+    The vectors are a tree with a leading axis. EK-FAC preconditions; damping by block becomes part
+    of the matrix.
     """
     check_rereadable(batches)
-    found: tuple[Params, SolveInfo]
+    solved: tuple[Params, SolveInfo]
     if isinstance(batches, Sized) and len(batches) == 1:
-        found = _solve_together(
-            objective, solver, fitted, params, next(on_device(batches)), vectors, damping
-        )
-        return found
-    product, number = streamed(ggnvp, objective, params, batches), len(jax.tree.leaves(vectors)[0])
-    rows = [jax.tree.map(lambda x, i=i: x[i], vectors) for i in range(number)]
-    solved = [_solve(solver, fitted, product, damping, row) for row in rows]
-    found = jax.tree.map(lambda *x: jnp.stack(x), *solved)
-    return found
+        # One batch fits into one program, with a loop over the vectors.
+        batch = next(on_device(batches))
+        solved = _solve_together(objective, solver, fitted, params, batch, vectors, damping)
+        return solved
+    # Several batches are read again for every product, in a loop in Python.
+    product = streamed(ggnvp, objective, params, batches)
+    solutions = []
+    for i in range(len(jax.tree.leaves(vectors)[0])):
+        vector = jax.tree.map(lambda x, i=i: x[i], vectors)
+        solutions.append(_solve(solver, fitted, product, damping, vector))
+    solved = jax.tree.map(lambda *x: jnp.stack(x), *solutions)
+    return solved
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -252,43 +324,56 @@ def _solve_together(
     vectors: Params,
     damping: Any,
 ) -> tuple[Params, SolveInfo]:
+    """Solve for every vector on one batch."""
     product = ggnvp(objective, params, batch)
-    found: tuple[Params, SolveInfo] = lax.map(
-        partial(_solve, solver, fitted, product, damping), vectors
-    )
-    return found
+    solve = partial(_solve, solver, fitted, product, damping)
+    solved: tuple[Params, SolveInfo] = lax.map(solve, vectors)
+    return solved
 
 
 def _solve(
-    solver: Solve, fitted: Fitted, product: Matvec, damping: Any, v: Params
+    solver: Solve,
+    fitted: Fitted,
+    product: Matvec,
+    damping: Any,
+    b: Params,
 ) -> tuple[Params, SolveInfo]:
+    """Solve `(C + D) x = b` in the entries that are not held fixed, D the damping by block."""
     layout = fitted.layout
-    ridge = _ridge(layout, fitted, damping)
-    damped = lambda v: optax.tree.add(without_fixed(layout, product(v)), ridge(v))
+    ridge = _ridge(layout, damping)
+
+    def damped(v: Params) -> Params:
+        return optax.tree.add(without_fixed(layout, product(v)), ridge(v))
+
+    # The preconditioner is EK-FAC's damped inverse, which is near that of C + D.
+    # A product over a stream of batches keeps the solver's loop in Python.
     matvec = OnHost(damped) if isinstance(product, OnHost) else damped
-    x, info = solver(matvec, v, damping=0.0, preconditioner=inverse(fitted, "ekfac", damping))
+    preconditioner = inverse(fitted, "ekfac", damping)
+    x, info = solver(matvec, b, damping=0.0, preconditioner=preconditioner)
     return x, SolveInfo(info.residual, info.steps, info.code)
 
 
 def without_fixed(layout: Layout, tree: Params) -> Params:
-    """Put zeros where a layout holds entries fixed, the kind "identity"."""
+    """Put zeros where a layout holds entries fixed, which is the kind "identity"."""
     leaves = {leaf.path: leaf for leaf in layout.leaves}
 
-    def own(path: Any, x: Array) -> Array:
+    def of_leaf(path: Any, x: Array) -> Array:
         leaf = leaves[keystr(path)]
-        return jnp.where(layout.uncovered(leaf.path), 0 * x, x) if leaf.outside == "identity" else x
+        if leaf.outside != "identity":
+            return x
+        return jnp.where(layout.uncovered(leaf.path), 0 * x, x)
 
-    free: Params = jax.tree.map_with_path(own, tree)
+    free: Params = jax.tree.map_with_path(of_leaf, tree)
     return free
 
 
-def _ridge(layout: Layout, fitted: Fitted, damping: Any) -> Matvec:
-    """Return the product with the damping itself."""
-    assert fitted.eigen is not None
-    ones = lambda name: jnp.ones((1, 1, 1)) * jnp.reshape(damping_of(damping, name), (-1, 1, 1))
-    blocks = {block.name: EigenOperator(None, None, ones(block.name)) for block in layout.blocks}
-    return partial(
-        apply,
-        layout,
-        KronOperator(blocks, {p: damping_of(damping, p) for p in fitted.eigen.diagonal}),
-    )
+def _ridge(layout: Layout, damping: Any) -> Matvec:
+    """Build the product with the damping itself, `v -> D v`."""
+    blocks = {}
+    for block in layout.blocks:
+        # D is the same number for all entries of a slice: any basis will do.
+        scale = jnp.reshape(damping_of(damping, block.name), (-1, 1, 1))
+        blocks[block.name] = EigenOperator(None, None, jnp.ones((1, 1, 1)) * scale)
+    paths = [leaf.path for leaf in layout.leaves if leaf.outside == "diagonal"]
+    diagonal = {path: damping_of(damping, path) for path in paths}
+    return partial(apply, layout, KronOperator(blocks, diagonal))

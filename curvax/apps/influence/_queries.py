@@ -1,4 +1,4 @@
-"""Gradients of the queries' measurements, divided by the damped curvature once, for any number of training examples."""
+"""Gradients of queries, divided by the damped curvature once for any number of examples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from curvax.apps.influence._methods import (
     without_fixed,
 )
 from curvax.kron._gradient_products import LowRank, Vectors
-from curvax.kron._layout import Layout, check_layout
+from curvax.kron._layout import Block, Layout, check_layout
 from curvax.kron._operator import block_matrix
 from curvax.objective import Objective
 from curvax.solve import SolveInfo, cg
@@ -34,17 +34,20 @@ from curvax.solve import SolveInfo, cg
 Measurement: TypeAlias = Objective | Callable[[Params, Any], Scalar]
 """What is asked of a model: an objective, or `(params, batch of one query) -> scalar`."""
 
+# f_q: measurement of query q, C: fitted curvature of the mean loss,
+# q: queries, s: stack, i: inputs (with the bias's 1), o: outputs, r: rank
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Queries:
-    """Gradients of measurements, divided by the damped curvature, as the layout's blocks; a pytree.
+    """Gradients of measurements, divided by the damped curvature, by block; a pytree.
 
     Attributes:
-      blocks: by block `[queries, stack, in (+ 1), out]`, or the two factors of it.
-      outside: for leaves with entries in no block `[queries, *leaf]`, by path.
-      terms: N of the training loss.
-      layout: that the curvature was fitted with.
+      blocks: for each block `[queries, stack, in (+ 1), out]`, or the two factors of it.
+      outside: for each leaf with entries in no block `[queries, *leaf]`, by path.
+      terms: N, the number of terms of the training loss.
+      layout: the layout that the curvature was fitted with.
     """
 
     blocks: dict[str, Vectors]
@@ -57,7 +60,7 @@ class QueryInfo(NamedTuple):
     """How queries were divided by the curvature.
 
     Attributes:
-      damping: in use: a number, or by block and path; None with "identity".
+      damping: the damping that was used: a number, or by block and path; None with "identity".
       solves: with "cg" the `SolveInfo` of every query, else None.
     """
 
@@ -66,12 +69,12 @@ class QueryInfo(NamedTuple):
 
 
 class Compression(NamedTuple):
-    """How much of the queries a low rank leaves out: relative errors in Frobenius norm.
+    """The relative truncation errors of a low-rank compression, in Frobenius norm.
 
     Attributes:
-      rank: that was asked for.
-      error: of each query over all blocks, `[queries]`.
-      by_layer: of each block, `[queries]`.
+      rank: the rank that was asked for.
+      error: the error of each query over all blocks, `[queries]`.
+      by_layer: the errors in each block, `[queries]`.
     """
 
     rank: int
@@ -82,77 +85,83 @@ class Compression(NamedTuple):
 def precondition(
     fitted: Fitted,
     objective: Objective,
-    query_objective: Measurement,
     params: Params,
     queries: Any,
     *,
+    measurement: Measurement | None = None,
     damping: Any = None,
     method: str | None = None,
     train_batches: Iterable[Batch] = (),
     solver: Callable[..., tuple[Params, SolveInfo]] = cg,
     chunk_size: int = 8,
 ) -> tuple[Queries, QueryInfo]:
-    """Compute `(C + damping I)^-1 grad f_q` for every query, C the fitted curvature, f_q the query's measurement.
+    """Compute `(C + damping I)^-1 grad f_q` for every query q.
 
-    The first half of `influence`, for queries that are used again: with `compress`, `score`, `top_k`.
+    C is the fitted curvature and f_q the query's measurement. This is the first half of
+    `influence`, for queries that are used again: with `compress`, `score`, `top_k`.
 
     Args:
-      fitted: of `fit`, or of `of_window`.
-      objective: a `curvax.Objective`, that of training.
-      query_objective: as in `influence`.
-      params: that were fitted.
-      queries: as in `influence`.
-      damping: as in `influence`.
-      method: as in `influence`.
-      train_batches: for "cg" only, the data of its Gauss-Newton matrix; gone through for every product.
-      solver: of "cg".
-      chunk_size: queries worked on at a time.
+      fitted: the curvature that `fit` or `of_window` returned.
+      objective: the `curvax.Objective` of training.
+      params: the parameters that were fitted.
+      queries: see `influence`.
+      measurement: see `influence`; None: the training objective.
+      damping: see `influence`.
+      method: see `influence`.
+      train_batches: for "cg" only, the data of its Gauss-Newton matrix, read for every product.
+      solver: the solver of "cg".
+      chunk_size: the number of queries worked on at a time.
 
     Returns:
-      `Queries`, of as many trees like params as there are queries; `QueryInfo`.
+      `Queries`, which take as much memory as one tree like params for each query; and a
+      `QueryInfo`.
 
     Raises:
-      As `influence`.
+      ValueError, TypeError: see `influence`.
 
-    Cost: a gradient for each query; `2 in out (in + out)` multiplications a block. With "cg" a solve for each.
+    Cost: a gradient for each query; `2 in out (in + out)` multiplications a block. With "cg" a
+      solve for each.
 
     Example: see `score` and `top_k`.
     """
+    measurement = objective if measurement is None else measurement
     method = check_fitted(fitted, method)
     check_params(params)
     check_layout(fitted.layout, params)
     check_count(1, chunk_size=chunk_size, num_queries=batch_size(queries))
-    if not isinstance(query_objective, Hashable):
+    if not isinstance(measurement, Hashable):
         raise TypeError(
-            f"query_objective must be hashable, an Objective or a function; got {query_objective!r}."
+            f"measurement must be hashable, an Objective or a function; got {measurement!r}."
         )
-    used = None if method == "identity" else dampings(fitted, method, damping)
+    # (C + damping I)^-1 grad f_q: by a matrix at hand, or with "cg" by a solve for each query
+    damping = None if method == "identity" else dampings(fitted, method, damping)
+    layout, solves = fitted.layout, None
     if method == "cg":
-        gradients = _gradients(query_objective, fitted.layout, chunk_size, params, queries)
-        products, solves = solve_each(
-            fitted, objective, params, train_batches, gradients, used, solver
+        # A solver in the whole space needs all gradients as trees first.
+        gradients = _gradients(measurement, layout, chunk_size, params, queries)
+        divided, solves = solve_each(
+            fitted, objective, params, train_batches, gradients, damping, solver
         )
     else:
-        products, solves = (
-            _divided(query_objective, method, chunk_size, fitted, params, queries, used),
-            None,
-        )
-    blocks, outside = _as_blocks(fitted.layout, products)
-    return Queries(blocks, outside, fitted.terms, fitted.layout), QueryInfo(used, solves)
+        divided = _divided(measurement, method, chunk_size, fitted, params, queries, damping)
+    blocks, outside = _as_blocks(layout, divided)
+    prepared = Queries(blocks=blocks, outside=outside, terms=fitted.terms, layout=layout)
+    return prepared, QueryInfo(damping, solves)
 
 
 def compress(queries: Queries, rank: int) -> tuple[Queries, Compression]:
     """Keep the `rank` largest singular values of every query's matrix of every block.
 
-    Scores then cost `rank (in + out)` multiplications for a query and position in place of `in out`, and queries take that
-    much less memory. Blocks for which that would be no saving stay as they are.
+    Scores then cost `rank (in + out)` multiplications for a query and position in place of `in
+    out`, and queries take that much less memory. Blocks for which that would save nothing are not
+    changed.
 
     Args:
-      queries: of `precondition`.
-      rank: at least 1.
+      queries: the queries that `precondition` returned.
+      rank: the rank r, at least 1.
 
     Returns:
-      `Queries`; `Compression` says what was left out.
+      `Queries`, and a `Compression` with the errors.
 
     Cost: a singular value decomposition for each query and slice of a block.
 
@@ -161,51 +170,72 @@ def compress(queries: Queries, rank: int) -> tuple[Queries, Compression]:
       >>> from curvax.apps import influence
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
       >>> params, batch = jnp.zeros((4, 4)), (jnp.eye(4), jnp.ones((4, 4)))
-      >>> layout = curvax.kron_layout(objective, params, batch)
-      >>> fitted = influence.fit(objective, layout, params, [batch], jax.random.key(0), progress=False)
-      >>> prepared, _ = influence.precondition(fitted, objective, objective, params, batch)      # gradients of rank 1
+      >>> layout, key = curvax.kron_layout(objective, params, batch), jax.random.key(0)
+      >>> fitted = influence.fit(objective, layout, params, [batch], key, progress=False)
+      >>> prepared, _ = influence.precondition(fitted, objective, params, batch)  # of rank 1
       >>> _, info = influence.compress(prepared, rank=1)
       >>> bool(info.error.max() < 1e-6)
       True
 
-    References: Grosse et al. (2023), section 3.2.2.
+    References: Grosse et al. (2023), Studying large language model generalization with influence
+      functions, https://arxiv.org/abs/2308.03296, section 3.2.2.
     """
     check_count(1, rank=rank)
-    made, squares, left_out = {}, {}, {}
-    for name, v in queries.blocks.items():
-        whole = (
-            jnp.matmul(v.left, v.right, precision=lax.Precision.HIGHEST)
-            if isinstance(v, LowRank)
-            else v
-        )
-        squares[name] = jnp.sum(whole**2, axis=(1, 2, 3))
-        if rank * sum(whole.shape[2:]) >= whole.shape[2] * whole.shape[3]:
-            made[name], left_out[name] = v, jnp.zeros_like(squares[name])
+    blocks: dict[str, Vectors] = {}
+    squares, lost_squares = {}, {}
+    for name, vectors in queries.blocks.items():
+        matrices = full_matrices(vectors)
+        squares[name] = jnp.sum(matrices**2, axis=(1, 2, 3))
+        num_rows, num_columns = matrices.shape[2:]
+        if rank * (num_rows + num_columns) >= num_rows * num_columns:
+            blocks[name], lost_squares[name] = vectors, jnp.zeros_like(squares[name])
             continue
-        u, s, vh = jnp.linalg.svd(whole, full_matrices=False)
-        made[name] = LowRank(u[..., :rank] * s[..., None, :rank], vh[..., :rank, :])
-        left_out[name] = jnp.sum(s[..., rank:] ** 2, axis=(1, 2))
-    ratio = lambda rest, of: jnp.sqrt(rest / jnp.where(of > 0, of, 1))
-    outside = sum(
-        jnp.sum(at_least_float32(x).reshape(len(x), -1) ** 2, axis=1)
-        for x in queries.outside.values()
+        # The best approximation of rank r keeps the r largest singular values (Grosse et al.
+        # (2023), section 3.2.2); the squares of the others are its squared error.
+        u, s, vh = jnp.linalg.svd(matrices, full_matrices=False)
+        blocks[name] = LowRank(u[..., :rank] * s[..., None, :rank], vh[..., :rank, :])
+        lost_squares[name] = jnp.sum(s[..., rank:] ** 2, axis=(1, 2))
+    # Leaves in no block lose nothing, but count in the norm of a query.
+    outside = sum(jnp.sum(flat(x) ** 2, axis=1) for x in queries.outside.values())
+    error = _ratio(sum(lost_squares.values()), sum(squares.values()) + outside)
+    by_layer = {name: _ratio(lost_squares[name], squares[name]) for name in blocks}
+    compressed = Queries(
+        blocks=blocks, outside=queries.outside, terms=queries.terms, layout=queries.layout
     )
-    error = ratio(sum(left_out.values()), sum(squares.values()) + outside)
-    by_layer = {name: ratio(left_out[name], squares[name]) for name in made}
-    return Queries(made, queries.outside, queries.terms, queries.layout), Compression(
-        rank, error, by_layer
-    )
+    return compressed, Compression(rank, error, by_layer)
+
+
+def full_matrices(vectors: Vectors) -> Float[Array, "q s i o"]:
+    """Return the vectors of a block as matrices; those of low rank are multiplied out."""
+    if isinstance(vectors, LowRank):
+        return jnp.matmul(vectors.left, vectors.right, precision=lax.Precision.HIGHEST)
+    return vectors
+
+
+def flat(x: Array) -> Float[Array, "n d"]:
+    """Return the rows of an array as vectors, in at least float32."""
+    return at_least_float32(x).reshape(len(x), -1)
+
+
+def _ratio(lost_squares: Any, squares: Any) -> Array:
+    # 0/0: a query that is zero loses nothing
+    return jnp.sqrt(lost_squares / jnp.where(squares > 0, squares, 1))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _gradients(
-    measurement: Measurement, layout: Layout, chunk_size: int, params: Params, queries: Any
+    measurement: Measurement,
+    layout: Layout,
+    chunk_size: int,
+    params: Params,
+    queries: Any,
 ) -> Params:
+    """Return `grad f_q` for every query, trees with a leading axis."""
+
     def run(params: Params, queries: Any) -> Params:
-        found: Params = map_chunks(
-            partial(_of_rows, measurement, layout, params), queries, chunk_size
-        )
-        return found
+        of_chunk = partial(_gradients_of_rows, measurement, layout, params)
+        gradients: Params = map_chunks(of_chunk, queries, chunk_size)
+        return gradients
 
     return with_auto_sharding(run, params, queries)
 
@@ -220,38 +250,64 @@ def _divided(
     queries: Any,
     damping: Any,
 ) -> Params:
+    """Return `(C + damping I)^-1 grad f_q` for every query, trees with a leading axis."""
+
     def run(fitted: Fitted, params: Params, queries: Any, damping: Any) -> Params:
         divide = inverse(fitted, method, damping)
-        own = lambda rows: jax.vmap(divide)(_of_rows(measurement, fitted.layout, params, rows))
-        found: Params = map_chunks(own, queries, chunk_size)
-        return found
+
+        def of_chunk(rows: Any) -> Params:
+            gradients = _gradients_of_rows(measurement, fitted.layout, params, rows)
+            return jax.vmap(divide)(gradients)
+
+        divided: Params = map_chunks(of_chunk, queries, chunk_size)
+        return divided
 
     return with_auto_sharding(run, fitted, params, queries, damping)
 
 
-def _of_rows(measurement: Measurement, layout: Layout, params: Params, rows: Any) -> Params:
-    """Return the gradient of every row's measurement, in at least float32, zero where the layout holds entries fixed."""
+def _gradients_of_rows(
+    measurement: Measurement,
+    layout: Layout,
+    params: Params,
+    rows: Any,
+) -> Params:
+    """Return the gradient of every row's measurement, zero where the layout holds entries fixed.
+
+    Gradients are in at least float32.
+    """
     value = measurement.value if isinstance(measurement, Objective) else measurement
 
-    def own(row: Any) -> Params:
-        measured = lambda p: check_scalar(
-            value(p, row), "the measurement of one query, given as a batch of one,"
-        )
-        return without_fixed(layout, jax.tree.map(at_least_float32, jax.grad(measured)(params)))
+    def of_row(row: Any) -> Params:
+        def measured(params: Params) -> Scalar:
+            name = "the measurement of one query, given as a batch of one,"
+            return check_scalar(value(params, row), name)
 
-    gradients: Params = map_examples(own, rows)
+        # Widened before any division: a 16-bit gradient would lose digits in the eigenbasis.
+        gradient = jax.tree.map(at_least_float32, jax.grad(measured)(params))
+        return without_fixed(layout, gradient)
+
+    gradients: Params = map_examples(of_row, rows)
     return gradients
 
 
 @partial(jax.jit, static_argnums=0)
-def _as_blocks(layout: Layout, vectors: Params) -> tuple[dict[str, Vectors], dict[str, Array]]:
-    leaves, own = by_path(vectors), {leaf.path: leaf for leaf in layout.leaves}
-    matrix = lambda block: jax.vmap(partial(block_matrix, block))(
-        {path: leaves[path] for path in block.leaves}
-    )
-    outside = {
-        path: jnp.where(layout.uncovered(path), x, 0)
-        for path, x in leaves.items()
-        if own[path].outside == "diagonal"
-    }
-    return {block.name: matrix(block) for block in layout.blocks}, outside
+def _as_blocks(
+    layout: Layout,
+    vectors: Params,
+) -> tuple[dict[str, Vectors], dict[str, Array]]:
+    """Cut trees into the matrices of blocks, and the leaves with entries in no block."""
+    leaves = by_path(vectors)
+
+    def matrices(block: Block) -> Float[Array, "q s i o"]:
+        leaves_of_block = {path: leaves[path] for path in block.leaves}
+        return jax.vmap(partial(block_matrix, block))(leaves_of_block)
+
+    blocks: dict[str, Vectors] = {block.name: matrices(block) for block in layout.blocks}
+    outside = {}
+    for leaf in layout.leaves:
+        # kinds: "identity" is held fixed, None is in blocks with all of its entries
+        if leaf.outside == "diagonal":
+            # Entries in blocks are zero here, so that no entry counts twice.
+            uncovered = layout.uncovered(leaf.path)
+            outside[leaf.path] = jnp.where(uncovered, leaves[leaf.path], 0)
+    return blocks, outside

@@ -17,17 +17,25 @@ from curvax._shared import unwrap
 from curvax._stream import on_device
 from curvax._types import Batch, Params, Scalar
 from curvax._xla import with_auto_sharding
+from curvax.apps.influence._example_gradients import (
+    pairs_of_block,
+    record_examples,
+    share_gradient,
+)
 from curvax.apps.influence._fitting import Fitted
-from curvax.apps.influence._methods import check_fitted, dampings
-from curvax.apps.influence._scoring import flat, share_gradient
-from curvax.capture import record
-from curvax.kron._gradient_pairs import Basis, rotated_pairs
+from curvax.apps.influence._methods import check_fitted, curvature_of, dampings
+from curvax.apps.influence._queries import flat
+from curvax.capture import Capture
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._gradient_products import squares_by_example
 from curvax.kron._layout import Layout, check_layout
 from curvax.kron._operator import EigenOperator, KronOperator, kron_operator
-from curvax.kron._plan import layout_plan
 from curvax.losses._shares import term_counts
 from curvax.objective import Objective
+from curvax.solve import Window
+
+# P = (C + damping I)^-1 with C the fitted curvature, f_b: mean loss of example b, L_b: the sum over
+# its n_b terms, N: terms of the training set, J: Jacobian of the example's outputs in params
 
 
 def self_influence(
@@ -40,129 +48,178 @@ def self_influence(
     method: str | None = None,
     microbatch: int | None = None,
 ) -> Float[Array, " examples"]:
-    """Predict how much each training example's own mean loss would rise if the example were removed, in one pass.
+    """Predict the change of each training example's own mean loss if the example were removed.
 
-    It is the diagonal of `influence` with the training examples as queries. Large where only memory of the example
-    explains it: wrong labels, outliers.
+    It is the diagonal of `influence` with the training examples as queries, computed in one pass.
+    It is large where only memory of the example explains it: wrong labels, outliers.
 
     Args:
-      fitted: of `fit`.
-      objective: that of training.
-      params: that were fitted.
-      batches: iterable of `(inputs, targets)`; wrap it in `tqdm.tqdm` to see progress.
-      damping: as in `influence`.
-      method: None, that of the fit; "ekfac", "kfac", "diagonal" or "identity".
-      microbatch: examples worked on at a time; None: as many as bring gradients of a block to 64 MB.
+      fitted: the curvature that `fit` returned.
+      objective: the `curvax.Objective` of training.
+      params: the parameters that were fitted.
+      batches: an iterable of `(inputs, targets)`; wrap it in `tqdm.tqdm` to see progress.
+      damping: see `influence`.
+      method: None, the method of the fit; or "ekfac", "kfac", "diagonal" or "identity".
+      microbatch: the number of examples worked on at a time; None: as many as bring the gradients
+        of a block to 64 MB.
+
+    Returns:
+      `[examples]`, in the order of the stream.
 
     Raises:
-      As `influence`.
+      ValueError, TypeError: see `influence`.
 
-    Example: of two examples in one direction each, that which is alone in its own.
+    Cost: for every example a forward and a backward pass (two for a `weighted_sum`); for each block
+      `in^2 + out^2` multiplications a position, and `in out`, for each position where there are
+      several.
+
+    Example: of two examples that share a direction, and one that is alone in its own.
       >>> import jax, jax.numpy as jnp, curvax
       >>> from curvax.apps import influence
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
       >>> x = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
       >>> params, batch = jnp.zeros((2, 1)), (x, jnp.ones((3, 1)))
-      >>> layout = curvax.kron_layout(objective, params, batch)                                       # F = diag(2/3, 1/3)
-      >>> fitted = influence.fit(objective, layout, params, [batch], jax.random.key(0), fisher="exact", progress=False)
-      >>> own = influence.self_influence(fitted, objective, params, [batch], damping=1e-6)
-      >>> own.round(2).tolist()
+      >>> layout = curvax.kron_layout(objective, params, batch)  # F = diag(2/3, 1/3)
+      >>> options = {"fisher": "exact", "progress": False}
+      >>> fitted = influence.fit(objective, layout, params, [batch], jax.random.key(0), **options)
+      >>> scores = influence.self_influence(fitted, objective, params, [batch], damping=1e-6)
+      >>> scores.round(2).tolist()
       [0.5, 0.5, 1.0]
 
-    Cost: for every example a forward and a backward pass (two for a `weighted_sum`), `in^2 + out^2` multiplications a block
-      and position, and `in out`, for each position where there are several.
+    References: Koh and Liang (2017), Understanding black-box predictions via influence functions,
+      https://arxiv.org/abs/1703.04730, section 5.4, which finds wrong labels by it.
     """
     method = check_fitted(fitted, method)
-    if method in ("cg", "mfac"):
-        raise ValueError(
-            f"self_influence goes by the methods 'ekfac', 'kfac', 'diagonal' and 'identity', got {method!r}. "
-            "Call influence with the training examples as queries: its diagonal is their self-influence."
-        )
     check_params(params)
     check_layout(fitted.layout, params)
-    powers = _powers(
-        fitted, method, None if method == "identity" else dampings(fitted, method, damping)
+    inverse = _inverse(fitted, method, damping)
+    score_batch = partial(
+        _score_batch, objective, fitted.layout, microbatch, inverse, fitted.terms, params
     )
-    run = partial(_self_score, (objective, fitted.layout, microbatch), powers, fitted.terms, params)
-    found = [run(batch) for batch in on_device(batches)]
-    if not found:
+    scores = list(map(score_batch, on_device(batches)))
+    if not scores:
         raise ValueError("batches is empty; give at least one (inputs, targets).")
-    return jnp.concatenate(found)
+    return jnp.concatenate(scores)
 
 
-def _powers(fitted: Fitted, method: str, damping: Any) -> KronOperator:
+def _inverse(fitted: Fitted, method: str, damping: Any) -> KronOperator:
+    """Build P with each block in its eigenbasis, where `D . P D` is a weighted sum of squares."""
     layout = fitted.layout
     if method == "identity":
-        blocks = {
-            block.name: EigenOperator(None, None, jnp.ones(block.shape)) for block in layout.blocks
-        }
-        return KronOperator(
-            blocks,
-            {leaf.path: jnp.ones([]) for leaf in layout.leaves if leaf.outside == "diagonal"},
+        ones = {b.name: EigenOperator(None, None, jnp.ones(b.shape)) for b in layout.blocks}
+        paths = [leaf.path for leaf in layout.leaves if leaf.outside == "diagonal"]
+        return KronOperator(ones, dict.fromkeys(paths, jnp.ones([])))
+    curvature = curvature_of(fitted, method)
+    if method == "cg" or isinstance(curvature, Window):
+        raise ValueError(
+            "self_influence goes by the methods 'ekfac', 'kfac', 'diagonal' and 'identity', "
+            f"got {method!r}. Call influence with the training examples as queries: its diagonal "
+            "is their self-influence."
         )
-    factors = fitted.factors if method == "kfac" else fitted.eigen
-    assert factors is not None
-    return kron_operator(layout, factors, damping)
+    damping = dampings(fitted, method, damping)
+    # (A x G + damping I)^-1, or of EK-FAC's moments in the eigenbasis: diagonal in it, both.
+    return kron_operator(layout, curvature, damping)
 
 
-@partial(jax.jit, static_argnums=0)
-def _self_score(
-    own: Any, powers: KronOperator, terms: PyTree[Scalar], params: Params, batch: Batch
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _score_batch(
+    objective: Objective,
+    layout: Layout,
+    microbatch: int | None,
+    inverse: KronOperator,
+    terms: PyTree[Scalar],
+    params: Params,
+    batch: Batch,
 ) -> Array:
-    objective, layout, microbatch = own
+    """Score one batch, in chunks of bounded memory."""
     check_batch(batch)
+    rows = microbatch
+    if rows is None:
+        # The largest gradient of a block is the largest work array of an example.
+        largest = max((math.prod(block.shape) for block in layout.blocks), default=1)
+        rows = max(1, ENTRIES_AT_A_TIME // max(1, largest))
+    check_count(1, microbatch=rows)
 
-    def run(powers: KronOperator, terms: PyTree[Scalar], params: Params, batch: Batch) -> Any:
-        of_chunk = lambda chunk: _self_parts(objective, layout, powers, terms, params, chunk)
-        auto = max(1, ENTRIES_AT_A_TIME // max([1, *(math.prod(b.shape) for b in layout.blocks)]))
-        rows = auto if microbatch is None else microbatch
-        check_count(1, microbatch=rows)
-        return map_chunks(of_chunk, batch, rows)
+    def run(inverse: KronOperator, terms: PyTree[Scalar], params: Params, batch: Batch) -> Any:
+        score = _scores_of_heads if objective.loss.heads else _scores_of_loss
+        return map_chunks(partial(score, objective, layout, inverse, terms, params), batch, rows)
 
-    scores: Array = with_auto_sharding(run, powers, terms, params, batch)
+    scores: Array = with_auto_sharding(run, inverse, terms, params, batch)
     return scores
 
 
-def _self_parts(
+def _scores_of_loss(
     objective: Objective,
     layout: Layout,
-    powers: KronOperator,
+    inverse: KronOperator,
+    terms: Scalar,
+    params: Params,
+    chunk: Batch,
+) -> Float[Array, " examples"]:
+    """Return `grad f_b . P grad L_b / N` of a loss that is one mean over terms."""
+    inputs, targets = chunk
+    capture = record_examples(objective, layout, params, inputs)
+    v = share_gradient(objective, capture, targets, terms)
+    # f_b = L_b / n_b is N / n_b of the part L_b / N: with v its gradient in the outputs,
+    # grad f_b . P grad L_b / N = (N / n_b) |J'v|_P^2.
+    counts = map_examples(lambda row: term_counts(objective.loss, *row), (capture.outputs, targets))
+    scores: Array = _squared_norms(layout, inverse, capture, v) * terms / jnp.maximum(counts, 1)
+    return scores
+
+
+def _scores_of_heads(
+    objective: Objective,
+    layout: Layout,
+    inverse: KronOperator,
     terms: PyTree[Scalar],
     params: Params,
     chunk: Batch,
 ) -> Float[Array, " examples"]:
-    """Return `grad f_b . P grad L_b / N` with f_b the example's mean loss."""
-    plan = layout_plan(objective, layout, params, chunk[0], per_example=True)
-    recorded = record(plan, params, chunk[0])
+    """Return `grad f_b . P grad L_b / N` of a weighted sum of losses.
 
-    def squares(cotangent: Any) -> Array:
-        pulled = recorded.pull(cotangent)
-        parts = [
-            jnp.sum(flat(x) ** 2 * jnp.where(own, power, 0).ravel(), axis=1)
-            for path, x in pulled.outside.items()
-            for own, power in [(layout.uncovered(path), powers.diagonal[path])]
-        ]
-        for block in layout.blocks:
-            power, rows = (
-                powers.blocks[block.name],
-                (recorded.inputs[block.name], pulled.blocks[block.name]),
-            )
-            assert isinstance(power, EigenOperator)
-            basis = Basis(power.left, power.right)
-            parts.append(squares_by_example(block, power, rotated_pairs(block, basis, *rows)))
-        return jnp.asarray(sum(parts))
+    Each head has an N of its own, so that the two gradients are not multiples of each other.
+    """
+    inputs, targets = chunk
+    capture = record_examples(objective, layout, params, inputs)
+    v = share_gradient(objective, capture, targets, terms)  # of L_b / N
 
-    share = share_gradient(objective, recorded, chunk[1], terms)
-    rows = recorded.outputs, chunk[1]
-    if not objective.loss.heads:  # the example's mean loss is N / n_b of its part of the whole
-        counts = map_examples(lambda row: term_counts(objective.loss, *row), rows)
-        scores: Array = squares(share) * terms / jnp.maximum(counts, 1)
-        return scores
-    # With several heads it is not. Then 4 u . P v = |u + v|^2 - |u - v|^2, u brought to the size of v.
-    own = map_examples(
-        lambda row: jax.grad(lambda f: objective.loss(f, unwrap(row[1])))(row[0]), rows
-    )
+    def gradient_of_row(row: Any) -> Any:
+        outputs, targets = row
+        return jax.grad(lambda f: objective.loss(f, unwrap(targets)))(outputs)
+
+    # u is the gradient of f_b over N: of the size of v, so that rounding spares the difference.
     size = sum(jax.tree.leaves(terms))
-    u = jax.tree.map(lambda x, v: (x[:, 0] / size).astype(v.dtype), own, share)
-    plus, minus = (jax.tree.map(lambda x, y, sign=sign: x + sign * y, u, share) for sign in (1, -1))
-    return size * (squares(plus) - squares(minus)) / 4
+    gradients = map_examples(gradient_of_row, (capture.outputs, targets))
+    u = jax.tree.map(lambda x, like: (x[:, 0] / size).astype(like.dtype), gradients, v)
+    # Both gradients are J'u and J'v, and only squared norms are at hand. P is symmetric, so that
+    #   |J'(u + v)|_P^2 = |J'u|_P^2 + |J'v|_P^2 + 2 J'u . P J'v,
+    #   |J'(u - v)|_P^2 = |J'u|_P^2 + |J'v|_P^2 - 2 J'u . P J'v:
+    # their difference is 4 J'u . P J'v (polarization identity).
+    plus = jax.tree.map(jnp.add, u, v)
+    minus = jax.tree.map(jnp.subtract, u, v)
+    norms_of_plus = _squared_norms(layout, inverse, capture, plus)
+    norms_of_minus = _squared_norms(layout, inverse, capture, minus)
+    return size * (norms_of_plus - norms_of_minus) / 4
+
+
+def _squared_norms(
+    layout: Layout,
+    inverse: KronOperator,
+    capture: Capture,
+    cotangent: Any,
+) -> Float[Array, " examples"]:
+    """Return `|J'c|_P^2 = J'c . P J'c` for every example's cotangent c of the outputs."""
+    cotangents = capture.pull(cotangent)
+    parts = []
+    for path, gradients in cotangents.outside.items():
+        # P is diagonal here, and zero where entries are in blocks.
+        weights = jnp.where(layout.uncovered(path), inverse.diagonal[path], 0)
+        parts.append(jnp.sum(flat(gradients) ** 2 * weights.ravel(), axis=1))
+    for block in layout.blocks:
+        # In the eigenbasis of the block P is diagonal, too (George et al., 2018).
+        power = inverse.blocks[block.name]
+        if not isinstance(power, EigenOperator):
+            raise TypeError(f"{block.name} is not diagonal in a Kronecker eigenbasis.")
+        pairs = pairs_of_block(block, capture, cotangents, Basis(power.left, power.right))
+        parts.append(squares_by_example(block, power, pairs))
+    return jnp.asarray(sum(parts))

@@ -1,4 +1,4 @@
-"""Do influence scores predict what retraining gives? Random subsets, leave-one-out, and the linear datamodeling score."""
+"""Do influence scores predict retraining? Leave-one-out, and the linear datamodeling score."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from curvax._types import Params, PRNGKey
 from curvax.estimate._hutchinson import Estimate
 
 Train: TypeAlias = Callable[[PRNGKey, Bool[Array, " examples"]], Params]
-"""`(key, which examples are there) -> params`: a whole training, under `jit` and `vmap`; absent examples weigh nothing."""
+"""`(key, mask [examples]) -> params`: a training, under `jit` and `vmap`, on the examples that
+the mask has: the others weigh nothing."""
 
 Measure: TypeAlias = Callable[[Params], Float[Array, " queries"]]
-"""`params -> what is measured on every query`."""
+"""`params -> [queries]`: what is measured on every query."""
+
+# S: a subset of the training set, b: an example, q: a query
 
 
 class LeaveOneOut(NamedTuple):
     """What happened when single examples were left out.
 
     Attributes:
-      change_if_removed: of every query's measurement, for every example that was left out, `[queries, removed]`; the mean
-        over seeds.
-      sem: its standard error over seeds; NaN for one seed.
+      change_if_removed: the change of every query's measurement for every example that was left
+        out, `[queries, removed]`; the mean over seeds.
+      sem: the standard error of that mean over seeds; NaN for one seed.
     """
 
     change_if_removed: Float[Array, "queries removed"]
@@ -37,12 +40,17 @@ class LeaveOneOut(NamedTuple):
 
 
 def random_subsets(
-    num_examples: int, num_subsets: int, key: PRNGKey, fraction: float = 0.5
+    num_examples: int,
+    num_subsets: int,
+    key: PRNGKey,
+    fraction: float = 0.5,
 ) -> Bool[Array, "subsets n"]:
-    """Draw subsets of a training set without replacement: True where an example is there, `round(fraction n)` in each.
+    """Draw subsets of a training set without replacement, `round(fraction n)` examples in each.
+
+    An entry is True where the example is in the subset.
 
     Raises:
-      ValueError: a fraction that is not between 0 and 1.
+      ValueError: the fraction is not between 0 and 1.
 
     Example:
       >>> import jax
@@ -53,10 +61,10 @@ def random_subsets(
     check_count(1, num_examples=num_examples, num_subsets=num_subsets)
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
+    # a random order of a mask with the right number of examples
     first = jnp.arange(num_examples) < round(fraction * num_examples)
-    subsets: Array = jax.vmap(lambda k: jax.random.permutation(k, first))(
-        jax.random.split(key, num_subsets)
-    )
+    keys = jax.random.split(key, num_subsets)
+    subsets: Array = jax.vmap(lambda k: jax.random.permutation(k, first))(keys)
     return subsets
 
 
@@ -72,17 +80,21 @@ def retrain(
     """Train on every subset and measure, `chunk_size` networks at a time in one program.
 
     Args:
-      train: `(key, mask [examples]) -> params`, such as a `lax.scan` over optimizer steps whose loss is weighted by the
-        mask (divided by the number of all examples, those that are there keep their weight against a penalty).
-      measure: `params -> [queries]`, such as the losses of test examples.
-      key: JAX key; all subsets train with the same `num_seeds` keys, so that initial values and order of batches are no
-        difference between them.
-      subsets: which examples are there, of `random_subsets`.
-      num_seeds: trainings of each subset.
-      chunk_size: networks that are trained together by `vmap`.
+      train: a function `(key, mask [examples]) -> params`, such as a `lax.scan` over optimizer
+        steps whose loss is weighted by the mask. If that loss is divided by the number of all
+        examples, those that are there keep their weight against a penalty.
+      measure: a function `params -> [queries]`, such as the losses of test examples.
+      subsets: a mask of examples for each subset, such as `random_subsets` returns.
+      key: a JAX key; all subsets train with the same `num_seeds` keys, so that they do not differ
+        in their initial values or in the order of batches.
+      num_seeds: the number of trainings of each subset.
+      chunk_size: the number of networks that are trained together by `vmap`.
 
     Returns:
-      what was measured.
+      The measurements, `[seeds, subsets, queries]`.
+
+    Raises:
+      ValueError: measure does not return one number for each query.
 
     Cost: `num_seeds` times as many trainings as there are subsets. Memory: `chunk_size` trainings.
 
@@ -91,26 +103,31 @@ def retrain(
       >>> from curvax.apps import influence
       >>> x = jnp.array([1.0, 2.0, 6.0])
       >>> train = lambda key, there: jnp.sum(x * there) / jnp.sum(there)
+      >>> measure, key = lambda mean: mean[None], jax.random.key(0)
       >>> subsets = jnp.array([[True, True, False], [False, True, True]])
-      >>> influence.retrain(train, lambda mean: mean[None], subsets, jax.random.key(0)).ravel().tolist()
+      >>> influence.retrain(train, measure, subsets, key).ravel().tolist()
       [1.5, 4.0]
     """
     check_count(1, num_seeds=num_seeds, chunk_size=chunk_size)
     seeds = jax.random.split(key, num_seeds)
-    pairs = (
-        jnp.repeat(jnp.arange(num_seeds), len(subsets)),
-        jnp.tile(jnp.arange(len(subsets)), num_seeds),
-    )
+    # Every seed with every subset, numbered in the order of the result.
+    seed_numbers = jnp.repeat(jnp.arange(num_seeds), len(subsets))
+    subset_numbers = jnp.tile(jnp.arange(len(subsets)), num_seeds)
+    at_a_time = min(chunk_size, len(seed_numbers))
 
     @jax.jit
     def run(seeds: Array, subsets: Array) -> Any:
-        one = lambda pair: measure(train(seeds[pair[0]], subsets[pair[1]]))
-        return lax.map(one, pairs, batch_size=min(chunk_size, len(pairs[0])))
+        def train_and_measure(numbers: tuple[Array, Array]) -> Array:
+            seed, subset = numbers
+            return measure(train(seeds[seed], subsets[subset]))
+
+        return lax.map(train_and_measure, (seed_numbers, subset_numbers), batch_size=at_a_time)
 
     measured: Array = run(seeds, subsets)
     if measured.ndim != 2:
         raise ValueError(
-            f"measure must return one number for each query, [queries]; got {list(measured.shape[1:])}."
+            "measure must return one number for each query, [queries]; "
+            f"got {list(measured.shape[1:])}."
         )
     return measured.reshape(num_seeds, len(subsets), -1)
 
@@ -125,22 +142,22 @@ def leave_one_out(
     num_seeds: int = 1,
     chunk_size: int = 100,
 ) -> LeaveOneOut:
-    """Train without single examples: what `influence` predicts to first order.
+    """Train without single examples, which `influence` predicts to first order.
 
     Args:
-      train: as in `retrain`.
-      measure: as in `retrain`.
-      key: as in `retrain`.
-      num_examples: of the training set.
-      removed: numbers of the examples to leave out, one at a time.
-      num_seeds: trainings of each.
-      chunk_size: networks that are trained together.
+      train: see `retrain`.
+      measure: see `retrain`.
+      num_examples: the size of the training set.
+      removed: the numbers of the examples to leave out, one at a time.
+      key: see `retrain`.
+      num_seeds: the number of trainings without each example.
+      chunk_size: the number of networks that are trained together.
 
     Returns:
-      `LeaveOneOut`, differences to trainings with all examples and the same seeds.
+      A `LeaveOneOut`: the differences to trainings with all examples and the same seeds.
 
     Raises:
-      ValueError: numbers that are not those of examples.
+      ValueError: an entry of removed is not the number of an example.
 
     Cost: `num_seeds (removed + 1)` trainings.
 
@@ -148,8 +165,10 @@ def leave_one_out(
       >>> import jax, jax.numpy as jnp
       >>> from curvax.apps import influence
       >>> x = jnp.array([1.0, 2.0, 6.0])
-      >>> train, measure = lambda key, there: jnp.sum(x * there) / jnp.sum(there), lambda mean: mean[None]
-      >>> influence.leave_one_out(train, measure, 3, jnp.array([0, 2]), jax.random.key(0)).change_if_removed.tolist()
+      >>> train = lambda key, there: jnp.sum(x * there) / jnp.sum(there)
+      >>> measure, removed = lambda mean: mean[None], jnp.array([0, 2])
+      >>> result = influence.leave_one_out(train, measure, 3, removed, jax.random.key(0))
+      >>> result.change_if_removed.tolist()
       [[1.0, -1.5]]
     """
     removed = jnp.asarray(removed)
@@ -158,12 +177,15 @@ def leave_one_out(
         raise ValueError(
             f"removed holds {wrong[0]}, but there are {num_examples} examples, numbered from 0."
         )
-    there = jnp.concatenate(
-        [jnp.ones((1, num_examples), bool), jnp.arange(num_examples) != removed[:, None]]
-    )
-    measured = retrain(train, measure, there, key, num_seeds=num_seeds, chunk_size=chunk_size)
-    changes = jnp.swapaxes(measured[:, 1:] - measured[:, :1], 1, 2)  # [seeds, queries, removed]
-    return LeaveOneOut(jnp.mean(changes, axis=0), jnp.std(changes, axis=0, ddof=1) / num_seeds**0.5)
+    # The first training has all examples, the others lack one each.
+    everything = jnp.ones((1, num_examples), bool)
+    all_but_one = jnp.arange(num_examples) != removed[:, None]
+    subsets = jnp.concatenate([everything, all_but_one])
+    measured = retrain(train, measure, subsets, key, num_seeds=num_seeds, chunk_size=chunk_size)
+    changes = measured[:, 1:] - measured[:, :1]
+    by_query = jnp.swapaxes(changes, 1, 2)  # [seeds, queries, removed]
+    sem = jnp.std(by_query, axis=0, ddof=1) / num_seeds**0.5
+    return LeaveOneOut(jnp.mean(by_query, axis=0), sem)
 
 
 def linear_datamodeling_score(
@@ -171,45 +193,50 @@ def linear_datamodeling_score(
     subsets: Bool[Array, "subsets examples"],
     measured: Float[Array, "subsets queries"],
 ) -> Estimate:
-    """Rank correlation, over subsets, of what sums of scores predict with what retraining gave; mean over queries.
+    """Return the rank correlation between sums of scores and retraining, averaged over queries.
 
-    For query q, the Spearman correlation over subsets S of `sum_{b not in S} change_if_removed[q, b]` with
-    `measured[S, q]`. 1 is the most; what chance in training leaves of it is seen from the correlation between seeds.
+    For query q it is the Spearman correlation over subsets S of
+    `sum_{b not in S} change_if_removed[q, b]` with `measured[S, q]`. 1 is the best possible; how
+    much less the chance in training allows is seen from the correlation between seeds.
 
     Args:
-      change_if_removed: of `influence`, or of another method that ranks by its sums.
-      subsets: of `random_subsets`.
-      measured: of `retrain`, averaged over seeds. Several seeds take chance in training out of it.
+      change_if_removed: the scores of `influence`, or of another method that ranks by sums of
+        scores.
+      subsets: a mask of examples for each subset, such as `random_subsets` returns.
+      measured: the measurements that `retrain` returns, averaged over seeds; several seeds average
+        out the chance in training.
 
     Returns:
-      `Estimate`; `sem` is the standard error over queries.
+      An `Estimate`; `sem` is the standard error over queries.
 
     Raises:
-      ValueError: shapes that do not fit, fewer than three subsets, numbers that are not finite, a query with the same
-        measurement on all subsets.
+      ValueError: the shapes do not fit, there are fewer than three subsets, numbers are not finite,
+        or a query has the same measurement on all subsets.
 
     Cost: `queries subsets examples` multiplications.
 
-    Example: numbers whose mean is measured; scores of influence order all subsets as retraining does.
+    Example: numbers whose mean is measured; scores of influence order all subsets as retraining
+      does.
       >>> import jax, jax.numpy as jnp
       >>> from curvax.apps import influence
       >>> x = jnp.arange(10.0) ** 2
       >>> subsets = influence.random_subsets(10, 6, jax.random.key(0))
-      >>> means = (subsets @ x) / subsets.sum(axis=1)
-      >>> influence.linear_datamodeling_score((x.mean() - x)[None] / 10, subsets, means[:, None]).mean.item()
+      >>> scores, means = (x.mean() - x) / 10, (subsets @ x) / subsets.sum(axis=1)
+      >>> influence.linear_datamodeling_score(scores[None], subsets, means[:, None]).mean.item()
       1.0
 
-    References: Park et al. (2023), TRAK: attributing model behavior at scale, section 2; Ilyas et al. (2022), Datamodels.
+    References: Park et al. (2023), TRAK: attributing model behavior at scale,
+      https://arxiv.org/abs/2303.14186, section 2; Ilyas et al. (2022), Datamodels,
+      https://arxiv.org/abs/2202.00622.
     """
-    scores, there, results = (np.asarray(x) for x in (change_if_removed, subsets, measured))
-    if (
-        scores.shape != (results.shape[-1], there.shape[-1])
-        or results.shape != (len(there), len(scores))
-        or len(there) < 3
-    ):
+    scores, present, results = map(np.asarray, (change_if_removed, subsets, measured))
+    num_subsets, num_queries = len(present), len(scores)
+    fits = scores.shape == (num_queries, present.shape[-1])
+    if not fits or results.shape != (num_subsets, num_queries) or num_subsets < 3:
         raise ValueError(
-            "expected change_if_removed [queries, examples], subsets [subsets, examples] and measured [subsets, queries], "
-            f"with three subsets at least; got {describe(scores)}, {describe(there)} and {describe(results)}."
+            "expected change_if_removed [queries, examples], subsets [subsets, examples] and "
+            "measured [subsets, queries], with three subsets at least; "
+            f"got {describe(scores)}, {describe(present)} and {describe(results)}."
         )
     for name, values in (("change_if_removed", scores), ("measured", results)):
         if not np.isfinite(values).all():
@@ -219,16 +246,17 @@ def linear_datamodeling_score(
         raise ValueError(
             f"query {constant[0]} has the same measurement on all subsets: nothing can be ranked."
         )
-    predicted = ~there.astype(bool) @ scores.T  # [subsets, queries]
-    each = [_rank_correlation(p, r) for p, r in zip(predicted.T, results.T, strict=True)]
-    sem = np.std(each, ddof=1) / len(each) ** 0.5 if len(each) > 1 else np.nan
-    return Estimate(jnp.asarray(np.mean(each)), jnp.asarray(sem))
+    # TRAK, section 2: the sum over b not in S of the scores predicts what S measures.
+    predicted = ~present.astype(bool) @ scores.T  # [subsets, queries]
+    correlations = list(map(_rank_correlation, predicted.T, results.T))
+    sem = np.nan
+    if num_queries > 1:
+        sem = np.std(correlations, ddof=1) / num_queries**0.5
+    return Estimate(jnp.asarray(np.mean(correlations)), jnp.asarray(sem))
 
 
-def _rank_correlation(predicted: Any, measured: Any) -> float:
+def _rank_correlation(predicted: np.ndarray, measured: np.ndarray) -> float:
     """Return Spearman's correlation; scores that are all the same predict nothing: 0."""
-    return (
-        float(scipy.stats.spearmanr(predicted, measured).statistic)
-        if np.ptp(predicted) > 0
-        else 0.0
-    )
+    if np.ptp(predicted) == 0:
+        return 0.0
+    return float(scipy.stats.spearmanr(predicted, measured).statistic)

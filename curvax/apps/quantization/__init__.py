@@ -1,9 +1,9 @@
-"""Quantization: fewer bits for weights, where the curvature says that the loss minds least (HAWQ, HAWQ-V2)."""
+"""Quantization: fewer bits where, by the curvature, the loss suffers least (HAWQ, HAWQ-V2)."""
 
+from curvax.apps._prunable import kernels
 from curvax.apps.quantization._allocation import Allocation, allocate, pareto
 from curvax.apps.quantization._quantizers import (
     Scheme,
-    kernels,
     layers_by_path,
     perturbations,
     quantize,

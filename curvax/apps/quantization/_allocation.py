@@ -1,4 +1,4 @@
-"""Which layer gets how many bits: the exact minimum of a sum over layers under a budget, and all trade-offs."""
+"""Which layer gets how many bits: the exact optimum under a budget, and all trade-offs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 Picks: TypeAlias = list[tuple[np.ndarray, np.ndarray]]
-"""For each layer and each point of the front so far: the point that it came from, and the place of the layer's width."""
+"""For each layer and point of the front so far: its parent point, and the place of its width."""
+
+# n_l: weights of layer l, b_l: its width in bits, Omega_l(b): its sensitivity at that width
 
 
 class Allocation(NamedTuple):
     """Widths of layers, and what they add up to.
 
     Attributes:
-      bits: by layer.
-      size: of the weights, in bits.
-      omega: sum of the sensitivities.
+      bits: the width of each layer.
+      size: the size of the weights, in bits.
+      omega: the sum of the sensitivities.
     """
 
     bits: dict[str, int]
@@ -26,22 +28,25 @@ class Allocation(NamedTuple):
 
 
 def allocate(
-    omegas: Mapping[str, Mapping[int, Any]], sizes: Mapping[str, int], budget: float
+    omegas: Mapping[str, Mapping[int, Any]],
+    sizes: Mapping[str, int],
+    budget: float,
 ) -> Allocation:
-    """Choose a width for every layer so that the sum of sensitivities is least within a size: exactly.
+    """Choose widths of least total sensitivity within a size: the exact optimum.
 
-    `min sum_l Omega_l(b_l)` subject to `sum_l n_l b_l <= budget`.
+    It solves `min sum_l Omega_l(b_l)` subject to `sum_l n_l b_l <= budget`.
 
     Args:
-      omegas: `{layer: {bits: Omega}}`, such as from `hawq_v2`; layers may have different widths to choose from.
-      sizes: weights n_l by layer, such as from `sizes`.
-      budget: in bits, for these weights.
+      omegas: a table `{layer: {bits: Omega}}`, such as the one that `hawq_v2` returns; layers may
+        have different widths to choose from.
+      sizes: the numbers of weights n_l by layer, which the function `sizes` returns.
+      budget: the size in bits that these weights may have.
 
     Returns:
-      `Allocation`; of several with the same Omega, a smallest.
+      An `Allocation`; of several with the same Omega, one of least size.
 
     Raises:
-      ValueError: a budget that no choice meets, with the smallest that one does; see also `pareto`.
+      ValueError: no choice meets the budget (the message gives the least size), or `pareto` raises.
 
     Cost: that of `pareto`.
 
@@ -51,9 +56,11 @@ def allocate(
       >>> quantization.allocate(omegas, {"first": 10, "last": 20}, budget=100)
       Allocation(bits={'first': 4, 'last': 2}, size=80, omega=4.0)
 
-    References: Yao et al. (2021), HAWQ-V3, which solves the same problem by integer linear programming.
+    References: Yao et al. (2021), HAWQ-V3, https://arxiv.org/abs/2011.10680, which solves the same
+      problem by integer linear programming.
     """
     size, omega, picks = _front(omegas, sizes)
+    # The front has growing size and falling Omega: the best choice is the last that fits.
     fits = int(np.searchsorted(size, budget, side="right"))
     if fits == 0:
         raise ValueError(
@@ -66,17 +73,17 @@ def pareto(omegas: Mapping[str, Mapping[int, Any]], sizes: Mapping[str, int]) ->
     """Return every allocation that no other beats in size and Omega both, in order of size.
 
     Args:
-      omegas: `{layer: {bits: Omega}}`.
-      sizes: weights by layer.
+      omegas: a table `{layer: {bits: Omega}}`.
+      sizes: the numbers of weights by layer.
 
     Returns:
-      allocations of growing size and falling Omega; of several that are equal in both, one.
+      Allocations of growing size and falling Omega; of several that are equal in both, one.
 
     Raises:
-      ValueError: layers without a size, without widths, or with a sensitivity that is not finite.
+      ValueError: a layer has no size or no widths, or a sensitivity is not finite.
 
-    Cost: a dynamic programme over layers that keeps the sizes worth having: at most (bits in all) / (common divisor of
-      sizes) of them, times the widths, for each layer.
+    Cost: a dynamic programme over layers that keeps the sizes worth having: for each layer at most
+      (bits in all) / (common divisor of sizes) of them, times the widths.
 
     Example:
       >>> from curvax.apps import quantization
@@ -84,7 +91,8 @@ def pareto(omegas: Mapping[str, Mapping[int, Any]], sizes: Mapping[str, int]) ->
       >>> [(x.size, x.omega) for x in quantization.pareto(omegas, {"first": 10, "last": 20})]
       [(60, 8.0), (80, 4.0), (120, 1.5)]
 
-    References: Dong et al. (2020), HAWQ-V2, section 3.3; Nemhauser and Ullmann (1969), for the programme.
+    References: Dong et al. (2020), HAWQ-V2, https://arxiv.org/abs/1911.03852, section 3.3;
+      Nemhauser and Ullmann (1969), Discrete dynamic programming and capital allocation.
     """
     size, omega, picks = _front(omegas, sizes)
     return [_allocation(omegas, size, omega, picks, i) for i in range(len(size))]
@@ -93,25 +101,30 @@ def pareto(omegas: Mapping[str, Mapping[int, Any]], sizes: Mapping[str, int]) ->
 def _front(
     omegas: Mapping[str, Mapping[int, Any]], sizes: Mapping[str, int]
 ) -> tuple[np.ndarray, np.ndarray, Picks]:
-    """Return sizes and Omegas of the front, and how its points came about."""
+    """Return sizes and Omegas of the front, and from which choices its points came."""
     if not omegas:
         raise ValueError("omegas has no layers: nothing to allocate.")
     size, omega, picks = np.zeros(1, np.int64), np.zeros(1), Picks()
     for layer, row in omegas.items():
-        values = np.array([float(x) for x in row.values()])
+        values = np.array(list(map(float, row.values())))
         if layer not in sizes or not len(values) or not np.isfinite(values).all():
+            sensitivities = dict(zip(row, values.tolist(), strict=True))
             raise ValueError(
-                f"layer {layer} needs a size, widths, and finite sensitivities; got size {sizes.get(layer)}, "
-                f"sensitivities { {width: float(x) for width, x in row.items()} }."
+                f"layer {layer} needs a size, widths, and finite sensitivities; "
+                f"got size {sizes.get(layer)}, sensitivities {sensitivities}."
             )
-        every_size = (size[:, None] + sizes[layer] * np.array(list(row), np.int64)).ravel()
+        # Every point of the front so far, with every width of this layer.
+        widths = np.array(list(row), np.int64)
+        every_size = (size[:, None] + sizes[layer] * widths).ravel()
         every_omega = (omega[:, None] + values).ravel()
+        # A point is on the new front if its Omega is below that of all which are no larger.
         order = np.lexsort((every_omega, every_size))
         least = np.minimum.accumulate(every_omega[order])
-        better = np.append(True, least[1:] < least[:-1])  # than all that are no larger
-        kept = order[better]
-        size, omega = every_size[kept], every_omega[kept]
-        picks.append((kept // len(values), kept % len(values)))
+        better = np.append(True, least[1:] < least[:-1])
+        front = order[better]
+        size, omega = every_size[front], every_omega[front]
+        # The index of a combination is `point * widths + width`: this undoes it.
+        picks.append((front // len(values), front % len(values)))
     return size, omega, picks
 
 
@@ -122,8 +135,14 @@ def _allocation(
     picks: Picks,
     point: int,
 ) -> Allocation:
-    bits, at = {}, point
-    for (layer, row), (parents, places) in reversed(list(zip(omegas.items(), picks, strict=True))):
-        bits[layer] = list(row)[places[at]]
-        at = int(parents[at])
-    return Allocation(dict(reversed(bits.items())), int(size[point]), float(omega[point]))
+    """Follow a point of the front back through the layers, the last one first."""
+    bits: dict[str, int] = {}
+    parent = point
+    layers = reversed(list(omegas))
+    for layer, (parents, places) in zip(layers, reversed(picks), strict=True):
+        widths = list(omegas[layer])
+        bits[layer] = widths[places[parent]]
+        parent = int(parents[parent])
+    # the layers in the order of omegas again
+    in_order = dict(reversed(bits.items()))
+    return Allocation(in_order, int(size[point]), float(omega[point]))
