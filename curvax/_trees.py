@@ -91,6 +91,11 @@ def by_path(tree: PyTree) -> dict[str, Any]:
     return {keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
+def safe_divide(x: Any, y: Array) -> Array:
+    """Return `x / y` for y of at least 0, and x itself where y is 0."""
+    return jnp.asarray(x / jnp.where(y > 0, y, 1))
+
+
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every entry is a finite number."""
     return functools.reduce(

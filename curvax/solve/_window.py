@@ -17,6 +17,7 @@ from curvax._checks import check_choice, check_count, check_damping, check_like,
 from curvax._trees import all_finite, bits, keep_unless, leaf_combination, leaf_products, wide_dtype
 from curvax._types import Count, Matvec, Params, at_least_float32
 from curvax._xla import with_auto_sharding
+from curvax.solve._rows import zero_rows
 
 # m: rows of the window, b: blocks of the matrix (1, or one for each leaf), d: parameters
 Gram = Float[Array, "b m m"]
@@ -53,10 +54,7 @@ def init_window(params: Params, size: int, *, blocks: str = "full", dtype: Any =
     check_count(1, window_size=size)
     check_choice("blocks", blocks, BLOCKS)
     leaves = jax.tree.leaves(params)
-    own = lambda p: wide_dtype(p) if dtype is None else dtype
-    rows = jax.tree.map(
-        lambda p: jnp.broadcast_to(jnp.zeros_like(p, own(p))[None], (size, *p.shape)), params
-    )
+    rows = zero_rows(params, size, dtype)
     number = 1 if blocks == "full" else len(leaves)
     gram = jnp.zeros((number, size, size), jnp.result_type(jnp.float32, *leaves))
     return Window(rows, gram, jnp.zeros([], jnp.int32))

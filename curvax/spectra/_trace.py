@@ -13,12 +13,13 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from curvax._checks import check_count, check_params
 from curvax._host import compiled, loops_for
-from curvax._trees import dimension, inner_product, norm, row_products, wide_dtype
+from curvax._trees import dimension, inner_product, norm, row_products
 from curvax._types import Matvec, Params, PRNGKey, Scalar
 from curvax._xla import fast_convs_in_loops, pin_to_iteration
 from curvax.estimate._hutchinson import Estimate, normal, rademacher
 from curvax.solve._damped import checked
-from curvax.spectra._lanczos import draw, put_row, reject
+from curvax.solve._rows import put_row, zero_rows
+from curvax.spectra._lanczos import draw, reject
 
 
 def hutchpp(matvec: Matvec, params: Params, num_products: int, key: PRNGKey) -> Estimate:
@@ -158,9 +159,7 @@ def _sketch(matvec: Matvec, params: Params, key: PRNGKey, size: int) -> _Sketch:
         y = checked(pin_to_iteration(matvec, i), draw(normal, jax.random.fold_in(key, i), params))
         return _with_row(basis, y, i)
 
-    empty = jax.tree.map(
-        lambda p: jnp.broadcast_to(jnp.zeros_like(p, wide_dtype(p))[None], (size, *p.shape)), params
-    )
+    empty = zero_rows(params, size)
     with loops_for(matvec):
         basis, (coordinates, depends) = lax.scan(fast_convs_in_loops(add), empty, jnp.arange(size))
     return _Sketch(basis, coordinates, ~jnp.any(depends))
