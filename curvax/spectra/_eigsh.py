@@ -77,11 +77,11 @@ def eigsh(
     basis_size: int | None = None,
     max_restarts: int = 100,
 ) -> tuple[tuple[Float[Array, " k"], PyTree[Array]], EigInfo]:
-    """Find k extreme eigenvalues of a symmetric matrix and their eigenvectors: `A u_i = theta_i u_i`.
+    """Find k extreme eigenvalues and eigenvectors of a symmetric matrix, `A u_i = theta_i u_i`.
 
-    Lanczos fills a basis of m vectors. Of that, the approximate eigenvectors nearest to those wanted
-    are kept, and the basis is filled again, until all k have `|A u_i - theta_i u_i| <= tol |A|`.
-    Where several are wanted at one end, the space orthogonal to the basis is searched once more from
+    Lanczos fills a basis of m vectors. Of that, the approximate eigenvectors nearest to those
+    wanted stay, and the basis is filled again, until all k have `|A u_i - theta_i u_i| <= tol |A|`.
+    Where several are wanted at one end, the space orthogonal to these k is searched once more from
     a random vector, so that repeated eigenvalues come as often as they occur.
 
     Args:
@@ -103,11 +103,11 @@ def eigsh(
       Print `info.message`.
 
     Raises:
-      ValueError: k is above d, basis_size is not above k (unless both are d), `which` is unknown, or
-        the matvec returns a tree of another structure.
+      ValueError: k is above d, basis_size is not above k (unless both are d), `which` is unknown,
+        or the matvec returns a tree of another structure.
       TypeError: params are not float, or the matvec changes dtypes.
 
-    Cost: at least m products, and k more for the residuals; four passes over the basis in a product.
+    Cost: at least m products, and k more for the residuals; four passes over the basis in each.
       Memory: m trees like params, and `(k + m) / 2` more while it restarts.
 
     Example:
@@ -257,7 +257,7 @@ def _restart(
 
 def _rotated(rotation: Float[Array, "m p"], rows: Float[Array, "m ..."]) -> Float[Array, "m ..."]:
     """Return `rotation' rows` in the first p rows, and zeros below; in place, but for p rows."""
-    size, num_kept = rotation.shape
+    num_kept = rotation.shape[1]
     zeros = sharded_zeros(rows[num_kept:], rows.dtype)
     rows = lax.dynamic_update_slice_in_dim(rows, _combinations(rotation, rows), 0, axis=0)
     return lax.dynamic_update_slice_in_dim(rows, zeros, num_kept, axis=0)

@@ -60,9 +60,10 @@ def lanczos(matvec: Matvec, start: Params, num_steps: int, key: PRNGKey | None =
     """Build an orthonormal basis of the Krylov space of A and a vector, in which A is tridiagonal.
 
     `b_{j+1} v_{j+1} = A v_j - a_j v_j - b_j v_{j-1}`, with `v_0 = start / |start|`. Every vector is
-    made orthogonal to all those before it, twice. Where the right-hand side is zero (the rows so far
-    span an invariant subspace) the basis goes on with a random vector orthogonal to it and `b = 0`:
-    T is then block diagonal, repeated eigenvalues appear, and `start` has no part in what follows.
+    made orthogonal to all those before it, twice. Where the right-hand side is zero (the rows so
+    far span an invariant subspace) the basis goes on with a random vector orthogonal to it and
+    `b = 0`: T is then block diagonal, repeated eigenvalues appear, and `start` has no part in what
+    follows.
 
     Args:
       matvec: `v -> A v` on trees like start, A symmetric. It gets vectors of at least float32.
@@ -75,7 +76,7 @@ def lanczos(matvec: Matvec, start: Params, num_steps: int, key: PRNGKey | None =
       a `Lanczos`.
 
     Raises:
-      ValueError: `num_steps` lies outside [1, d], or the matvec returns a tree of another structure.
+      ValueError: `num_steps` lies outside [1, d], or the matvec returns a tree of another kind.
       TypeError: start is not float, or the matvec changes dtypes.
 
     Cost: m products and `4 m^2 d` multiplications, which is four passes over the basis in a step.
@@ -200,9 +201,9 @@ def reject(basis: PyTree[Array], v: Params) -> tuple[Params, Float[Array, " m"]]
     first = row_products(basis, v)
     v = add_scaled(v, -1, combine_rows(first, basis))
     # The angle between rows that stays is the rounding of these products: the second time they are
-    # sums and no matrix product, which on CPUs adds up a million terms one after the other and loses
-    # half the digits of float32. There a batched sum does so too (200,000 terms on JAX 0.12: 6e-6
-    # are left of an angle; row by row 5e-8, in the same time). On other devices sums are trees.
+    # sums and no matrix product, which on CPUs adds up a million terms one after the other and
+    # loses half the digits of float32. There a batched sum does so too (200,000 terms on JAX 0.12:
+    # 6e-6 remain of an angle; row by row 5e-8, in the same time). Elsewhere sums are trees.
     if jax.default_backend() == "cpu":
         second = lax.map(lambda row: inner_product(row, v), basis)
     else:
