@@ -1,4 +1,4 @@
-"""Stacks of trees: a tree whose leaves have a leading axis of rows, such as a basis or a window of gradients."""
+"""Stacks of trees: their leaves have a leading axis of rows, as in a basis or a window."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sharded_zeros(like: Array, dtype: Any = None) -> Array:
 
 
 def zero_rows(like: Params, num_rows: int, dtype: Any = None) -> PyTree[Array]:
-    """Return rows of zeros, each a tree with the sharding of `like`, by default in float32 or wider."""
+    """Return rows of zeros, each with the sharding of `like`, by default in at least float32."""
 
     def rows(x: Array) -> Array:
         return jnp.broadcast_to(sharded_zeros(x, dtype)[None], (num_rows, *x.shape))
