@@ -82,5 +82,10 @@ def fisher_window(
 
 # The window's buffer is donated: a row of it is written in place.
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _with_gradient(objective: Objective, window: Window, params: Params, batch: Batch) -> Window:
+def _with_gradient(
+    objective: Objective,
+    window: Window,
+    params: Params,
+    batch: Batch,
+) -> Window:
     return insert(window, jax.grad(objective)(params, batch))

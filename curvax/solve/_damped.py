@@ -17,7 +17,12 @@ from curvax.estimate._hutchinson import normal
 from curvax.solve._result import Result, SolveInfo, code_of
 
 
-def damped(matvec: Matvec, damping: Any, like: Params, name: str = "matvec") -> Matvec:
+def damped(
+    matvec: Matvec,
+    damping: Any,
+    like: Params,
+    name: str = "matvec",
+) -> Matvec:
     """Return `v -> (A + damping I) v` on trees in at least float32.
 
     The matvec itself gets vectors in the dtypes of `like`.
@@ -42,7 +47,11 @@ def cast_like(v: Params, like: Params) -> Params:
     return jax.tree.map(lambda x, p: x.astype(p.dtype), v, like)
 
 
-def checked(matvec: Matvec, v: Params, name: str = "matvec") -> Params:
+def checked(
+    matvec: Matvec,
+    v: Params,
+    name: str = "matvec",
+) -> Params:
     """Return `matvec(v)`, or raise unless it has the structure, shapes and dtypes of v."""
     product = matvec(v)
     check_like(product, v, f"{name}(v)", "v")
@@ -57,7 +66,13 @@ def checked(matvec: Matvec, v: Params, name: str = "matvec") -> Params:
     return product
 
 
-def check_system(b: Params, damping: Any, tol: Any, max_steps: int, x0: Params | None) -> None:
+def check_system(
+    b: Params,
+    damping: Any,
+    tol: Any,
+    max_steps: int,
+    x0: Params | None,
+) -> None:
     """Check the arguments that all solves have."""
     check_params(b)
     check_damping(damping, allow_zero=True)

@@ -52,7 +52,11 @@ Formed: TypeAlias = SampleSpace | Dense
 
 
 def direct(
-    curvature: Formed, b: Params, *, damping: Any, tol: float | Array = 1e-5
+    curvature: Formed,
+    b: Params,
+    *,
+    damping: Any,
+    tol: float | Array = 1e-5,
 ) -> tuple[Params, SolveInfo]:
     """Solve `(F + damping I) x = b` by Cholesky, for positive semidefinite F.
 
@@ -108,7 +112,11 @@ def direct(
     return finished(matvec, x, b, jnp.int32(0), code, tol)
 
 
-def _by_rows(curvature: SampleSpace, damping: Any, b: Params) -> tuple[Params, Matvec]:
+def _by_rows(
+    curvature: SampleSpace,
+    damping: Any,
+    b: Params,
+) -> tuple[Params, Matvec]:
     """Solve in sample space; return x and the product with the damped matrix.
 
     b is split into its part along the batch's gradient, for which no division by damping is needed,
@@ -144,7 +152,11 @@ def _by_rows(curvature: SampleSpace, damping: Any, b: Params) -> tuple[Params, M
     return x, matvec
 
 
-def _by_matrix(curvature: Dense, damping: Any, b: Params) -> tuple[Params, Matvec]:
+def _by_matrix(
+    curvature: Dense,
+    damping: Any,
+    b: Params,
+) -> tuple[Params, Matvec]:
     """Solve with the whole matrix; return x and the product with the damped matrix."""
     flat, unravel = ravel_pytree(b)
     matrix = at_least_float32(curvature.matrix)
@@ -166,7 +178,10 @@ def _trace(matrix: Float[Array, "n n"]) -> Scalar:
     return jnp.sum(jnp.diagonal(matrix))
 
 
-def _refined_solve(matrix: Float[Array, "n n"], damping: Any) -> Callable[[Array], Array]:
+def _refined_solve(
+    matrix: Float[Array, "n n"],
+    damping: Any,
+) -> Callable[[Array], Array]:
     """Return `v -> (M + damping I)^-1 v` for a vector or columns, with one step of refinement."""
     # The factor is that of at least the damping that can be told from rounding in the trace; the
     # refinement is of the system as it was asked.

@@ -36,7 +36,12 @@ def decompose(dense: Dense) -> EigenDecomposition:
     return EigenDecomposition(values, vectors)
 
 
-def absolute(eigen: EigenDecomposition, b: Params, *, damping: Any) -> Params:
+def absolute(
+    eigen: EigenDecomposition,
+    b: Params,
+    *,
+    damping: Any,
+) -> Params:
     """Return `(|A| + damping I)^-1 b`, where `|A|` has the absolute eigenvalues of A.
 
     It is a descent direction for any A if b is a gradient; for positive semidefinite A it is the
@@ -72,5 +77,8 @@ def absolute(eigen: EigenDecomposition, b: Params, *, damping: Any) -> Params:
     return x
 
 
-def _multiply(matrix: Float[Array, "d d"], v: Float[Array, " d"]) -> Float[Array, " d"]:
+def _multiply(
+    matrix: Float[Array, "d d"],
+    v: Float[Array, " d"],
+) -> Float[Array, " d"]:
     return jnp.matmul(matrix, v, precision=lax.Precision.HIGHEST)

@@ -32,7 +32,12 @@ class Whitened(NamedTuple):
     damping: Float[Array, " blocks"]
 
 
-def whiten(window: Window, damping: Any, *, divisor: str = "window") -> Whitened:
+def whiten(
+    window: Window,
+    damping: Any,
+    *,
+    divisor: str = "window",
+) -> Whitened:
     """Return `V = L^-1 G` with `L L' = N damping I + G G'`, for `inverse_element`.
 
     Args:
@@ -92,7 +97,11 @@ def inverse_element(
 
 
 def inverse_diagonal(
-    window: Window, damping: Any, *, divisor: str = "window", block_size: int | None = None
+    window: Window,
+    damping: Any,
+    *,
+    divisor: str = "window",
+    block_size: int | None = None,
 ) -> Params:
     """Return the diagonal of the damped inverse Fisher, a tree like params.
 
@@ -166,7 +175,10 @@ def map_inverse_blocks(
         check_like(tree, row_like(window), "tree", "a row of the window")
     number = num_rows(window, divisor)
 
-    def map_block(columns: Float[Array, "m k"], *values: Float[Array, " k"]) -> Float[Array, " k"]:
+    def map_block(
+        columns: Float[Array, "m k"],
+        *values: Float[Array, " k"],
+    ) -> Float[Array, " k"]:
         # (F_kk + damping I)^-1, F_kk = G_k'G_k / N; damping at least what rounding makes of zero
         columns = columns.astype(window.gram.dtype)
         identity = jnp.eye(columns.shape[1], dtype=columns.dtype)
@@ -185,7 +197,10 @@ def map_inverse_blocks(
 
 
 def _map_strips(
-    fn: Callable[..., Array], width: int, rows: Float[Array, "m n"], *values: Float[Array, " n"]
+    fn: Callable[..., Array],
+    width: int,
+    rows: Float[Array, "m n"],
+    *values: Float[Array, " n"],
 ) -> Array:
     """Apply `fn` to strips of columns (and of vectors), and join the vectors that it returns.
 
@@ -212,7 +227,10 @@ def _map_strips(
     return jnp.concatenate(parts)
 
 
-def _whitened(lower: Float[Array, "m m"], rows: Float[Array, "m ..."]) -> Float[Array, "m ..."]:
+def _whitened(
+    lower: Float[Array, "m m"],
+    rows: Float[Array, "m ..."],
+) -> Float[Array, "m ..."]:
     flat = rows.reshape(len(rows), -1).astype(lower.dtype)
     solution = lax.linalg.triangular_solve(lower, flat, left_side=True, lower=True)
     return solution.reshape(rows.shape)

@@ -10,7 +10,12 @@ from curvax._checks import check_params
 from curvax._types import Matvec, Params
 
 
-def to_lineax(matvec: Matvec, params: Params, *, positive_semidefinite: bool = False) -> Any:
+def to_lineax(
+    matvec: Matvec,
+    params: Params,
+    *,
+    positive_semidefinite: bool = False,
+) -> Any:
     """Return `matvec` as a symmetric `lineax.FunctionLinearOperator`.
 
     Args:

@@ -137,7 +137,10 @@ class _Carry(NamedTuple):
 def _largest_eigenvalue(apply: Matvec, start: Params, num_steps: int) -> Scalar:
     """Return the largest `|A v| / |v|` that power iteration meets, a lower bound of |A|."""
 
-    def step(carry: tuple[Params, Scalar], _: None) -> tuple[tuple[Params, Scalar], None]:
+    def step(
+        carry: tuple[Params, Scalar],
+        _: None,
+    ) -> tuple[tuple[Params, Scalar], None]:
         v, largest = carry
         # v may be 0: then so is its product, which does not count.
         unit = optax.tree.scale(safe_divide(1, norm(v)), v)

@@ -95,12 +95,22 @@ class Solver(Protocol):
     functions; `functools.partial` gives them options.
     """
 
-    def __call__(self, curvature: Any, b: Params, /, *, damping: Any) -> tuple[Params, SolveInfo]:
+    def __call__(
+        self,
+        curvature: Any,
+        b: Params,
+        /,
+        *,
+        damping: Any,
+    ) -> tuple[Params, SolveInfo]:
         """Return x and its `SolveInfo`; curvature is a matvec, or whatever the solver takes."""
         ...
 
 
-def code_of(*cases: tuple[Any, int], otherwise: Any) -> Int[Array, ""]:
+def code_of(
+    *cases: tuple[Any, int],
+    otherwise: Any,
+) -> Int[Array, ""]:
     """Return the first result whose condition holds."""
     code: Array = jnp.int32(otherwise)
     # From the last to the first, so that an earlier case overrides the later ones.

@@ -22,7 +22,11 @@ def sharded_zeros(like: Array, dtype: Any = None) -> Array:
     return zeros.astype(wide_dtype(like) if dtype is None else dtype)
 
 
-def zero_rows(like: Params, num_rows: int, dtype: Any = None) -> PyTree[Array]:
+def zero_rows(
+    like: Params,
+    num_rows: int,
+    dtype: Any = None,
+) -> PyTree[Array]:
     """Return rows of zeros, each with the sharding of `like`, by default in at least float32."""
 
     def rows(x: Array) -> Array:
@@ -31,7 +35,11 @@ def zero_rows(like: Params, num_rows: int, dtype: Any = None) -> PyTree[Array]:
     return jax.tree.map(rows, like)
 
 
-def put_row(rows: PyTree[Array], row: Params, index: Any) -> PyTree[Array]:
+def put_row(
+    rows: PyTree[Array],
+    row: Params,
+    index: Any,
+) -> PyTree[Array]:
     """Write one row in place of the row with this index."""
 
     def put(x: Array, y: Array) -> Array:

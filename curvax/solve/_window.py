@@ -44,7 +44,13 @@ class Window(NamedTuple):
     count: Count
 
 
-def init_window(params: Params, size: int, *, blocks: str = "full", dtype: Any = None) -> Window:
+def init_window(
+    params: Params,
+    size: int,
+    *,
+    blocks: str = "full",
+    dtype: Any = None,
+) -> Window:
     """Return a window without gradients, for `size` trees like `params`, sharded as they are.
 
     Args:
@@ -64,7 +70,11 @@ def init_window(params: Params, size: int, *, blocks: str = "full", dtype: Any =
 
 
 def window_of(
-    rows: PyTree[Array], *, size: int | None = None, blocks: str = "full", dtype: Any = None
+    rows: PyTree[Array],
+    *,
+    size: int | None = None,
+    blocks: str = "full",
+    dtype: Any = None,
 ) -> Window:
     """Return a window of gradients that exist already, such as `curvax.per_example_grads` returns.
 
@@ -115,7 +125,11 @@ def insert(window: Window, gradient: Params) -> Window:
 
 
 def insert_and_multiply(
-    window: Window, gradient: Params, pred: Bool[Array, ""], damping: Any, divisor: str
+    window: Window,
+    gradient: Params,
+    pred: Bool[Array, ""],
+    damping: Any,
+    divisor: str,
 ) -> tuple[Params, Window]:
     """Insert a gradient where `pred` holds, and multiply it by the damped inverse.
 
@@ -172,7 +186,10 @@ def _squares(window: Window, v: Params) -> Float[Array, " blocks"]:
 
 
 def _with_products(
-    window: Window, stored: Params, products: Coefficients, pred: Bool[Array, ""]
+    window: Window,
+    stored: Params,
+    products: Coefficients,
+    pred: Bool[Array, ""],
 ) -> Window:
     """Return the window as if a gradient were inserted where `pred` holds, all but its row.
 
@@ -180,7 +197,13 @@ def _with_products(
     these two cross, its squared norm.
     """
 
-    def cross(gram: Gram, products: Coefficients, squares: Array, slot: Array, pred: Array) -> Gram:
+    def cross(
+        gram: Gram,
+        products: Coefficients,
+        squares: Array,
+        slot: Array,
+        pred: Array,
+    ) -> Gram:
         update = lax.dynamic_update_index_in_dim
         products = update(products, squares, slot, axis=1)
         crossed = update(gram, products, slot, axis=1)
@@ -193,7 +216,12 @@ def _with_products(
     return Window(window.rows, gram, count)
 
 
-def _with_row(window: Window, stored: Params, after: Window, pred: Bool[Array, ""]) -> Window:
+def _with_row(
+    window: Window,
+    stored: Params,
+    after: Window,
+    pred: Bool[Array, ""],
+) -> Window:
     """Return `after` with the gradient's row written, where `pred` holds; else `window`."""
     slot = _next_slot(window)
 
@@ -209,7 +237,12 @@ def _with_row(window: Window, stored: Params, after: Window, pred: Bool[Array, "
     return Window(jax.tree.map(write, window.rows, stored), gram, count)
 
 
-def window_inverse(window: Window, damping: Any, *, divisor: str = "window") -> Matvec:
+def window_inverse(
+    window: Window,
+    damping: Any,
+    *,
+    divisor: str = "window",
+) -> Matvec:
     """Return `v -> (damping I + (1/N) sum_i g_i g_i')^-1 v`, the damped inverse Fisher of a window.
 
     With `S = G G'` it is `(v - G' (N damping I + S)^-1 G v) / damping`, by Cholesky of the m x m
@@ -308,7 +341,10 @@ def window_solve(window: Window, damping: Any, divisor: str) -> WindowSolve:
 def inner_products(window: Window, v: Params) -> Coefficients:
     """Return `G v`, leaf by leaf summed into blocks; one pass over the rows."""
 
-    def products(rows: list[Array], v: list[Array]) -> Coefficients:
+    def products(
+        rows: list[Array],
+        v: list[Array],
+    ) -> Coefficients:
         by_leaf = [leaf_products(x, y) for x, y in zip(rows, v, strict=True)]
         by_block = jnp.stack([x.astype(window.gram.dtype) for x in by_leaf])
         if len(window.gram) > 1:
@@ -340,7 +376,12 @@ def _solve(gram: Gram, solve: WindowSolve, right: Coefficients) -> Coefficients:
     One step of iterative refinement recovers most of what rounding took from the factor.
     """
 
-    def solve_block(gram: Array, ridge: Array, lower: Array, right: Array) -> Array:
+    def solve_block(
+        gram: Array,
+        ridge: Array,
+        lower: Array,
+        right: Array,
+    ) -> Array:
         c = jax.scipy.linalg.cho_solve((lower, True), right)
         gram_c = jnp.matmul(gram, c, precision=lax.Precision.HIGHEST)
         residual = (right - ridge * c) - gram_c
@@ -368,7 +409,9 @@ def _multiply(window: Window, share: Array, v: Params) -> Params:
 
 
 def map_blocks(
-    fn: Callable[..., Array], values: Float[Array, "blocks ..."], *trees: Params
+    fn: Callable[..., Array],
+    values: Float[Array, "blocks ..."],
+    *trees: Params,
 ) -> Params:
     """Map over leaves, with the value of each one's block first."""
     leaves, structures = zip(*map(jax.tree.flatten, trees), strict=True)

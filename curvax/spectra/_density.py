@@ -145,7 +145,11 @@ def spectral_density(
     return Density(nodes, weights, size), info
 
 
-def smooth_density(density: Density, grid: Float[Array, " g"], width: Any) -> Estimate:
+def smooth_density(
+    density: Density,
+    grid: Float[Array, " g"],
+    width: Any,
+) -> Estimate:
     """Evaluate a density on a grid, with each node spread by a Gaussian.
 
     The density at t is `sum_j w_j N(t; theta_j, width^2)`.
@@ -201,7 +205,10 @@ def moments(density: Density, degree: int) -> Estimate:
     return estimate_of(jnp.sum(density.weights[..., None] * powers, axis=1))
 
 
-def spectral_sum(density: Density, fun: Callable[[Array], Array]) -> Estimate:
+def spectral_sum(
+    density: Density,
+    fun: Callable[[Array], Array],
+) -> Estimate:
     """Estimate the sum of a function over all eigenvalues, `tr f(A) = d E[v'f(A)v]`.
 
     Args:
@@ -234,7 +241,9 @@ def logdet(
     *,
     damping: Any = 0.0,
 ) -> Estimate:
-    """Estimate `log det(A + damping I)` of a positive definite matrix by stochastic Lanczos quadrature.
+    """Estimate `log det(A + damping I)` of a positive definite matrix.
+
+    It is the sum of `log(lambda + damping)` over eigenvalues, by stochastic Lanczos quadrature.
 
     Args:
       matvec: `v -> A v` on trees like params, A symmetric.
@@ -269,13 +278,19 @@ def logdet(
 
 
 @partial(compiled, static=(3,))
-def _probe(params: Params, key: PRNGKey, i: Array, sampler: Sampler) -> Params:
+def _probe(
+    params: Params,
+    key: PRNGKey,
+    i: Array,
+    sampler: Sampler,
+) -> Params:
     return draw(sampler, jax.random.fold_in(key, i), params)
 
 
 @compiled
 def _quadrature(
-    diagonal: Float[Array, " m"], off_diagonal: Float[Array, " m"]
+    diagonal: Float[Array, " m"],
+    off_diagonal: Float[Array, " m"],
 ) -> tuple[Float[Array, " m"], Float[Array, " m"], Float[Array, " m"]]:
     """Return nodes and weights of a tridiagonal matrix, and the nodes' residuals."""
     beside = jnp.diag(off_diagonal[:-1], 1)

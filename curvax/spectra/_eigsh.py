@@ -137,7 +137,10 @@ def eigsh(
         krylov, H = _restart(c.krylov, c.theta, c.S, c.start, c.is_search, num_kept)
         cycle_key = jax.random.fold_in(key, c.restarts)
 
-        def step(j: Array, carry: tuple[Krylov, Array, Scalar]) -> tuple[Krylov, Array, Scalar]:
+        def step(
+            j: Array,
+            carry: tuple[Krylov, Array, Scalar],
+        ) -> tuple[Krylov, Array, Scalar]:
             krylov, H, _ = carry
             krylov, coefficients, length = extend(matvec, krylov, j, cycle_key)
             return krylov, H.at[:, j].set(coefficients), length
@@ -255,7 +258,10 @@ def _restart(
     return krylov, jnp.diag(mask * theta)
 
 
-def _rotated(rotation: Float[Array, "m p"], rows: Float[Array, "m ..."]) -> Float[Array, "m ..."]:
+def _rotated(
+    rotation: Float[Array, "m p"],
+    rows: Float[Array, "m ..."],
+) -> Float[Array, "m ..."]:
     """Return `rotation' rows` in the first p rows, and zeros below; in place, but for p rows."""
     num_kept = rotation.shape[1]
     zeros = sharded_zeros(rows[num_kept:], rows.dtype)
@@ -264,14 +270,18 @@ def _rotated(rotation: Float[Array, "m p"], rows: Float[Array, "m ..."]) -> Floa
 
 
 def _combinations(
-    rotation: Float[Array, "m p"], rows: Float[Array, "m ..."]
+    rotation: Float[Array, "m p"],
+    rows: Float[Array, "m ..."],
 ) -> Float[Array, "p ..."]:
     rotation = rotation.astype(rows.dtype)
     return jnp.tensordot(rotation, rows, axes=(0, 0), precision=lax.Precision.HIGHEST)
 
 
 @partial(compiled, static=(1,))
-def _ritz(H: Float[Array, "m m"], which: str) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+def _ritz(
+    H: Float[Array, "m m"],
+    which: str,
+) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     """Return eigenvalues and vectors of H, most wanted first, from its upper triangle."""
     theta, S = jnp.linalg.eigh(jnp.triu(H) + jnp.triu(H, 1).T)
     ascending = np.arange(theta.size)
@@ -287,7 +297,10 @@ def _ritz(H: Float[Array, "m m"], which: str) -> tuple[Float[Array, " m"], Float
 
 
 @compiled
-def _asymmetry(H: Float[Array, "m m"], start: Int[Array, ""]) -> Scalar:
+def _asymmetry(
+    H: Float[Array, "m m"],
+    start: Int[Array, ""],
+) -> Scalar:
     """Return the largest entry of H that is zero if A is symmetric: the error of its products.
 
     In columns after `start`, Lanczos is a recurrence of three terms; only entries beside the
@@ -300,7 +313,11 @@ def _asymmetry(H: Float[Array, "m m"], start: Int[Array, ""]) -> Scalar:
 
 @partial(compiled, static=(3, 4))
 def _pairs(
-    basis: PyTree[Array], theta: Float[Array, " m"], S: Float[Array, "m m"], k: int, which: str
+    basis: PyTree[Array],
+    theta: Float[Array, " m"],
+    S: Float[Array, "m m"],
+    k: int,
+    which: str,
 ) -> tuple[Float[Array, " k"], PyTree[Array]]:
     """Return the first k Ritz values, in the order of the result, and their vectors `V' s_i`."""
     order = np.arange(k)
@@ -311,18 +328,28 @@ def _pairs(
 
 
 def _residual(
-    matvec: Matvec, values: Float[Array, " k"], vectors: PyTree[Array], i: Array
+    matvec: Matvec,
+    values: Float[Array, " k"],
+    vectors: PyTree[Array],
+    i: Array,
 ) -> Scalar:
     u = get_row(vectors, i)
     product = checked(pin_to_iteration(matvec, i), u)
     return norm(add_scaled(product, -values[i], u))
 
 
-def _allowed(tol: float | Array, theta: Float[Array, " m"]) -> Scalar:
+def _allowed(
+    tol: float | Array,
+    theta: Float[Array, " m"],
+) -> Scalar:
     return jnp.asarray(tol, theta.dtype) * jnp.max(jnp.abs(theta))
 
 
-def _basis_size(params: Params, k: int, basis_size: int | None) -> int:
+def _basis_size(
+    params: Params,
+    k: int,
+    basis_size: int | None,
+) -> int:
     """Return m, or raise if the basis does not leave room for a step beside k pairs."""
     most = dimension(params)
     if basis_size is None:

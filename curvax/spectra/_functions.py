@@ -82,7 +82,12 @@ def matrix_function(
 
 
 def absolute_krylov(
-    matvec: Matvec, b: Params, *, damping: Any, tol: float | Array = 1e-2, num_steps: int = 20
+    matvec: Matvec,
+    b: Params,
+    *,
+    damping: Any,
+    tol: float | Array = 1e-2,
+    num_steps: int = 20,
 ) -> tuple[Params, SolveInfo]:
     """Approximate `(|A| + damping I)^-1 b`, where `|A|` has the absolute eigenvalues of A.
 

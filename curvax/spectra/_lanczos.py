@@ -56,7 +56,12 @@ class Lanczos(NamedTuple):
     residual: Params
 
 
-def lanczos(matvec: Matvec, start: Params, num_steps: int, key: PRNGKey | None = None) -> Lanczos:
+def lanczos(
+    matvec: Matvec,
+    start: Params,
+    num_steps: int,
+    key: PRNGKey | None = None,
+) -> Lanczos:
     """Build an orthonormal basis of the Krylov space of A and a vector, in which A is tridiagonal.
 
     `b_{j+1} v_{j+1} = A v_j - a_j v_j - b_j v_{j-1}`, with `v_0 = start / |start|`. Every vector is
@@ -98,7 +103,10 @@ def lanczos(matvec: Matvec, start: Params, num_steps: int, key: PRNGKey | None =
     check_params(start)
     check_steps(start, num_steps=num_steps)
 
-    def step(krylov: Krylov, j: Array) -> tuple[Krylov, tuple[Array, Array]]:
+    def step(
+        krylov: Krylov,
+        j: Array,
+    ) -> tuple[Krylov, tuple[Array, Array]]:
         krylov, coefficients, length = extend(matvec, krylov, j, key)
         return krylov, (coefficients[j], length)
 
@@ -137,7 +145,10 @@ def init_krylov(start: Params, num_rows: int) -> Krylov:
 
 
 def extend(
-    matvec: Matvec, krylov: Krylov, j: Array, key: PRNGKey | None
+    matvec: Matvec,
+    krylov: Krylov,
+    j: Array,
+    key: PRNGKey | None,
 ) -> tuple[Krylov, Float[Array, " m"], Scalar]:
     """Do one step of Lanczos: fill row j of the basis, multiply it by A, and find the next row.
 
@@ -192,7 +203,10 @@ def _orthogonalized(
     return Krylov(basis, next_row, lost, jnp.maximum(scale, length)), coefficients, length
 
 
-def reject(basis: PyTree[Array], v: Params) -> tuple[Params, Float[Array, " m"]]:
+def reject(
+    basis: PyTree[Array],
+    v: Params,
+) -> tuple[Params, Float[Array, " m"]]:
     """Remove from v its part along the basis, by classical Gram-Schmidt done twice.
 
     Returns:
@@ -211,7 +225,11 @@ def reject(basis: PyTree[Array], v: Params) -> tuple[Params, Float[Array, " m"]]
     return add_scaled(v, -1, combine_rows(second, basis)), first + second
 
 
-def draw(sampler: Sampler, key: PRNGKey, like: Params) -> Params:
+def draw(
+    sampler: Sampler,
+    key: PRNGKey,
+    like: Params,
+) -> Params:
     """Draw a probe like a tree, in at least float32 and with its shardings."""
     probe = sampler(key, tree_at_least_float32(like))
     return jax.tree.map(lambda z, x: z + sharded_zeros(x, wide_dtype(x)), probe, like)

@@ -37,7 +37,10 @@ MatvecOf: TypeAlias = Callable[[Objective, Params, Batch], Matvec]
 """`(objective, params, batch) -> matvec`: `curvax.hvp`, `curvax.ggnvp`."""
 
 
-def layer_paths(params: PyTree, by: By = None) -> dict[str, list[str]]:
+def layer_paths(
+    params: PyTree,
+    by: By = None,
+) -> dict[str, list[str]]:
     """Return the paths of each layer's leaves, by the layer's name.
 
     Example:
@@ -74,7 +77,12 @@ def _layer_of(path: Any, by: By) -> str | None:
 
 
 def traces_by(
-    matvec: Matvec, params: Params, num_probes: int, key: PRNGKey, *, by: By = None
+    matvec: Matvec,
+    params: Params,
+    num_probes: int,
+    key: PRNGKey,
+    *,
+    by: By = None,
 ) -> dict[str, Estimate]:
     """Estimate the trace of every layer's diagonal block by Hutchinson's method.
 
@@ -164,12 +172,13 @@ def traces_over(
     """
     if getattr(matvec_of, "func", matvec_of) is empirical_fishervp:
         raise TypeError(
-            "traces_over adds up batches by their shares of the loss, in which the empirical Fisher "
-            "is not linear; take traces_by(curvax.streamed(curvax.empirical_fishervp, objective, "
-            "params, batches), ...)."
+            "traces_over adds up batches by their shares of the loss, in which the empirical "
+            "Fisher is not linear; take traces_by(curvax.streamed(curvax.empirical_fishervp, "
+            "objective, params, batches), ...)."
         )
     total = None
     for batch in batches:
+        # `jit` takes no arrays of PyTorch, but those of NumPy.
         arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), batch)
         sums = _sums_of_batch(objective, params, arrays, key, num_probes, by, matvec_of)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
@@ -187,7 +196,12 @@ def traces_over(
 
 
 def top_eigenvalues_by(
-    matvec: Matvec, params: Params, key: PRNGKey, *, by: By = None, **options: Any
+    matvec: Matvec,
+    params: Params,
+    key: PRNGKey,
+    *,
+    by: By = None,
+    **options: Any,
 ) -> tuple[dict[str, Scalar], dict[str, EigInfo]]:
     """Compute the largest eigenvalue of every layer's diagonal block.
 
@@ -232,15 +246,25 @@ def top_eigenvalues_by(
     return values, info
 
 
-def _selected(leaves: list[Array], inside: list[bool]) -> list[Array]:
+def _selected(
+    leaves: list[Array],
+    inside: list[bool],
+) -> list[Array]:
     return [leaf for leaf, is_inside in zip(leaves, inside, strict=True) if is_inside]
 
 
-def restrict(matvec: Matvec, params: Params, inside: list[bool]) -> Matvec:
+def restrict(
+    matvec: Matvec,
+    params: Params,
+    inside: list[bool],
+) -> Matvec:
     """Return the product with a diagonal block, on the list of those leaves that are inside it."""
     leaves, structure = jax.tree.flatten(tree_at_least_float32(params))
 
-    def apply(matvec: Matvec, block: list[Array]) -> list[Array]:
+    def apply(
+        matvec: Matvec,
+        block: list[Array],
+    ) -> list[Array]:
         # Not zeros_like: where XLA on CPUs (jaxlib 0.10.2) fuses the broadcast of a scalar into a
         # matrix product, it reads beyond it, and returns garbage.
         padded = [0 * leaf for leaf in leaves]
@@ -258,7 +282,11 @@ def restrict(matvec: Matvec, params: Params, inside: list[bool]) -> Matvec:
 
 
 def _values(
-    matvec: Matvec, params: Params, key: PRNGKey, num_probes: int, by: By
+    matvec: Matvec,
+    params: Params,
+    key: PRNGKey,
+    num_probes: int,
+    by: By,
 ) -> dict[str, Float[Array, " k"]]:
     """Return the `z_l' (H z)_l` of each probe, by layer."""
     check_params(params)
@@ -309,4 +337,5 @@ def _sums_of_batch(
         matvec = matvec_of(head_objective, params, batch)
         return _values(matvec, params, key, num_probes, by)
 
-    return jnp.stack(counts), lax.map(fast_convs_in_loops(of_head), jnp.arange(len(counts)))
+    values = lax.map(fast_convs_in_loops(of_head), jnp.arange(len(counts)))
+    return jnp.stack(counts), values

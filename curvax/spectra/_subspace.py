@@ -14,7 +14,10 @@ from curvax._types import Params, Scalar
 # A, B: [k, d], rows that span a subspace; P = A'(A A')^+ A, the projection onto it
 
 
-def subspace_overlap(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
+def subspace_overlap(
+    a: PyTree[Array],
+    b: PyTree[Array],
+) -> Scalar:
     """Return `tr(P_a P_b) / k`, the mean squared cosine of two subspaces' principal angles.
 
     It is 1 for equal subspaces of k dimensions and 0 for orthogonal ones; `k / d` is expected of
@@ -58,7 +61,10 @@ def subspace_overlap(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
     return jnp.trace(projections) / len(AB)
 
 
-def fraction_in_subspace(vectors: PyTree[Array], gradient: Params) -> Scalar:
+def fraction_in_subspace(
+    vectors: PyTree[Array],
+    gradient: Params,
+) -> Scalar:
     """Return `|P g|^2 / |g|^2`, the part of a gradient's squared length that lies in a subspace.
 
     By leaf, `jax.tree.map(fraction_in_subspace, vectors, gradient)` takes the parts that the
@@ -100,7 +106,10 @@ def fraction_in_subspace(vectors: PyTree[Array], gradient: Params) -> Scalar:
     return squared_projection / inner_product(gradient, gradient)
 
 
-def _products(a: PyTree[Array], b: PyTree[Array]) -> Float[Array, "k k"]:
+def _products(
+    a: PyTree[Array],
+    b: PyTree[Array],
+) -> Float[Array, "k k"]:
     """Return `A B'`, by one pass over A for each row of B."""
     return jnp.asarray(lax.map(lambda row: row_products(a, row), b)).T
 

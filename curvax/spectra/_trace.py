@@ -25,7 +25,12 @@ from curvax.spectra._lanczos import draw, reject
 # Q: [d, k], an orthonormal basis; in code its transpose, a tree with a leading axis k
 
 
-def hutchpp(matvec: Matvec, params: Params, num_products: int, key: PRNGKey) -> Estimate:
+def hutchpp(
+    matvec: Matvec,
+    params: Params,
+    num_products: int,
+    key: PRNGKey,
+) -> Estimate:
     """Estimate the trace of a symmetric matrix by Hutch++.
 
     It is exact on a sketch of the matrix's range, and Hutchinson's estimate beside it. With Q an
@@ -84,7 +89,12 @@ def hutchpp(matvec: Matvec, params: Params, num_products: int, key: PRNGKey) -> 
     return estimate_of(trace_in_sketch + traces_beside)
 
 
-def xtrace(matvec: Matvec, params: Params, num_products: int, key: PRNGKey) -> Estimate:
+def xtrace(
+    matvec: Matvec,
+    params: Params,
+    num_products: int,
+    key: PRNGKey,
+) -> Estimate:
     """Estimate the trace of a symmetric matrix by XTrace.
 
     Every product serves both the sketch and as a probe. Each of k = m/2 random vectors z_i is the
@@ -181,10 +191,18 @@ class _Sketch(NamedTuple):
     complete: Bool[Array, ""]
 
 
-def _sketch(matvec: Matvec, params: Params, key: PRNGKey, size: int) -> _Sketch:
+def _sketch(
+    matvec: Matvec,
+    params: Params,
+    key: PRNGKey,
+    size: int,
+) -> _Sketch:
     """Multiply random vectors by A one by one, and orthonormalize the products as they come."""
 
-    def add(basis: PyTree[Array], i: Array) -> tuple[PyTree[Array], tuple[Array, Array]]:
+    def add(
+        basis: PyTree[Array],
+        i: Array,
+    ) -> tuple[PyTree[Array], tuple[Array, Array]]:
         z = draw(normal, jax.random.fold_in(key, i), params)
         y = checked(pin_to_iteration(matvec, i), z)
         return _with_row(basis, y, i)
@@ -218,7 +236,10 @@ def _with_row(
     return basis, (jnp.where(depends, coordinates, with_length), depends)
 
 
-def _projection(matvec: Matvec, basis: PyTree[Array]) -> Float[Array, "k k"]:
+def _projection(
+    matvec: Matvec,
+    basis: PyTree[Array],
+) -> Float[Array, "k k"]:
     """Return `Q'AQ`, by a product with A for each row."""
 
     def row(i: Array) -> Float[Array, " k"]:
