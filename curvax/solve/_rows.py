@@ -43,7 +43,7 @@ def put_row(
     """Write one row in place of the row with this index."""
 
     def put(x: Array, y: Array) -> Array:
-        return lax.dynamic_update_index_in_dim(x, y, index, axis=0)
+        return jnp.asarray(lax.dynamic_update_index_in_dim(x, y, index, axis=0))
 
     return jax.tree.map(put, rows, row)
 
@@ -52,6 +52,6 @@ def get_row(rows: PyTree[Array], index: Any) -> Params:
     """Read the row with this index."""
 
     def get(x: Array) -> Array:
-        return lax.dynamic_index_in_dim(x, index, axis=0, keepdims=False)
+        return jnp.asarray(lax.dynamic_index_in_dim(x, index, axis=0, keepdims=False))
 
     return jax.tree.map(get, rows)

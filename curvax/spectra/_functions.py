@@ -126,7 +126,7 @@ def absolute_krylov(
     check_damping(damping)
 
     def inverse(values: Float[Array, " m"]) -> Float[Array, " m"]:
-        return 1 / (jnp.abs(values) + damping)
+        return jnp.reciprocal(jnp.abs(values) + damping)
 
     x, change = matrix_function(matvec, b, inverse, num_steps)
     finite = jnp.isfinite(change)
