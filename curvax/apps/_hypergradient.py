@@ -11,9 +11,8 @@ from jaxtyping import Array, Float, PyTree
 
 from curvax._checks import check_floats, check_function, check_params, check_scalar
 from curvax._types import Params, Scalar, at_least_float32
-from curvax.optim._newton import Solver
 from curvax.products import hvp
-from curvax.solve import SolveInfo, cg
+from curvax.solve import SolveInfo, Solver, cg
 
 Hyper: TypeAlias = PyTree[Float[Array, "..."]]
 """Hyperparameters in which a loss is differentiable, such as log-penalties."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,8 @@ from curvax._types import Count, Params, Scalar
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.products import ggnvp, hvp
-from curvax.solve import SolveInfo, cg, direct, sample_space
+from curvax.solve import Solver, cg, direct, sample_space
 from curvax.spectra import absolute_krylov
-
-
-class Solver(Protocol):
-    """Solve `(C + damping I) x = b`: `curvax.cg`, `curvax.solve.minres`, `curvax.solve.neumann`, `curvax.solve.direct`, or any such."""
-
-    def __call__(self, curvature: Any, b: Params, /, *, damping: Any) -> tuple[Params, SolveInfo]:
-        """Return x and what can be said of it."""
-        ...
 
 
 class NewtonInfo(NamedTuple):

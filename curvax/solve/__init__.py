@@ -1,4 +1,4 @@
-"""Solves with curvature on pytrees: each returns a solution and what can be said of it."""
+"""Solves with curvature on pytrees: each returns a solution and a `SolveInfo`."""
 
 from curvax.solve._cg import cg
 from curvax.solve._collect import fisher_window
@@ -15,7 +15,7 @@ from curvax.solve._elements import (
 from curvax.solve._lineax_adapter import from_lineax, to_lineax
 from curvax.solve._minres import minres
 from curvax.solve._neumann import neumann
-from curvax.solve._result import Result, SolveInfo
+from curvax.solve._result import Result, SolveInfo, Solver
 from curvax.solve._sample_space import sample_space
 from curvax.solve._window import (
     Window,
@@ -33,6 +33,7 @@ __all__ = [
     "Result",
     "SampleSpace",
     "SolveInfo",
+    "Solver",
     "Whitened",
     "Window",
     "absolute",

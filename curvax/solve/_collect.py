@@ -25,26 +25,28 @@ def fisher_window(
     blocks: str = "full",
     dtype: Any = None,
 ) -> Window:
-    """Collect the gradients of m batches: `F = (1/m) sum_i g_i g_i'`, the empirical Fisher matrix of those batches.
+    """Collect the gradients of m batches, whose empirical Fisher is `F = (1/m) sum_i g_i g_i'`.
 
-    Batches of one example give the empirical Fisher of the examples; larger ones that of mean gradients, which is smaller
-    by about the size of a batch.
+    Batches of one example give the empirical Fisher of the examples; larger ones that of mean
+    gradients, which is smaller by about the size of a batch.
 
     Args:
-      objective: a `curvax.Objective`.
-      params: pytree of float arrays.
-      batches: iterable of `(inputs, targets)`; the first m are taken. Wrap it in `tqdm.tqdm` to see progress.
+      objective: the `curvax.Objective` whose gradients are collected.
+      params: a pytree of float arrays.
+      batches: an iterable of `(inputs, targets)`, of which the first m are read. Wrap it in
+        `tqdm.tqdm` to see progress.
       window_size: m.
       blocks: "full", or "leaf" for a matrix without entries between leaves.
-      dtype: the gradients are stored in; None: that of params, but at least float32.
+      dtype: the dtype in which gradients are stored. None stands for that of params, but at least
+        float32.
 
     Returns:
-      a `Window`, for `curvax.solve.window_inverse` and `curvax.solve.inverse_diagonal`. Gradients that are not finite are left out.
-      If that or the end of the stream leaves it with fewer than m, it warns; its inverse is then right with
-      `divisor="count"`.
+      a `Window`, for `curvax.solve.window_inverse` and `curvax.solve.inverse_diagonal`. Gradients
+      that are not finite are left out. If that or the end of the stream leaves it with fewer than
+      m, it warns; its inverse is then right with `divisor="count"`.
 
     Raises:
-      ValueError: no finite gradient at all; a window below 1.
+      ValueError: no gradient is finite, or the window is below 1.
 
     Cost: m gradients, and a pass over the window for each. Memory: m d numbers.
 
@@ -52,29 +54,38 @@ def fisher_window(
       >>> import jax.numpy as jnp, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
       >>> batches = [(jnp.eye(2)[None, i], jnp.ones((1, 1))) for i in range(2)]
-      >>> curvax.solve.fisher_window(objective, jnp.zeros((2, 1)), batches, window_size=2).gram[0].tolist()
+      >>> window = curvax.solve.fisher_window(objective, jnp.zeros((2, 1)), batches, 2)
+      >>> window.gram[0].tolist()
       [[1.0, 0.0], [0.0, 1.0]]
 
-    References: Frantar, Kurtic and Alistarh (2021), M-FAC, section 3.1.
+    References: Frantar, Kurtic and Alistarh (2021), M-FAC, https://arxiv.org/abs/2107.03356,
+      section 3.1.
     """
     window = init_window(params, window_size, blocks=blocks, dtype=dtype)
     check_count(1, window_size=window_size)
     for batch in itertools.islice(batches, window_size):
-        window = _add(objective, window, params, batch)
-    came = int(window.count)
-    if came == 0:
+        window = _with_gradient(objective, window, params, batch)
+    count = int(window.count)
+    if count == 0:
         raise ValueError(
-            "batches gave no finite gradient: the stream is empty, or the loss is not finite at params."
+            "batches gave no finite gradient: the stream is empty, "
+            "or the loss is not finite at params."
         )
-    if came < window_size:
+    if count < window_size:
         warnings.warn(
-            f"batches gave {came} finite gradients for a window of {window_size}; take its inverse with "
-            'divisor="count", or give more batches.',
+            f"batches gave {count} finite gradients for a window of {window_size}; "
+            'take its inverse with divisor="count", or give more batches.',
             stacklevel=2,
         )
     return window
 
 
+# The window's buffer is donated: a row of it is written in place.
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _add(objective: Objective, window: Window, params: Params, batch: Batch) -> Window:
+def _with_gradient(
+    objective: Objective,
+    window: Window,
+    params: Params,
+    batch: Batch,
+) -> Window:
     return insert(window, jax.grad(objective)(params, batch))

@@ -1,4 +1,4 @@
-"""What all iterative solves share: the damped matrix in wide precision, its check, and the account at the end."""
+"""What all iterative solves share: the damped matrix in wide precision, checks, and the result."""
 
 from __future__ import annotations
 
@@ -11,37 +11,69 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from curvax._checks import check_count, check_damping, check_like, check_params, describe
-from curvax._trees import add_scaled, all_finite, inner_product, norm
+from curvax._trees import add_scaled, all_finite, inner_product, norm, safe_divide
 from curvax._types import Matvec, Params, PRNGKey, Scalar, tree_at_least_float32
 from curvax.estimate._hutchinson import normal
 from curvax.solve._result import Result, SolveInfo, code_of
 
 
-def damped(matvec: Matvec, damping: Any, like: Params, name: str = "matvec") -> Matvec:
-    """Return `v -> (A + damping I) v` on trees in at least float32; `matvec` itself gets the dtypes of `like`."""
+def damped(
+    matvec: Matvec,
+    damping: Any,
+    like: Params,
+    name: str = "matvec",
+) -> Matvec:
+    """Return `v -> (A + damping I) v` on trees in at least float32.
+
+    The matvec itself gets vectors in the dtypes of `like`.
+    """
 
     def apply(v: Params) -> Params:
-        own = jax.tree.map(lambda x, p: x.astype(p.dtype), v, like)
-        return add_scaled(tree_at_least_float32(checked(matvec, own, name)), damping, v)
+        product = checked(matvec, cast_like(v, like), name)
+        return add_scaled(tree_at_least_float32(product), damping, v)
 
     return apply
 
 
-def checked(matvec: Matvec, v: Params, name: str = "matvec") -> Params:
+def damped_preconditioner(preconditioner: Matvec | None, like: Params) -> Matvec:
+    """Return `v -> M v` on trees in at least float32; with None, M is the identity."""
+    if preconditioner is None:
+        return lambda v: v
+    return damped(preconditioner, 0.0, like, "preconditioner")
+
+
+def cast_like(v: Params, like: Params) -> Params:
+    """Return v in the dtypes of another tree."""
+    return jax.tree.map(lambda x, p: x.astype(p.dtype), v, like)
+
+
+def checked(
+    matvec: Matvec,
+    v: Params,
+    name: str = "matvec",
+) -> Params:
     """Return `matvec(v)`, or raise unless it has the structure, shapes and dtypes of v."""
     product = matvec(v)
     check_like(product, v, f"{name}(v)", "v")
-    for (path, x), y in zip(jax.tree.leaves_with_path(v), jax.tree.leaves(product), strict=True):
+    leaves = zip(jax.tree.leaves_with_path(v), jax.tree.leaves(product), strict=True)
+    for (path, x), y in leaves:
         if jnp.result_type(y) != x.dtype:
+            where = f"{name}(v){jax.tree_util.keystr(path)}"
             raise TypeError(
-                f"{name}(v){jax.tree_util.keystr(path)} is {describe(y)} where v is {describe(x)}: a matrix on trees "
-                "returns what it is given. Cast its result, or what it closes over."
+                f"{where} is {describe(y)} where v is {describe(x)}: a matrix on trees must keep "
+                "the dtypes of its vector. Cast its result, or the arrays that it closes over."
             )
     return product
 
 
-def check_system(b: Params, damping: Any, tol: Any, max_steps: int, x0: Params | None) -> None:
-    """Check what all solves are given."""
+def check_system(
+    b: Params,
+    damping: Any,
+    tol: Any,
+    max_steps: int,
+    x0: Params | None,
+) -> None:
+    """Check the arguments that all solves have."""
     check_params(b)
     check_damping(damping, allow_zero=True)
     check_count(1, max_steps=max_steps)
@@ -49,6 +81,14 @@ def check_system(b: Params, damping: Any, tol: Any, max_steps: int, x0: Params |
         raise ValueError(f"tol must be at least 0, got {tol}.")
     if x0 is not None:
         check_like(x0, b, "x0", "b")
+
+
+def largest_residual(tol: Any, norm_of_b: Scalar) -> Scalar:
+    """Return the norm of the residual at which an iteration ends: half of `tol |b|`.
+
+    The other half is for rounding: the residual that is reported is computed from x.
+    """
+    return 0.5 * jnp.asarray(tol) * norm_of_b
 
 
 def finished(
@@ -61,39 +101,43 @@ def finished(
     direction: Any = None,
     norm_of: Callable[[Params], Scalar] = norm,
 ) -> tuple[Params, SolveInfo]:
-    """Return x in the dtypes of b, and what can be said of it; one product for the residual.
+    """Return x in the dtypes of b and its `SolveInfo`; one product is for the residual.
 
-    CONVERGED becomes STALLED where the residual is above tol, in the norm that the iteration went by.
+    CONVERGED becomes STALLED where the residual is above tol, in the norm of the iteration.
     """
     wide = tree_at_least_float32(b)
-    own = jax.tree.map(lambda x, p: x.astype(p.dtype), x, b)
-    left = add_scaled(wide, -1, apply(tree_at_least_float32(own)))
-    relative = lambda norm_of: (
-        norm_of(left) / jnp.where(norm_of(wide) > 0, norm_of(wide), 1)
-    )  # b = 0: x is 0 or the guess
-    residual = relative(norm)
-    lost = (code == Result.CONVERGED) & ~(relative(norm_of) <= tol)
+    x = cast_like(x, b)
+    r = add_scaled(wide, -1, apply(tree_at_least_float32(x)))
+    # |b - (A + damping I) x| / |b|; where b = 0, x is 0 or the guess, and |r| itself is told
+    residual = safe_divide(norm(r), norm(wide))
+    measured = safe_divide(norm_of(r), norm_of(wide))
+    failed = (code == Result.CONVERGED) & ~(measured <= tol)
     code = code_of(
-        (lost & jnp.isfinite(residual), Result.STALLED), (lost, Result.NOT_FINITE), otherwise=code
+        (failed & jnp.isfinite(residual), Result.STALLED),
+        (failed, Result.NOT_FINITE),
+        otherwise=code,
     )
-    return own, SolveInfo(residual, steps, code, direction)
+    return x, SolveInfo(residual, steps, code, direction)
 
 
 def check_symmetric(
     matvec: Matvec, params: Params, key: PRNGKey, rtol: float | None = None
 ) -> None:
-    """Raise unless `u'(A v) = v'(A u)` for two random vectors: solves and spectra take symmetric matrices only.
+    """Raise unless `u'(A v) = v'(A u)` for two random vectors.
+
+    Solves and spectra take symmetric matrices only.
 
     Args:
       matvec: `v -> A v` on trees like params.
-      params: pytree that gives shapes and dtypes.
-      key: JAX key of the two vectors.
-      rtol: difference that is allowed, in units of `|u| |A v| + |v| |A u|`; None: the square root of the floats' epsilon.
+      params: a pytree that gives shapes and dtypes.
+      key: the JAX key of the two vectors.
+      rtol: the difference that is allowed, in units of `|u| |A v| + |v| |A u|`. None stands for the
+        square root of the floats' epsilon.
 
     Raises:
-      ValueError: it is not symmetric, or not finite.
+      ValueError: the matrix is not symmetric, or a product is not finite.
 
-    Cost: two products. Not for use inside `jit`.
+    Cost: two products. It is not for use inside `jit`.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -104,16 +148,19 @@ def check_symmetric(
       ValueError: the matrix is not symmetric: ...
     """
     check_params(params)
-    u, v = (tree_at_least_float32(normal(jax.random.fold_in(key, i), params)) for i in (0, 1))
-    product = damped(matvec, 0.0, params)
-    of_u, of_v = product(u), product(v)
-    one, other = inner_product(v, of_u), inner_product(u, of_v)
-    allowed = jnp.sqrt(jnp.finfo(one.dtype).eps) if rtol is None else rtol
-    size = norm(u) * norm(of_v) + norm(v) * norm(of_u)
-    if not bool(all_finite((of_u, of_v))):
+    u = tree_at_least_float32(normal(jax.random.fold_in(key, 0), params))
+    v = tree_at_least_float32(normal(jax.random.fold_in(key, 1), params))
+    apply = damped(matvec, 0.0, params)
+    Au, Av = apply(u), apply(v)
+    if not bool(all_finite((Au, Av))):
         raise ValueError("the matrix-vector product is not finite for two random vectors.")
-    if not bool(abs(one - other) <= allowed * size):
+
+    vAu, uAv = inner_product(v, Au), inner_product(u, Av)
+    allowed = jnp.sqrt(jnp.finfo(vAu.dtype).eps) if rtol is None else rtol
+    # By Cauchy and Schwarz neither product is above its term here; rounding is relative to it.
+    scale = norm(u) * norm(Av) + norm(v) * norm(Au)
+    if not bool(abs(vAu - uAv) <= allowed * scale):
         raise ValueError(
-            f"the matrix is not symmetric: v'(A u) = {one:.6g}, u'(A v) = {other:.6g} for two random vectors. "
-            "Solves and spectra here are for symmetric matrices; J'J of a Jacobian J is one."
+            f"the matrix is not symmetric: v'(A u) = {vAu:.6g}, u'(A v) = {uAv:.6g} for two random "
+            "vectors. Solves and spectra are for symmetric matrices; J'J of a Jacobian J is one."
         )

@@ -32,19 +32,25 @@ def decompose(dense: Dense) -> EigenDecomposition:
 
     Cost: about `9 d^3` multiplications.
     """
-    return EigenDecomposition(*jnp.linalg.eigh(at_least_float32(dense.matrix)))
+    values, vectors = jnp.linalg.eigh(at_least_float32(dense.matrix))
+    return EigenDecomposition(values, vectors)
 
 
-def absolute(eigen: EigenDecomposition, b: Params, *, damping: Any) -> Params:
-    """Return `(|A| + damping I)^-1 b`, where `|A|` has the absolute eigenvalues of A: a descent direction for any A.
+def absolute(
+    eigen: EigenDecomposition,
+    b: Params,
+    *,
+    damping: Any,
+) -> Params:
+    """Return `(|A| + damping I)^-1 b`, where `|A|` has the absolute eigenvalues of A.
 
-    For positive semidefinite A it is the damped solve. An eigenvalue whose absolute value and damping are both zero counts
-    as infinite.
+    It is a descent direction for any A if b is a gradient; for positive semidefinite A it is the
+    damped solve. An eigenvalue whose absolute value and damping are both zero counts as infinite.
 
     Args:
-      eigen: of A, by `decompose`.
-      b: tree of d float numbers.
-      damping: number or scalar array, at least 0.
+      eigen: the eigendecomposition of A, as `decompose` returns it.
+      b: a tree of d float numbers.
+      damping: a number or scalar array, at least 0.
 
     Returns:
       a tree like b, in at least float32.
@@ -53,17 +59,26 @@ def absolute(eigen: EigenDecomposition, b: Params, *, damping: Any) -> Params:
 
     Example:
       >>> import jax.numpy as jnp, curvax
-      >>> eigen = curvax.solve.decompose(curvax.solve.Dense(jnp.diag(jnp.array([2.0, -1.0]))))
+      >>> dense = curvax.solve.Dense(jnp.diag(jnp.array([2.0, -1.0])))
+      >>> eigen = curvax.solve.decompose(dense)
       >>> curvax.solve.absolute(eigen, jnp.array([4.0, 4.0]), damping=0.0).tolist()
       [2.0, 4.0]
 
-    References: Dauphin et al. (2014), Identifying and attacking the saddle point problem.
+    References: Dauphin et al. (2014), Identifying and attacking the saddle point problem in
+      high-dimensional non-convex optimization, https://arxiv.org/abs/1406.2572.
     """
     flat, unravel = ravel_pytree(tree_at_least_float32(b))
-    multiply = lambda matrix, v: jnp.matmul(matrix, v, precision=lax.Precision.HIGHEST)
-    strength = jnp.abs(eigen.values) + damping
-    coefficients = multiply(eigen.vectors.T, flat.astype(eigen.values.dtype)) / jnp.where(
-        strength > 0, strength, jnp.inf
-    )
-    x: Params = unravel(multiply(eigen.vectors, coefficients).astype(flat.dtype))
+    # x = Q (|L| + damping I)^-1 Q'b, with A = Q L Q'
+    coordinates = _multiply(eigen.vectors.T, flat.astype(eigen.values.dtype))
+    damped_values = jnp.abs(eigen.values) + damping
+    # 0 / 0 is 0: a direction without curvature and damping has no step.
+    solved = coordinates / jnp.where(damped_values > 0, damped_values, jnp.inf)
+    x: Params = unravel(_multiply(eigen.vectors, solved).astype(flat.dtype))
     return x
+
+
+def _multiply(
+    matrix: Float[Array, "d d"],
+    v: Float[Array, " d"],
+) -> Float[Array, " d"]:
+    return jnp.matmul(matrix, v, precision=lax.Precision.HIGHEST)

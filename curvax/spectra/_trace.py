@@ -1,4 +1,4 @@
-"""Traces of matrices with a few large eigenvalues: a sketch holds those, random probes see only the rest."""
+"""Traces of matrices with a few large eigenvalues: a sketch for those, probes beside it."""
 
 from __future__ import annotations
 
@@ -13,130 +13,168 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from curvax._checks import check_count, check_params
 from curvax._host import compiled, loops_for
-from curvax._trees import dimension, inner_product, norm, row_products, wide_dtype
+from curvax._trees import dimension, inner_product, norm, row_products
 from curvax._types import Matvec, Params, PRNGKey, Scalar
 from curvax._xla import fast_convs_in_loops, pin_to_iteration
 from curvax.estimate._hutchinson import Estimate, normal, rademacher
 from curvax.solve._damped import checked
-from curvax.spectra._lanczos import draw, put_row, reject
+from curvax.solve._rows import get_row, put_row, zero_rows
+from curvax.spectra._lanczos import draw, reject
+
+# d: parameters; k: vectors of a sketch; n: values of an estimate
+# Q: [d, k], an orthonormal basis; in code its transpose, a tree with a leading axis k
 
 
-def hutchpp(matvec: Matvec, params: Params, num_products: int, key: PRNGKey) -> Estimate:
-    """Estimate the trace of a symmetric matrix by Hutch++: exactly on a sketch of its range, by Hutchinson beside it.
+def hutchpp(
+    matvec: Matvec,
+    params: Params,
+    num_products: int,
+    key: PRNGKey,
+) -> Estimate:
+    """Estimate the trace of a symmetric matrix by Hutch++.
 
-    With Q an orthonormal basis of `A [z_1 ... z_k]`, k a third of the products, and P = I - QQ':
-    `tr(A) = tr(Q'AQ) + E[g'P A P g]`. On matrices whose eigenvalues decay the error falls as 1/m, where that of
-    `curvax.hutchinson_trace` falls as `1/sqrt(m)`; nothing is gained on those whose eigenvalues are alike.
+    It is exact on a sketch of the matrix's range, and Hutchinson's estimate beside it. With Q an
+    orthonormal basis of `A [z_1 ... z_k]`, k a third of the products, and P = I - QQ':
+    `tr(A) = tr(Q'AQ) + E[g'P A P g]`. On matrices whose eigenvalues decay the error falls as 1/m,
+    where that of `curvax.hutchinson_trace` falls as `1/sqrt(m)`; nothing is gained on those whose
+    eigenvalues are alike.
 
     Args:
       matvec: `v -> A v` on trees like params, A symmetric. It gets vectors of at least float32.
-      params: pytree of d float numbers that gives shapes, dtypes and shardings of the vectors.
-      key: JAX key.
-      num_products: m, from 4 to d; k = m // 3 each for the sketch and for `tr(Q'AQ)`, the rest for probes g.
+      params: a pytree of d float numbers that gives shapes, dtypes and shardings of the vectors.
+      key: a JAX key.
+      num_products: m, from 4 to d. Each of the sketch and `tr(Q'AQ)` takes k = m // 3; the others
+        are for probes g.
 
     Returns:
-      `Estimate(mean, sem)` of scalars, in at least float32: unbiased, and exact where the rank is at most k. `sem` comes
-      from the probes g, the only random part once Q is known.
+      `Estimate(mean, sem)` of scalars, in at least float32. It is unbiased, and exact where the
+      rank is at most k. `sem` comes from the probes g, the only random part once Q is known.
 
     Raises:
-      ValueError: fewer products than 4, or more than d, which give the exact trace; a matvec that returns another tree
-        than it is given.
+      ValueError: products are fewer than 4, or more than d, which give the exact trace; or the
+        matvec returns a tree of another structure.
 
     Cost: m products, one at a time, and `3 k m d` multiplications. Memory: k trees like params.
 
-    Example:
+    Example: rank one, trace 24.
       >>> import jax, jax.numpy as jnp, curvax
       >>> from curvax.spectra import hutchpp
-      >>> matvec = lambda v: {"w": 3.0 * jnp.sum(v["w"]) * jnp.ones(8)}          # rank one, trace 24
+      >>> matvec = lambda v: {"w": 3.0 * jnp.sum(v["w"]) * jnp.ones(8)}
       >>> estimate = hutchpp(matvec, {"w": jnp.zeros(8)}, 6, jax.random.key(0))
       >>> round(float(estimate.mean), 3), round(float(estimate.sem), 3)
       (24.0, 0.0)
 
-    References: Meyer, Musco, Musco and Woodruff (2021), Hutch++: optimal stochastic trace estimation, algorithm 1.
+    References: Meyer, Musco, Musco and Woodruff (2021), Hutch++: optimal stochastic trace
+      estimation, https://arxiv.org/abs/2010.09649, algorithm 1.
 
-    Deviates: the vectors of the sketch are normal; random signs, as published, may all be orthogonal to what they look for.
+    Deviates: the vectors of the sketch are normal; random signs, as published, may all be
+      orthogonal to the eigenvectors that matter.
     """
     _check(params, num_products)
-    size = num_products // 3
+    # Algorithm 1: S for the sketch A S = Q R, G for the probes, a third of the products each.
+    k = num_products // 3
     sketch_key, probe_key = jax.random.split(key)
-    sketch = _sketch(matvec, params, sketch_key, size)
-    inside = jnp.trace(_projection(matvec, sketch.basis))
+    sketch = _sketch(matvec, params, sketch_key, k)
+    trace_in_sketch = jnp.trace(_projection(matvec, sketch.basis))
 
-    def beside(i: Array) -> Scalar:
-        g, _ = reject(sketch.basis, draw(rademacher, jax.random.fold_in(probe_key, i), params))
-        return inner_product(g, checked(pin_to_iteration(matvec, i), g))
+    def probe(i: Array) -> Scalar:
+        # g'P A P g, with P g = g - Q Q'g
+        g = draw(rademacher, jax.random.fold_in(probe_key, i), params)
+        Pg, _ = reject(sketch.basis, g)
+        return inner_product(Pg, checked(pin_to_iteration(matvec, i), Pg))
 
+    num_probes = num_products - 2 * k
     with loops_for(matvec):
-        values = lax.map(fast_convs_in_loops(beside), jnp.arange(num_products - 2 * size))
-    return estimate_of(inside + values)
+        traces_beside = lax.map(fast_convs_in_loops(probe), jnp.arange(num_probes))
+    return estimate_of(trace_in_sketch + traces_beside)
 
 
-def xtrace(matvec: Matvec, params: Params, num_products: int, key: PRNGKey) -> Estimate:
-    """Estimate the trace of a symmetric matrix by XTrace, which uses every product for the sketch and as a probe.
+def xtrace(
+    matvec: Matvec,
+    params: Params,
+    num_products: int,
+    key: PRNGKey,
+) -> Estimate:
+    """Estimate the trace of a symmetric matrix by XTrace.
 
-    Each of k = m/2 random vectors z_i is the probe beside the sketch of the others: with Q_i an orthonormal basis of
-    `A [z_j, j != i]`, P_i = I - Q_i Q_i' and u_i = P_i z_i scaled to the length `sqrt(d - k + 1)`,
+    Every product serves both the sketch and as a probe. Each of k = m/2 random vectors z_i is the
+    probe beside the sketch of the others: with Q_i an orthonormal basis of `A [z_j, j != i]`,
+    P_i = I - Q_i Q_i' and u_i = P_i z_i scaled to the length `sqrt(d - k + 1)`,
     `tr(A) = mean_i of tr(Q_i'A Q_i) + u_i'A u_i`.
 
     Args:
       matvec: `v -> A v` on trees like params, A symmetric. It gets vectors of at least float32.
-      params: pytree of d float numbers that gives shapes, dtypes and shardings of the vectors.
-      key: JAX key.
-      num_products: m, from 4 to d; of an odd number one is left.
+      params: a pytree of d float numbers that gives shapes, dtypes and shardings of the vectors.
+      key: a JAX key.
+      num_products: m, from 4 to d; of an odd number one is not used.
 
     Returns:
-      `Estimate(mean, sem)` of scalars, in at least float32: unbiased, and exact where the rank is below k. `sem` takes the
-      k values for independent, which they are not quite: in our tests it is 0.7 to 1 times the true error.
+      `Estimate(mean, sem)` of scalars, in at least float32. It is unbiased, and exact where the
+      rank is below k. `sem` takes the k values for independent, which they are not quite: in our
+      tests it is 0.7 to 1 times the true error.
 
     Raises:
-      ValueError: fewer products than 4, or more than d, which give the exact trace; a matvec that returns another tree
-        than it is given.
+      ValueError: products are fewer than 4, or more than d, which give the exact trace; or the
+        matvec returns a tree of another structure.
 
     Cost: m products, one at a time, and `6 k^2 d` multiplications. Memory: k trees like params.
 
-    Example:
+    Example: rank one, trace 24.
       >>> import jax, jax.numpy as jnp, curvax
       >>> from curvax.spectra import xtrace
-      >>> matvec = lambda v: {"w": 3.0 * jnp.sum(v["w"]) * jnp.ones(8)}          # rank one, trace 24
+      >>> matvec = lambda v: {"w": 3.0 * jnp.sum(v["w"]) * jnp.ones(8)}
       >>> estimate = xtrace(matvec, {"w": jnp.zeros(8)}, 6, jax.random.key(0))
       >>> round(float(estimate.mean), 3), round(float(estimate.sem), 3)
       (24.0, 0.0)
 
-    References: Epperly, Tropp and Webber (2024), XTrace: making the most of every sample in stochastic trace estimation,
-      sections 2.1 and 2.3 (normalization).
+    References: Epperly, Tropp and Webber (2024), XTrace: making the most of every sample in
+      stochastic trace estimation, https://arxiv.org/abs/2301.07825, sections 2.1 and 2.3
+      (normalization).
     """
     _check(params, num_products)
-    size = num_products // 2
-    basis, r, complete = _sketch(matvec, params, key, size)
+    k = num_products // 2
+    basis, r, complete = _sketch(matvec, params, key, k)
     H = _projection(matvec, basis)
 
     def coordinates(i: Array) -> tuple[Float[Array, " k"], Scalar]:
         z = draw(normal, jax.random.fold_in(key, i), params)
         return row_products(basis, z), inner_product(z, z)
 
-    # Row i of each belongs to probe z_i, in the basis Q. w: z_i; r: A z_i; s: the direction that Q has and Q_i lacks
-    # (zero where Q lost a direction: then the range of A is in Q_i too); x: the part of z_i in Q_i.
-    w, squares = lax.map(coordinates, jnp.arange(size))
-    s = jnp.where(complete, _left_out(jnp.where(complete, r, jnp.eye(size, dtype=r.dtype))), 0)
-    along = jnp.sum(s * w, axis=1)
-    x = w - along[:, None] * s
+    # All is done in the coordinates of Q; row i of each array belongs to the probe z_i.
+    #   w: Q'z_i; r: Q'A z_i, which is all of A z_i, as Q spans it; H: Q'A Q
+    #   s: the direction that Q has and Q_i lacks, Q_i Q_i' = Q (I - s s') Q'. It is zero where Q
+    #      lost a direction: then the range of A is in Q_i too.
+    #   x: (I - s s') w, the coordinates of Q_i Q_i'z_i
+    w, squares = lax.map(coordinates, jnp.arange(k))
+    identity = jnp.eye(k, dtype=r.dtype)
+    left_out = _left_out_directions(jnp.where(complete, r, identity))
+    s = jnp.where(complete, left_out, 0)
+    s_w = jnp.sum(s * w, axis=1)
+    x = w - s_w[:, None] * s
+
     with jax.default_matmul_precision("highest"):
-        inside = jnp.trace(H) - jnp.sum(s * (s @ H), axis=1)
-        beside = along * jnp.sum(s * r, axis=1) - jnp.sum(x * (r - x @ H), axis=1)
-    return estimate_of(
-        inside + beside * (dimension(params) - size + 1) / (squares - jnp.sum(x**2, axis=1))
-    )
+        s_H, x_H = s @ H, x @ H
+    # tr(Q_i'A Q_i) = tr(H) - s'H s
+    trace_in_sketch = jnp.trace(H) - jnp.sum(s * s_H, axis=1)
+    # With P_i z = z - Q x and P_i A z = Q (s s') r: z'P_i A P_i z = z'P_i A z - z'P_i A Q x, where
+    # z'P_i A z = (s'w)(s'r). Of the second term, by symmetry, (A P_i z)'Q x = x'r - x'H x.
+    trace_beside = s_w * jnp.sum(s * r, axis=1) - jnp.sum(x * (r - x_H), axis=1)
+    # u_i has the length sqrt(d - k + 1), and |P_i z_i|^2 = |z_i|^2 - |x|^2.
+    scale = (dimension(params) - k + 1) / (squares - jnp.sum(x**2, axis=1))
+    return estimate_of(trace_in_sketch + trace_beside * scale)
 
 
 def estimate_of(values: Float[Array, " n"]) -> Estimate:
-    """Return the mean of n values and its standard error, as if they were independent; infinite for one."""
-    mean, n = jnp.mean(values, axis=0), len(values)
-    sem = (
-        jnp.sqrt(jnp.sum((values - mean) ** 2, axis=0) / n / (n - 1))
-        if n > 1
-        else jnp.full_like(mean, jnp.inf)
-    )
-    return Estimate(mean, sem)
+    """Return the mean of n values and its standard error, infinite for one value.
+
+    The standard error is that of independent values.
+    """
+    n = len(values)
+    mean = jnp.mean(values, axis=0)
+    if n == 1:
+        return Estimate(mean, jnp.full_like(mean, jnp.inf))
+    variance = jnp.sum((values - mean) ** 2, axis=0) / n / (n - 1)
+    return Estimate(mean, jnp.sqrt(variance))
 
 
 class _Sketch(NamedTuple):
@@ -144,8 +182,8 @@ class _Sketch(NamedTuple):
 
     Attributes:
       basis: k rows, a tree; where y_i depends on those before it, row i is zero.
-      coordinates: row i: `Q'y_i`.
-      complete: no row is zero.
+      coordinates: lower triangular, `Q'y_i` in row i: the transpose of R in `Y = Q R`.
+      complete: whether no row is zero.
     """
 
     basis: PyTree[Array]
@@ -153,16 +191,25 @@ class _Sketch(NamedTuple):
     complete: Bool[Array, ""]
 
 
-def _sketch(matvec: Matvec, params: Params, key: PRNGKey, size: int) -> _Sketch:
-    def add(basis: PyTree[Array], i: Array) -> tuple[PyTree[Array], tuple[Array, Array]]:
-        y = checked(pin_to_iteration(matvec, i), draw(normal, jax.random.fold_in(key, i), params))
+def _sketch(
+    matvec: Matvec,
+    params: Params,
+    key: PRNGKey,
+    size: int,
+) -> _Sketch:
+    """Multiply random vectors by A one by one, and orthonormalize the products as they come."""
+
+    def add(
+        basis: PyTree[Array],
+        i: Array,
+    ) -> tuple[PyTree[Array], tuple[Array, Array]]:
+        z = draw(normal, jax.random.fold_in(key, i), params)
+        y = checked(pin_to_iteration(matvec, i), z)
         return _with_row(basis, y, i)
 
-    empty = jax.tree.map(
-        lambda p: jnp.broadcast_to(jnp.zeros_like(p, wide_dtype(p))[None], (size, *p.shape)), params
-    )
+    rows = zero_rows(params, size)
     with loops_for(matvec):
-        basis, (coordinates, depends) = lax.scan(fast_convs_in_loops(add), empty, jnp.arange(size))
+        basis, (coordinates, depends) = lax.scan(fast_convs_in_loops(add), rows, jnp.arange(size))
     return _Sketch(basis, coordinates, ~jnp.any(depends))
 
 
@@ -170,36 +217,50 @@ def _sketch(matvec: Matvec, params: Params, key: PRNGKey, size: int) -> _Sketch:
 def _with_row(
     basis: PyTree[Array], y: Params, i: Array
 ) -> tuple[PyTree[Array], tuple[Array, Array]]:
-    """Make row i of what y adds to the basis; return the coordinates of y, and whether it adds nothing."""
-    rest, along = reject(basis, y)
-    length = norm(rest)
-    depends = length <= 10 * jnp.finfo(length.dtype).eps * norm(
-        y
-    )  # False where y is not finite: then all is not
-    row = jax.tree.map(
-        lambda x: jnp.where(depends, 0, x / jnp.where(depends, 1, length)).astype(x.dtype), rest
-    )
-    return put_row(basis, row, i), (jnp.where(depends, along, along.at[i].set(length)), depends)
+    """Put the direction of y that the basis lacks into row i.
+
+    Returns:
+      the basis; the coordinates of y, and whether y depends on the rows before, to rounding.
+    """
+    residual, coordinates = reject(basis, y)
+    length = norm(residual)
+    # False where y is not finite: then everything is not.
+    depends = length <= 10 * jnp.finfo(length.dtype).eps * norm(y)
+    divisor = jnp.where(depends, 1, length)
+
+    def unit_or_zero(x: Array) -> Array:
+        return jnp.where(depends, 0, x / divisor).astype(x.dtype)
+
+    basis = put_row(basis, jax.tree.map(unit_or_zero, residual), i)
+    with_length = coordinates.at[i].set(length)
+    return basis, (jnp.where(depends, coordinates, with_length), depends)
 
 
-def _projection(matvec: Matvec, basis: PyTree[Array]) -> Float[Array, "k k"]:
-    """Return `Q'AQ`."""
+def _projection(
+    matvec: Matvec,
+    basis: PyTree[Array],
+) -> Float[Array, "k k"]:
+    """Return `Q'AQ`, by a product with A for each row."""
 
     def row(i: Array) -> Float[Array, " k"]:
-        q = jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, i, keepdims=False), basis)
-        return row_products(basis, checked(pin_to_iteration(matvec, i), q))
+        product = checked(pin_to_iteration(matvec, i), get_row(basis, i))
+        return row_products(basis, product)
 
+    num_rows = len(jax.tree.leaves(basis)[0])
     with loops_for(matvec):
-        rows: Array = lax.map(fast_convs_in_loops(row), jnp.arange(len(jax.tree.leaves(basis)[0])))
+        rows: Array = lax.map(fast_convs_in_loops(row), jnp.arange(num_rows))
     return rows
 
 
-def _left_out(r: Float[Array, "k k"]) -> Float[Array, "k k"]:
-    """Return in row i the unit vector orthogonal to all rows of the lower triangular r but row i."""
-    scaled = r / jnp.linalg.norm(
-        r, axis=1, keepdims=True
-    )  # the length of a row matters to no direction
-    columns = solve_triangular(scaled, jnp.eye(len(r), dtype=r.dtype), lower=True)
+def _left_out_directions(r: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """Return in row i the unit vector orthogonal to all rows of the lower triangular r but row i.
+
+    These are the columns of the inverse of r, normalized (XTrace, section 2.1).
+    """
+    # The length of a row matters to no direction.
+    unit_rows = r / jnp.linalg.norm(r, axis=1, keepdims=True)
+    identity = jnp.eye(len(r), dtype=r.dtype)
+    columns = solve_triangular(unit_rows, identity, lower=True)
     unit: Array = columns / jnp.linalg.norm(columns, axis=0)
     return unit.T
 
@@ -207,8 +268,9 @@ def _left_out(r: Float[Array, "k k"]) -> Float[Array, "k k"]:
 def _check(params: Params, num_products: int) -> None:
     check_params(params)
     check_count(4, num_products=num_products)
-    if num_products > dimension(params):
+    size = dimension(params)
+    if num_products > size:
         raise ValueError(
-            f"num_products must be at most the {dimension(params)} entries of params, got {num_products}: that many "
-            "products give the exact trace, jnp.trace(curvax.to_dense(matvec, params))."
+            f"num_products must be at most the {size} entries of params, got {num_products}: "
+            "that many products give the exact trace, jnp.trace(curvax.to_dense(matvec, params))."
         )

@@ -117,7 +117,7 @@ def test_the_smaller_space_is_chosen(x64):
     np.testing.assert_allclose(oracle.flat(x), want, rtol=1e-8)
     x, info = direct(Dense(-jnp.eye(len(matrix))), gradient, damping=0.5)
     assert "not positive definite" in info.message and not np.any(oracle.flat(x))
-    with pytest.raises(TypeError, match=r"direct takes what curvax\.solve\.sample_space returns"):
+    with pytest.raises(TypeError, match=r"direct takes the result of curvax\.solve\.sample_space"):
         direct(lambda v: v, gradient, damping=1.0)
     with pytest.raises(ValueError, match="b has no leaf"):
         direct(form(case.params, case.batch), {"w": jnp.ones(1)}, damping=1.0)

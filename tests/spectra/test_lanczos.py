@@ -16,7 +16,16 @@ from jax.sharding import PartitionSpec as P
 
 import curvax
 from curvax.solve import Result
-from curvax.spectra import eigsh, fraction_in_subspace, lanczos, subspace_overlap
+from curvax.spectra import (
+    absolute_krylov,
+    eigsh,
+    fraction_in_subspace,
+    hutchpp,
+    lanczos,
+    spectral_density,
+    subspace_overlap,
+    traces_by,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -250,6 +259,33 @@ def test_sharded_over_eight_devices_equals_one(mode):
         vectors, found = jax.jit(of_quartic)(jax.device_put(WEIGHT, NamedSharding(mesh, P("data"))))
         assert vectors.sharding.spec[:2] == (None, "data")
     chex.assert_trees_all_close(jax.device_get(found), alone(), atol=1e-9)
+
+
+SHARDED = {
+    "lanczos": lambda matvec, v: lanczos(matvec, v, 5, KEY),
+    "eigsh": lambda matvec, v: eigsh(matvec, v, 3, KEY, basis_size=8)[0][0],
+    "absolute_krylov": lambda matvec, v: absolute_krylov(matvec, v, damping=0.1)[0],
+    "spectral_density": lambda matvec, v: spectral_density(matvec, v, KEY, 2, 5)[0],
+    "hutchpp": lambda matvec, v: hutchpp(matvec, v, 12, KEY),
+    "traces_by": lambda matvec, v: traces_by(matvec, v, 2, KEY),
+    "window": lambda matvec, v: curvax.solve.window_inverse(
+        curvax.solve.insert(curvax.solve.init_window(v, 3), v), damping=0.1
+    )(matvec(v)),
+}
+
+
+@pytest.mark.parametrize("spec", [P(), P("data")], ids=["replicated", "sharded"])
+@pytest.mark.parametrize("name", SHARDED)
+def test_bases_are_sharded_as_the_vectors_without_a_mesh_in_context(name, spec):
+    """Rows with an explicit sharding are written into zeros, which have none by themselves."""
+    run = lambda scale, v: SHARDED[name](lambda v: scale * v, v)
+    scale = jnp.arange(1.0, 49.0).reshape(16, 3)
+    one = run(scale, jnp.asarray(WEIGHT))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharded = jax.device_put((scale, jnp.asarray(WEIGHT)), NamedSharding(mesh, spec))
+    for call in (run, jax.jit(run)):
+        result = jax.device_get(call(*sharded))
+        chex.assert_trees_all_close(result, jax.device_get(one), rtol=1e-9, atol=1e-9)
 
 
 def temporaries(fn, *args):
