@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +72,23 @@ def moving_average(average: T, new: T, decay: float | Array) -> T:
     """
     check_decay(decay=decay)
 
+    # Block by block, so that blocks of equal shapes are traced and lowered once.
+    def is_block(x: object) -> bool:
+        return isinstance(x, BlockFactors | WeightedMean)
+
+    def averaged(x: Any, y: Any) -> Any:
+        return _averaged(x, y, decay, 1 - decay)
+
+    result: T = jax.tree.map(averaged, average, new, is_leaf=is_block)
+    return result
+
+
+@jax.jit
+def _averaged(average: T, new: T, decay: Any, complement: Any) -> T:
+    """Average the arrays of one block; the complement is `1 - decay`."""
+
     def averaged(x: Array, y: Array) -> Array:
-        return (decay * x + (1 - decay) * y).astype(x.dtype)
+        return (decay * x + complement * y).astype(x.dtype)
 
     result: T = jax.tree.map(averaged, average, new)
     return result
