@@ -139,11 +139,6 @@ def by_path(tree: PyTree) -> dict[str, Any]:
     return {keystr(path): x for path, x in leaves}
 
 
-def safe_divide(x: Any, y: Array) -> Array:
-    """Return `x / y` for y of at least 0, and x itself where y is 0."""
-    return jnp.asarray(x / jnp.where(y > 0, y, 1))
-
-
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Tell whether every entry is a finite number."""
     by_leaf = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]

@@ -162,11 +162,12 @@ def kron_factors(
       >>> block.a.mean[0].tolist(), block.g.mean[0].tolist()
       ([[0.5, 0.0], [0.0, 4.5]], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 
-    References: Martens and Grosse (2015), sections 3 and 5, https://arxiv.org/abs/1503.05671; Grosse
-      and Martens (2016), A Kronecker-factored approximate Fisher matrix for convolution layers,
-      https://arxiv.org/abs/1602.01407; Eschenhagen et al. (2023), sections 3.1 and 3.2,
+    References: Martens and Grosse (2015), sections 3 and 5, https://arxiv.org/abs/1503.05671;
+      Grosse and Martens (2016), A Kronecker-factored approximate Fisher matrix for convolution
+      layers, https://arxiv.org/abs/1602.01407; Eschenhagen et al. (2023), sections 3.1 and 3.2,
       https://arxiv.org/abs/2311.00636.
     """
+    # Reduce pools the positions of one example, and only "mc" draws for a whole batch at once.
     reduces = any(block.sharing == "reduce" for block in layout.blocks)
     options = PassOptions(fisher, num_samples, microbatch, by_example=reduces or fisher != "mc")
     (inputs, outputs, squares), terms = accumulate(
@@ -310,7 +311,7 @@ def _over_rounds(
         pulled_v = None if v is None else capture.pull(v)
         return reduction.contribution(capture, capture.pull(u), pulled_v)
 
-    if rounds.number == 1:
+    if rounds.number == 1:  # one round needs no loop
         return reduction.finish(capture, one_round(jnp.int32(0))), terms
     shapes = jax.eval_shape(lambda: one_round(jnp.int32(0)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -120,9 +120,11 @@ def kron_layout(
         _by_path("sharing", sharing, shapes, SHARING),
         _by_path("max_dim", max_dim, shapes, None),
     )
+    # A use is where a leaf enters a linear map; those of one kernel make a block.
     kernels, reasons = find_kernels(objective, params, batch[0])
     names = unique_names(list(kernels))
     blocks = [_block(name, kernel, choices) for name, kernel in zip(names, kernels, strict=True)]
+    # A leaf may lie in blocks wholly, in part, or not at all.
     covered = _covered(blocks, shapes)
     leaves = []
     for path, shape in shapes.items():
@@ -185,6 +187,7 @@ def _block(name: str, kernel: Kernel, choices: Choices) -> Block:
     """Make a block of the uses of one kernel."""
     leaves = (*kernel.view.leaves, *(kernel.bias.leaves if kernel.bias else ()))
 
+    # Among the leaves of the block, the choice by the longest key counts.
     def chosen(by_path: Mapping[str, Choice]) -> Any:
         return max((by_path[path] for path in leaves), key=lambda choice: len(choice.key)).value
 
@@ -224,6 +227,7 @@ def _entries_by_leaf(view: View, shapes: Shapes) -> dict[str, int]:
         return sizes  # all entries, without numbering them
     numbers = entry_numbers(view, {path: shapes[path] for path in sizes}).ravel()
     ends = np.cumsum(list(sizes.values()))
+    # Entry number k is of the first leaf that ends beyond k.
     which = np.searchsorted(ends, numbers, side="right")
     counts = np.bincount(which, minlength=len(ends)).tolist()
     return dict(zip(sizes, counts, strict=True))

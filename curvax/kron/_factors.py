@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ class WeightedMean(NamedTuple):
     def mean(self) -> Array:
         """The mean; where nothing has been counted (0/0), zeros."""
         weight = jnp.where(self.weight > 0, self.weight, 1)
-        return self.total / weight.reshape(*weight.shape, *[1] * (self.total.ndim - weight.ndim))
+        trailing = [1] * (self.total.ndim - weight.ndim)
+        return self.total / weight.reshape(*weight.shape, *trailing)
 
 
 class BlockFactors(NamedTuple):
@@ -72,8 +73,24 @@ def moving_average(average: T, new: T, decay: float | Array) -> T:
     """
     check_decay(decay=decay)
 
+    # Block by block, so that blocks of equal shapes are traced and lowered once.
+    def is_block(x: object) -> bool:
+        return isinstance(x, BlockFactors | WeightedMean)
+
+    def averaged(x: Any, y: Any) -> Any:
+        return _averaged(x, y, decay, 1 - decay)
+
+    result: T = jax.tree.map(averaged, average, new, is_leaf=is_block)
+    return result
+
+
+@jax.jit
+def _averaged(average: T, new: T, decay: Any, complement: Any) -> T:
+    """Average the arrays of one block; the complement is `1 - decay`."""
+
     def averaged(x: Array, y: Array) -> Array:
-        return (decay * x + (1 - decay) * y).astype(x.dtype)
+        mean: Array = decay * x + complement * y
+        return mean.astype(x.dtype)  # a decay in float64 does not widen the state
 
     result: T = jax.tree.map(averaged, average, new)
     return result
@@ -94,11 +111,13 @@ def init_factors(layout: Layout, params: Params) -> Factors:
 def _init_block(block: Block, leaves: dict[str, Array]) -> BlockFactors:
     """Return second moments of no data; those of inputs have a weight for every slice."""
     dtype = jnp.result_type(jnp.float32, *(leaves[path] for path in block.leaves))
-    (a_shape, g_shape), stack = block.factor_shapes, block.shape[0]
+    a_shape, g_shape = block.factor_shapes
+    stack, _, _ = block.shape
 
     def zeros(shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> WeightedMean:
         return WeightedMean(jnp.zeros(shape, dtype), jnp.zeros(weight_shape, dtype))
 
+    # Of transposed uses the inputs are on the outputs' side, and the cotangents on the inputs'.
     transposed = None
     if block.has_transposed_uses:
         transposed = zeros(g_shape, (stack,)), zeros(a_shape, ())

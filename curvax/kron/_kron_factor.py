@@ -22,6 +22,9 @@ T = TypeVar("T")
 # s: slices of a stack, n: rows of a factor, r: rows of data, i: inputs, o: outputs
 PerSlice = Float[Array, " s"]
 Matrices = Float[Array, "s i o"]
+Rows = Float[Array, "s r n"]
+Vectors = Float[Array, "s n"]
+Squares = Float[Array, "s n n"]
 
 
 class Eigen(NamedTuple):
@@ -40,7 +43,8 @@ class Eigen(NamedTuple):
         raised = self.values**exponent
         if self.vectors is None:
             return Diagonal(raised)
-        return Full(matmul(self.vectors * raised[:, None, :], _t(self.vectors)))
+        columns = self.vectors * raised[:, None, :]
+        return Full(matmul(columns, _t(self.vectors)))
 
 
 class Pencil(NamedTuple):
@@ -70,12 +74,12 @@ class KronFactor(Protocol):
         ...
 
     @staticmethod
-    def second_moment(x: Float[Array, "s r n"], y: Float[Array, "s r n"] | None) -> Array:
+    def second_moment(x: Rows, y: Rows | None) -> Array:
         """Sum the symmetric part of `x y'` over rows, in the precision of x; y is x by default."""
         ...
 
     @staticmethod
-    def moment_of_counts(counts: Float[Array, "s n"], with_one: bool) -> Array:
+    def moment_of_counts(counts: Vectors, with_one: bool) -> Array:
         """Return the second moment of one-hot rows that occurred so often.
 
         Args:
@@ -139,7 +143,7 @@ class KronFactor(Protocol):
         """Return the largest eigenvalue, or a lower bound by power iteration."""
         ...
 
-    def diagonal(self) -> Float[Array, "s n"]:
+    def diagonal(self) -> Vectors:
         """Return the diagonal."""
         ...
 
@@ -169,16 +173,18 @@ class Full:
         return stack, size, size
 
     @staticmethod
-    def second_moment(x: Float[Array, "s r n"], y: Float[Array, "s r n"] | None) -> Array:
+    def second_moment(x: Rows, y: Rows | None) -> Array:
         """See `KronFactor`."""
         if y is None:
             return _gram(x)
+        # Pairs `u_k = e_k`, `v_k = S e_k` sum to a symmetric matrix only over all k.
         product = matmul(_t(x), y)
         return (product + _t(product)) / 2
 
     @staticmethod
-    def moment_of_counts(counts: Float[Array, "s n"], with_one: bool) -> Array:
+    def moment_of_counts(counts: Vectors, with_one: bool) -> Array:
         """See `KronFactor`."""
+        # One-hot rows with different ones never occur together: beside the diagonal are zeros.
         moment = jax.vmap(jnp.diag)(counts)
         if with_one:  # a one-hot row and the 1 beside it occur together
             rows = counts[:, :-1]
@@ -214,8 +220,9 @@ class Full:
 
     def damped(self, amount: Any) -> Full:
         """See `KronFactor`."""
-        added = _at_least_rounding(self, amount)[:, None, None]
-        return Full(self.matrix + added * jnp.eye(self.size, dtype=self.matrix.dtype))
+        identity = jnp.eye(self.size, dtype=self.matrix.dtype)
+        amount = _at_least_rounding(self, amount)
+        return Full(self.matrix + amount[:, None, None] * identity)
 
     def inverse(self) -> Full:
         """See `KronFactor`.
@@ -224,7 +231,8 @@ class Full:
         leaves nearly all work to matrix products, at full speed on every backend: on two CPU cores
         2.5 times as fast as Cholesky and two triangular solves.
         """
-        root, n = _inverse_root(self.matrix), self.size
+        root = _inverse_root(self.matrix)
+        n = self.size
         if n <= _SMALL:
             return Full(matmul(_t(root), root))
         # R is lower triangular: for a strip of columns of R'R, the rows of R above the strip's
@@ -232,13 +240,16 @@ class Full:
         strips = []
         for start in range(0, n, _SMALL):
             stop = min(start + _SMALL, n)
-            strip = matmul(_t(root[:, start:, start:stop]), root[:, start:, :stop])
-            strips.append(jnp.pad(strip, ((0, 0), (0, 0), (0, n - stop))))
+            rows = root[:, start:]
+            strip = matmul(_t(rows[:, :, start:stop]), rows[:, :, :stop])
+            beyond = (0, 0), (0, 0), (0, n - stop)
+            strips.append(jnp.pad(strip, beyond))
         lower = jnp.concatenate(strips, axis=-2)
         return Full(jnp.tril(lower) + _t(jnp.tril(lower, -1)))
 
     def eigh(self) -> Eigen:
         """See `KronFactor`."""
+        # The matrix is symmetric as it was accumulated: symmetrizing would be a copy.
         vectors, values = lax.linalg.eigh(self.matrix, symmetrize_input=False)
         return Eigen(jnp.maximum(values, 0), vectors)
 
@@ -249,7 +260,8 @@ class Full:
         """
         root = _inverse_root(other.matrix)  # R = L^-1
         whitened = matmul(matmul(root, self.matrix), _t(root))
-        vectors, values = lax.linalg.eigh((whitened + _t(whitened)) / 2, symmetrize_input=False)
+        # Rounding of two products makes it unsymmetric.
+        vectors, values = lax.linalg.eigh(whitened, symmetrize_input=True)
         return Pencil(jnp.maximum(values, 0), matmul(_t(root), vectors), None)
 
     def power(self, exponent: float) -> KronFactor:
@@ -258,15 +270,17 @@ class Full:
 
     def logdet(self) -> PerSlice:
         """See `KronFactor`."""
+        # det(L L') = prod_i L_ii^2
         root = lax.linalg.cholesky(self.matrix, symmetrize_input=False)
-        return 2 * jnp.sum(jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)), axis=-1)
+        logs = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1))
+        return 2 * jnp.sum(logs, axis=-1)
 
     def largest_eigenvalue(self) -> PerSlice:
         """See `KronFactor`."""
         multiply = partial(jnp.einsum, "sij,sj->si", self.matrix, precision=lax.Precision.HIGHEST)
         return lower_bound_of_largest(multiply, self.diagonal())
 
-    def diagonal(self) -> Float[Array, "s n"]:
+    def diagonal(self) -> Vectors:
         """See `KronFactor`."""
         return jnp.asarray(jnp.diagonal(self.matrix, axis1=-2, axis2=-1))
 
@@ -281,9 +295,11 @@ class Full:
     def padded(self, size: int) -> Full:
         """Enlarge to `size` rows by the mean eigenvalue, which keeps the extreme ones."""
         missing = size - self.size
-        filled = jnp.where(jnp.arange(size) < self.size, 0, self.mean_eigenvalue()[:, None])
+        is_old = jnp.arange(size) < self.size
+        filled = jnp.where(is_old, 0, self.mean_eigenvalue()[:, None])
         diagonal = filled[:, None] * jnp.eye(size, dtype=self.matrix.dtype)
-        return Full(jnp.pad(self.matrix, ((0, 0), (0, missing), (0, missing))) + diagonal)
+        padded = jnp.pad(self.matrix, ((0, 0), (0, missing), (0, missing)))
+        return Full(padded + diagonal)
 
 
 @jax.tree_util.register_dataclass
@@ -303,12 +319,12 @@ class Diagonal:
         return stack, size
 
     @staticmethod
-    def second_moment(x: Float[Array, "s r n"], y: Float[Array, "s r n"] | None) -> Array:
+    def second_moment(x: Rows, y: Rows | None) -> Array:
         """See `KronFactor`."""
         return jnp.sum(x * (x if y is None else y), axis=1)
 
     @staticmethod
-    def moment_of_counts(counts: Float[Array, "s n"], with_one: bool) -> Array:
+    def moment_of_counts(counts: Vectors, with_one: bool) -> Array:
         """See `KronFactor`."""
         del with_one
         return counts
@@ -354,7 +370,10 @@ class Diagonal:
 
     def pencil(self, other: Diagonal) -> Pencil:
         """See `KronFactor`."""
-        return Pencil(self.eigh().values / other.entries, None, 1 / jnp.sqrt(other.entries))
+        # k = y^-1/2 makes y into 1 and x into x / y
+        values = jnp.maximum(self.entries, 0) / other.entries
+        scales = 1 / jnp.sqrt(other.entries)
+        return Pencil(values, None, scales)
 
     def power(self, exponent: float) -> Diagonal:
         """See `KronFactor`."""
@@ -368,7 +387,7 @@ class Diagonal:
         """See `KronFactor`."""
         return jnp.max(self.entries, axis=-1)
 
-    def diagonal(self) -> Float[Array, "s n"]:
+    def diagonal(self) -> Vectors:
         """See `KronFactor`."""
         return self.entries
 
@@ -400,13 +419,13 @@ class Identity:
         return stack, size
 
     @staticmethod
-    def second_moment(x: Float[Array, "s r n"], y: Float[Array, "s r n"] | None) -> Array:
+    def second_moment(x: Rows, y: Rows | None) -> Array:
         """See `KronFactor`."""
         del y
         return jnp.zeros((x.shape[0], x.shape[2]), x.dtype)
 
     @staticmethod
-    def moment_of_counts(counts: Float[Array, "s n"], with_one: bool) -> Array:
+    def moment_of_counts(counts: Vectors, with_one: bool) -> Array:
         """See `KronFactor`."""
         del with_one
         return counts
@@ -461,7 +480,7 @@ class Identity:
         """See `KronFactor`."""
         return self.scale
 
-    def diagonal(self) -> Float[Array, "s n"]:
+    def diagonal(self) -> Vectors:
         """See `KronFactor`."""
         return jnp.broadcast_to(self.scale[:, None], (*self.scale.shape, self.size))
 
@@ -525,7 +544,7 @@ def invert_all(factors: Sequence[KronFactor]) -> list[Inverted]:
     results = []
     batched = _in_batches(_invert, factors, round_up)
     for factor, (inverse, largest, smallest) in zip(factors, batched, strict=True):
-        if isinstance(inverse, Full):
+        if isinstance(inverse, Full):  # cut off what padding added
             inverse = Full(inverse.matrix[:, : factor.size, : factor.size])
         results.append(Inverted(inverse, largest, smallest))
     return results
@@ -555,6 +574,7 @@ def _in_batches(
         return [_slice_by_slice(fn, factor) for factor in factors]
     results: dict[int, T] = {}
     batches: dict[int, dict[int, Full]] = {}
+    # Only full factors gain from batches; others are done at once.
     for k, factor in enumerate(factors):
         if isinstance(factor, Full):
             size = padded_size(factor.size)
@@ -565,6 +585,7 @@ def _in_batches(
         batch = batches[size]
         matrices = [factor.matrix for factor in batch.values()]
         result = fn(Full(jnp.concatenate(matrices)))
+        # Every factor gets its slices back.
         ends = itertools.accumulate(map(len, matrices))
         for k, matrix, end in zip(batch, matrices, ends, strict=True):
             part = slice(end - len(matrix), end)
@@ -611,7 +632,7 @@ _SMALL = 256
 """Matrices up to this size are inverted by Cholesky and a triangular solve."""
 
 
-def _inverse_root(matrix: Float[Array, "s n n"]) -> Float[Array, "s n n"]:
+def _inverse_root(matrix: Squares) -> Squares:
     """Return R with `R'R = matrix^-1`, lower triangular, by halving."""
     size = matrix.shape[-1]
     if size <= _SMALL:
@@ -625,18 +646,21 @@ def _inverse_root(matrix: Float[Array, "s n n"]) -> Float[Array, "s n n"]:
     b = matmul(matrix[:, half:, :half], _t(root1))
     root2 = _inverse_root(matrix[:, half:, half:] - matmul(b, _t(b)))
     corner = -matmul(root2, matmul(b, root1))
-    top = jnp.concatenate([root1, jnp.zeros_like(_t(corner))], axis=-1)
-    return jnp.concatenate([top, jnp.concatenate([corner, root2], axis=-1)], axis=-2)
+    zeros = jnp.zeros_like(_t(corner))
+    top = jnp.concatenate([root1, zeros], axis=-1)
+    bottom = jnp.concatenate([corner, root2], axis=-1)
+    return jnp.concatenate([top, bottom], axis=-2)
 
 
-def _gram(x: Float[Array, "s r n"]) -> Float[Array, "s n n"]:
+def _gram(x: Rows) -> Squares:
     """Sum `x x'` over rows: on GPUs by the symmetric product of BLAS, which XLA has not for CPUs.
 
     (There, leaving out half of the product by strips of rows costs more in copies than it saves in
     arithmetic.)
     """
     if jax.default_backend() == "gpu":
-        zeros = jnp.zeros((x.shape[0], x.shape[-1], x.shape[-1]), x.dtype)
+        stack, _, n = x.shape
+        zeros = jnp.zeros((stack, n, n), x.dtype)
         product = lax.linalg.symmetric_product(_t(x), zeros, symmetrize_output=True)
         return jnp.asarray(product)
     return matmul(_t(x), x)
@@ -645,7 +669,10 @@ def _gram(x: Float[Array, "s r n"]) -> Float[Array, "s n n"]:
 def _at_least_rounding(factor: KronFactor, amount: Any) -> PerSlice:
     """Return an amount of damping, at least the rounding error of the factor's trace."""
     trace = factor.trace()
-    return jnp.maximum(jnp.asarray(amount, trace.dtype), jnp.finfo(trace.dtype).eps * trace)
+    amount = jnp.asarray(amount, trace.dtype)
+    # Less would be lost where it is added, and Cholesky fail on a factor without full rank.
+    rounding = jnp.finfo(trace.dtype).eps * trace
+    return jnp.maximum(amount, rounding)
 
 
 def _t(x: Array) -> Array:

@@ -146,6 +146,7 @@ class Layout:
     def _uncovered(self) -> dict[str, np.ndarray]:
         """For every leaf which entries are in no block, from the numbers of entries in views."""
         shapes = {leaf.path: leaf.shape for leaf in self.leaves}
+        # Only leaves that lie in blocks in part need their entries numbered.
         masks = {}
         for leaf in self.leaves:
             if leaf.kind != "kron" or leaf.rest is None:
@@ -179,6 +180,7 @@ class Layout:
         for name, value in changes.items():
             check_choice("change", name, CHANGES)
             check_choice(name, value, dict.fromkeys(CHANGES[name]))
+        # All blocks with an entry of the leaf change; of several, `kind` cannot take out one alone.
         edited = [block for block in self.blocks if path in block.leaves]
         if "kind" in changes:
             if len(changes) > 1:
@@ -209,6 +211,7 @@ class Layout:
         """Take blocks out, and give another kind to all leaves that were in them."""
         removed = {path, *(other for block in edited for other in block.leaves)}
         blocks = tuple(block for block in self.blocks if not removed.intersection(block.leaves))
+        # More blocks went than were meant, since a leaf of theirs went.
         if len(blocks) + len(edited) < len(self.blocks):
             raise ValueError(
                 f"{path} shares leaves with several blocks; edit each of "
@@ -233,7 +236,8 @@ def check_layout(layout: Layout, tree: Any, name: str = "params") -> None:
 
     Leaves that are masked out may be missing.
     """
-    expected, got = {leaf.path: leaf.shape for leaf in layout.leaves}, leaf_shapes(tree)
+    expected = {leaf.path: leaf.shape for leaf in layout.leaves}
+    got = leaf_shapes(tree)
     for path in _masked(tree, expected):
         got[path] = expected[path]
     for path in (*expected, *got):
@@ -251,6 +255,7 @@ def check_layout(layout: Layout, tree: Any, name: str = "params") -> None:
 
 def present(layout: Layout, tree: Any) -> Layout:
     """Drop the blocks and leaves that `optax.masked` or `optax.partition` removed from `tree`."""
+    # A block is one matrix: it is kept or dropped as a whole.
     removed = set(_masked(tree, [leaf.path for leaf in layout.leaves]))
     if not removed:
         return layout

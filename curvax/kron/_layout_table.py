@@ -20,6 +20,7 @@ def layout_table(layout: Layout) -> str:
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
+    # The last line: what factors and diagonals take.
     floats = sum(_floats(block) for block in layout.blocks)
     for leaf in layout.leaves:
         if leaf.outside == "diagonal":
@@ -33,10 +34,12 @@ def _row(layout: Layout, leaf: Leaf) -> tuple[str, ...]:
     """Write the cells of one leaf; a block is described once, with its first leaf."""
     blocks = [block for block in layout.blocks if leaf.path in block.leaves]
     shape = "x".join(map(str, leaf.shape)) or "scalar"
+    # Leaves in no block say why.
     if not blocks:
         memory = _memory(math.prod(leaf.shape)) if leaf.kind == "diagonal" else ""
         return leaf.path, shape, leaf.kind, "", "", "", memory, leaf.reason
     described = [block for block in blocks if block.leaves[0] == leaf.path]
+    # Of a leaf with several blocks, such as Q, K and V in one kernel, each is listed.
     structures, stacks, notes = [], [], []
     for block in described:
         stack, rows, columns = block.shape

@@ -73,6 +73,7 @@ def kron_basis(layout: Layout, factors: Factors) -> dict[str, Basis]:
 
 def decompose(blocks: Sequence[Block], factors: Factors) -> dict[str, tuple[Eigen, Eigen]]:
     """Decompose A and G of every block."""
+    # All factors in one list, so that those of equal size can be decomposed as one batch.
     pairs: list[Any] = []
     for block in blocks:
         if block.two_products == "exact":
@@ -142,6 +143,7 @@ def moment_sums(layout: Layout, basis: dict[str, Basis]) -> Reduction:
     def contribution(
         basis: dict[str, Basis], capture: Capture, u: UseCotangents, v: UseCotangents | None
     ) -> PyTree[Array]:
+        # (Q_A' D_b Q_G)^2, summed over examples: George et al. (2018), section 3
         moments = {}
         for block in layout.blocks:
             name = block.name
@@ -234,6 +236,7 @@ def carried_moments(old: Basis, new: Basis, moments: WeightedMean) -> WeightedMe
     `R = new' old` for each factor `(R_A * R_A) moments (R_G * R_G)'`. The sum, which is the trace,
     stays.
     """
+    # diag(R diag(m) R') = (R * R) m, and R = R_A x R_G acts on m by side.
     total = moments.total
     if old.a is not None and new.a is not None:
         rotation = matmul(new.a.swapaxes(1, 2), old.a)

@@ -81,16 +81,27 @@ class EigenOperator(NamedTuple):
 
     def times(self, matrix: Matrices) -> Matrices:
         """Multiply matrices by the block."""
-        rotated = matrix if self.left is None else matmul(_t(self.left), matrix)
-        rotated = rotated if self.right is None else matmul(rotated, self.right)
-        product = rotated * self.scale
-        product = product if self.left is None else matmul(self.left, product)
-        return product if self.right is None else matmul(product, _t(self.right))
+        # into the basis, `left' V right`
+        if self.left is not None:
+            matrix = matmul(_t(self.left), matrix)
+        if self.right is not None:
+            matrix = matmul(matrix, self.right)
+        matrix = matrix * self.scale
+        # and back
+        if self.left is not None:
+            matrix = matmul(self.left, matrix)
+        if self.right is not None:
+            matrix = matmul(matrix, _t(self.right))
+        return matrix
 
     def diagonal(self) -> Matrices:
         """Return the diagonal of the block, `left^2 scale (right^2)'` with squares by entry."""
-        rows = self.scale if self.left is None else matmul(jnp.square(self.left), self.scale)
-        return rows if self.right is None else matmul(rows, _t(jnp.square(self.right)))
+        diagonal = self.scale
+        if self.left is not None:
+            diagonal = matmul(jnp.square(self.left), diagonal)
+        if self.right is not None:
+            diagonal = matmul(diagonal, _t(jnp.square(self.right)))
+        return diagonal
 
 
 BlockOperator: TypeAlias = FactoredOperator | EigenOperator
@@ -132,13 +143,16 @@ def kron_operator(
     if isinstance(factors, EigenFactors):
         blocks: dict[str, BlockOperator] = {}
         for block in layout.blocks:
-            basis, moments = factors.basis[block.name], factors.moments[block.name]
-            blocks[block.name] = _of_moments(
-                basis, moments, damping_of(damping, block.name), power=power
-            )
+            name = block.name
+            basis = factors.basis[name]
+            moments = factors.moments[name]
+            amount = damping_of(damping, name)
+            blocks[name] = _of_moments(basis, moments, amount, power=power)
         return KronOperator(blocks, diagonal)
     balanced = [block for block in layout.blocks if block.two_products == "balanced"]
-    built = DAMPING_SCHEMES[damping_scheme](balanced, factors, damping, power)
+    build = DAMPING_SCHEMES[damping_scheme]
+    built = build(balanced, factors, damping, power)
+    # A sum of two products has a formula of its own, under both schemes.
     for block in layout.blocks:
         if block.two_products == "exact":
             built[block.name] = _of_two_products(block, factors, damping, power)
@@ -186,8 +200,12 @@ def apply(layout: Layout, operator: KronOperator, v: Params) -> Params:
         product = _times(operator.blocks[block.name], block_matrix(block, of_block))
         for path, x in _scatter(block, product, of_block).items():
             results[path] = results[path] + x if path in results else x
-    ordered = [x if is_masked(x) else results[path].astype(x.dtype) for path, x in leaves.items()]
-    return jax.tree.unflatten(jax.tree.structure(v, is_leaf=is_masked), ordered)
+    # Back into the tree of v, in its dtypes, with masks where they were.
+    ordered = []
+    for path, x in leaves.items():
+        ordered.append(x if is_masked(x) else results[path].astype(x.dtype))
+    structure = jax.tree.structure(v, is_leaf=is_masked)
+    return jax.tree.unflatten(structure, ordered)
 
 
 def block_matrix(block: Block, leaves: Mapping[str, Array]) -> Float[Array, "s i o"]:
@@ -233,7 +251,8 @@ def _factored_blocks(
     damped, traces = [], []
     for block in blocks:
         of_block = factors.blocks[block.name]
-        a, g, trace = _damp(block.structures, of_block, damping_of(damping, block.name))
+        amount = damping_of(damping, block.name)
+        a, g, trace = _damp(block.structures, of_block, amount)
         damped += [a, g]
         traces.append(trace)
     built: Built = {}
@@ -242,13 +261,15 @@ def _factored_blocks(
         for block, trace in zip(blocks, traces, strict=True):
             inverse_a, inverse_g = next(inverses), next(inverses)
             operator = FactoredOperator(inverse_a.inverse, inverse_g.inverse)
-            built[block.name] = operator, _factored_spectrum(trace, inverse_a, inverse_g)
+            spectrum = _factored_spectrum(trace, inverse_a, inverse_g)
+            built[block.name] = operator, spectrum
         return built
     decompositions = iter(eigh_all(damped))
     for block, trace in zip(blocks, traces, strict=True):
         a, g = next(decompositions), next(decompositions)
         operator = FactoredOperator(a.power(power), g.power(power))
-        built[block.name] = operator, eigen_spectrum(a, g, 0.0)._replace(trace=trace)
+        spectrum = eigen_spectrum(a, g, 0.0)  # these eigenvalues are damped already
+        built[block.name] = operator, spectrum._replace(trace=trace)
     return built
 
 
@@ -258,14 +279,17 @@ def _damp(
 ) -> tuple[KronFactor, KronFactor, Scalar]:
     """Return both damped factors of a block, and the trace of the undamped block."""
     a, g = combined_factors(structures, factors)
-    return *damped_factors(a, g, damping), jnp.sum(a.trace() * g.trace())
+    trace = jnp.sum(a.trace() * g.trace())  # tr(A x G) = tr A tr G, slice by slice
+    damped_a, damped_g = damped_factors(a, g, damping)
+    return damped_a, damped_g, trace
 
 
 @jax.jit
 def _factored_spectrum(trace: Scalar, a: Inverted, g: Inverted) -> BlockSpectrum:
     """Combine what is known of both factors: eigenvalues of `A x G` are products of theirs."""
-    largest, smallest = a.largest * g.largest, a.smallest * g.smallest
-    return BlockSpectrum(trace, jnp.max(largest), jnp.min(smallest))
+    largest = jnp.max(a.largest * g.largest)
+    smallest = jnp.min(a.smallest * g.smallest)
+    return BlockSpectrum(trace, largest, smallest)
 
 
 def _eigen_blocks(blocks: Sequence[Block], factors: Factors, damping: Any, power: float) -> Built:
@@ -281,22 +305,29 @@ def _of_eigen(
     a: Eigen, g: Eigen, damping: Any, power: float
 ) -> tuple[EigenOperator, BlockSpectrum]:
     """Return `(A x G + damping I)^power`."""
-    scale = (_outer(a.values, g.values) + _by_slice(damping)) ** power
-    return EigenOperator(a.vectors, g.vectors, scale), eigen_spectrum(a, g, damping)
+    damped = _outer(a.values, g.values) + _by_slice(damping)
+    operator = EigenOperator(a.vectors, g.vectors, damped**power)
+    return operator, eigen_spectrum(a, g, damping)
 
 
 @jax.jit
 def eigen_spectrum(a: Eigen, g: Eigen, damping: Any) -> BlockSpectrum:
     """Return the spectrum of `A x G`, and of `A x G + damping I`."""
-    trace = jnp.sum(a.values, axis=1) * jnp.sum(g.values, axis=1)
+    trace_a = jnp.sum(a.values, axis=1)
+    trace_g = jnp.sum(g.values, axis=1)
     damped = _outer(a.values, g.values) + _by_slice(damping)
-    return BlockSpectrum(jnp.sum(trace), jnp.max(damped), jnp.min(damped))
+    return BlockSpectrum(
+        trace=jnp.sum(trace_a * trace_g),
+        largest=jnp.max(damped),
+        smallest=jnp.min(damped),
+    )
 
 
 @partial(jax.jit, static_argnames="power")
 def _of_moments(basis: Basis, moments: WeightedMean, damping: Any, power: float) -> EigenOperator:
     """Raise a block that is diagonal in a Kronecker eigenbasis to a power."""
-    return EigenOperator(basis.a, basis.g, (moments.mean + _by_slice(damping)) ** power)
+    damped = moments.mean + _by_slice(damping)
+    return EigenOperator(basis.a, basis.g, damped**power)
 
 
 def _of_two_products(
@@ -322,7 +353,9 @@ def _invert_sum(
     By `pencils` it is `(K_A x K_G) (D_A x D_G + I)^-1 (K_A x K_G)'`.
     """
     (a1, g1), (a2, g2) = first, second
+    # 1. Damping makes the second product positive definite.
     damped_a, damped_g = damped_factors(a2, g2, damping)
+    # 2. Both products become diagonal together: D_A x D_G, and the identity.
     pencil_a, pencil_g = pencils(first, (damped_a, damped_g))
     scale = 1 / (_outer(pencil_a.values, pencil_g.values) + 1)
     # K = vectors diag(scales): the scales of both sides go into the middle.
@@ -332,15 +365,20 @@ def _invert_sum(
         scale = scale * pencil_g.scales[:, None, :] ** 2
     inverse = EigenOperator(pencil_a.vectors, pencil_g.vectors, scale)
 
+    # 3. Extreme eigenvalues of the sum and of its inverse, by power iteration.
     def damped_sum(v: Matrices) -> Matrices:
         return g1.right(a1.left(v)) + damped_g.right(damped_a.left(v))
 
-    diagonal = _outer(a1.diagonal(), g1.diagonal())
-    diagonal = diagonal + _outer(damped_a.diagonal(), damped_g.diagonal())
+    diagonal1 = _outer(a1.diagonal(), g1.diagonal())
+    diagonal2 = _outer(damped_a.diagonal(), damped_g.diagonal())
+    largest = lower_bound_of_largest(damped_sum, diagonal1 + diagonal2)
+    largest_of_inverse = lower_bound_of_largest(inverse.times, inverse.diagonal())
+    trace1 = a1.trace() * g1.trace()
+    trace2 = a2.trace() * g2.trace()
     spectrum = BlockSpectrum(
-        jnp.sum(a1.trace() * g1.trace() + a2.trace() * g2.trace()),
-        jnp.max(lower_bound_of_largest(damped_sum, diagonal)),
-        jnp.min(1 / lower_bound_of_largest(inverse.times, inverse.diagonal())),
+        trace=jnp.sum(trace1 + trace2),
+        largest=jnp.max(largest),
+        smallest=jnp.min(1 / largest_of_inverse),
     )
     return inverse, spectrum
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,20 @@ from curvax.kron._layout import Block
 
 # b: examples, s: stack, t: positions, i: inputs (with the 1 of a bias), o: outputs
 Counted = Float[Array, "b s t"]
+PerUse: TypeAlias = list[PerUseArray]
 
 
 def input_moments(
-    block: Block, inputs: list[PerUseArray], counted: list[Counted]
+    block: Block, inputs: PerUse, counted: list[Counted]
 ) -> tuple[WeightedMean, WeightedMean | None]:
     """Return A of a block's uses, and of those of the transpose if there are any."""
-    transposed = _input_moment(block, inputs, counted, True) if block.has_transposed_uses else None
-    return _input_moment(block, inputs, counted, False), transposed
+    moment = _input_moment(block, inputs, counted, transposed=False)
+    if not block.has_transposed_uses:
+        return moment, None
+    return moment, _input_moment(block, inputs, counted, transposed=True)
 
 
-def output_moments(block: Block, g: list[PerUseArray], h: list[PerUseArray] | None) -> list[Array]:
+def output_moments(block: Block, g: PerUse, h: PerUse | None) -> list[Array]:
     """Return the sum of `g h'` of a block's uses, and if there are any of transposed ones."""
     moments = [_output_moment(block, g, h, False)]
     if block.has_transposed_uses:
@@ -47,7 +51,8 @@ def diagonal_sums(u: UseCotangents, v: UseCotangents | None) -> dict[str, Array]
     others = u.outside if v is None else v.outside
     sums = {}
     for path, x in u.outside.items():
-        sums[path] = jnp.sum(at_least_float32(x) * at_least_float32(others[path]), axis=0)
+        wide, other = at_least_float32(x), at_least_float32(others[path])
+        sums[path] = jnp.sum(wide * other, axis=0)
     return sums
 
 
@@ -57,7 +62,7 @@ def counted_positions(g: PerUseArray) -> Counted:
 
 
 def _input_moment(
-    block: Block, inputs: list[PerUseArray], counted: list[Counted], transposed: bool
+    block: Block, inputs: PerUse, counted: list[Counted], transposed: bool
 ) -> WeightedMean:
     """Sum `a a'` of the inputs (with the 1 of a bias) of all uses, over positions that count.
 
@@ -66,21 +71,24 @@ def _input_moment(
     """
     # A transposed use has its input on the outputs' side.
     structure = STRUCTURES[block.g_structure if transposed else block.a_structure]
-    uses = _of_orientation(block, transposed)
+    of_use = _expanded_moment if block.sharing == "expand" else _summed_inputs
+    totals, weights = [], []
+    for k in _of_orientation(block, transposed):
+        total, weight = of_use(block, block.uses[k], inputs[k], counted[k])
+        totals.append(total)
+        weights.append(weight)
+    total, weight = _sum(totals), _sum(weights)
     if block.sharing == "expand":
-        parts = [_expanded_moment(block, block.uses[k], inputs[k], counted[k]) for k in uses]
-        total = _sum(part.total for part in parts)
-        return WeightedMean(total, _sum(part.weight for part in parts))
-    sums = [_summed_inputs(block, block.uses[k], inputs[k], counted[k]) for k in uses]
-    total, count = _sum(total for total, _ in sums), _sum(count for _, count in sums)
+        return WeightedMean(total, weight)
     # An example with no position that counts has the mean 0/0; it is 0 and left out of the weight.
-    mean = total / jnp.maximum(count, 1)[..., None]
-    num_examples = jnp.sum(count > 0, axis=0).astype(mean.dtype)
-    return WeightedMean(structure.second_moment(mean.swapaxes(0, 1), None), num_examples)
+    mean = total / jnp.maximum(weight, 1)[..., None]
+    num_examples = jnp.sum(weight > 0, axis=0).astype(mean.dtype)
+    rows = mean.swapaxes(0, 1)
+    return WeightedMean(structure.second_moment(rows, None), num_examples)
 
 
 def _output_moment(
-    block: Block, g: list[PerUseArray], h: list[PerUseArray] | None, transposed: bool
+    block: Block, g: PerUse, h: PerUse | None, transposed: bool
 ) -> Float[Array, "s ..."]:
     """Sum `g h'` of the cotangents of all uses; of "reduce" the sum over positions comes first.
 
@@ -91,20 +99,23 @@ def _output_moment(
     h = g if h is None else _rows_of_orientation(block, h, transposed)
     moments = []
     for x, y in zip(g, h, strict=True):
-        moments.append(structure.second_moment(_flat(x), None if y is x else _flat(y)))
+        # The second moment of rows with themselves costs half of what that with others does.
+        other = None if y is x else _flat(y)
+        moments.append(structure.second_moment(_flat(x), other))
     total = _sum(moments)
-    # On the inputs' side the bias has a row, which transposed uses leave alone.
-    return structure.with_zero_row(total) if transposed and block.bias is not None else total
+    if transposed and block.bias is not None:
+        # On the inputs' side the bias has a row, which transposed uses leave alone.
+        return structure.with_zero_row(total)
+    return total
 
 
-def _rows_of_orientation(
-    block: Block, rows: list[PerUseArray], transposed: bool
-) -> list[PerUseArray]:
+def _rows_of_orientation(block: Block, rows: PerUse, transposed: bool) -> PerUse:
     """Return the cotangents of all uses of one orientation; "reduce" sums them over positions."""
     chosen = [at_least_float32(rows[k]) for k in _of_orientation(block, transposed)]
     if block.sharing == "expand":
         return chosen
-    return [_sum(jnp.sum(x, axis=2, keepdims=True) for x in chosen)]
+    sums = [jnp.sum(x, axis=2, keepdims=True) for x in chosen]
+    return [_sum(sums)]
 
 
 def _of_orientation(block: Block, transposed: bool) -> list[int]:
@@ -112,18 +123,23 @@ def _of_orientation(block: Block, transposed: bool) -> list[int]:
 
 
 # m: 1 where a position counts, 0 where not
-def _expanded_moment(block: Block, use: UseKind, a: PerUseArray, m: Counted) -> WeightedMean:
-    """Sum `a a'` over all positions of one use; its weight is how many there are."""
+def _expanded_moment(
+    block: Block, use: UseKind, a: PerUseArray, m: Counted
+) -> tuple[Float[Array, "s ..."], Float[Array, " s"]]:
+    """Sum `a a'` over all positions of one use, and count them."""
     structure = STRUCTURES[block.g_structure if use.transposed else block.a_structure]
     weight = jnp.sum(m, axis=(0, 2))
     if use.kind == "lookup":  # inputs are one-hot: `a a'` counts how often each row was looked up
-        counts = _count_rows(_flat(a)[..., 0], _flat(m), _table_rows(block, use))
+        ids = _flat(a)[..., 0]
+        counts = _count_rows(ids, _flat(m), _table_rows(block, use))
         counts = _with_one(block, use, counts, weight)
         with_one = block.bias is not None and not use.transposed and use.biased
-        return WeightedMean(structure.moment_of_counts(counts, with_one), weight)
+        return structure.moment_of_counts(counts, with_one), weight
     m = _flat(m)
+    # `where`, not a product: inputs that do not count may be infinite.
     rows = jnp.where(m[..., None] > 0, _flat(a).astype(m.dtype), 0)
-    return WeightedMean(structure.second_moment(_with_one(block, use, rows, m), None), weight)
+    rows = _with_one(block, use, rows, m)
+    return structure.second_moment(rows, None), weight
 
 
 def _summed_inputs(
@@ -135,7 +151,8 @@ def _summed_inputs(
         count_rows = functools.partial(_count_rows, size=_table_rows(block, use))
         total = jax.vmap(count_rows)(a[..., 0], m)
     else:
-        total = jnp.sum(jnp.where(m[..., None] > 0, a.astype(m.dtype), 0), axis=2)
+        counting = jnp.where(m[..., None] > 0, a.astype(m.dtype), 0)
+        total = jnp.sum(counting, axis=2)
     return _with_one(block, use, total, count), count
 
 
@@ -147,7 +164,8 @@ def _with_one(block: Block, use: UseKind, a: Array, one: Array) -> Array:
     if block.bias is None or use.transposed:
         return a
     coordinate = one if use.biased else jnp.zeros_like(one)
-    return jnp.concatenate([a, coordinate[..., None]], axis=-1)
+    last = coordinate[..., None]
+    return jnp.concatenate([a, last], axis=-1)
 
 
 def _table_rows(block: Block, use: UseKind) -> int:
@@ -170,7 +188,8 @@ def _count_rows(ids: Array, m: Float[Array, "s t"], size: int) -> Float[Array, "
 
 def _flat(x: Array) -> Array:
     """Bring examples and positions into one axis: `[stack, rows, ...]`."""
-    return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+    _, stack, _, *trailing = x.shape
+    return x.swapaxes(0, 1).reshape(stack, -1, *trailing)
 
 
 def _sum(arrays: Iterable[Array]) -> Array:

@@ -49,16 +49,19 @@ def combined_factors(structures: tuple[str, str], factors: BlockFactors) -> Fact
     if not others:
         return first
     (second,) = others
-    (a1, g1), (a2, g2) = first, second
+    # r_k is the trace that both factors of a product have once they are balanced.
     root1, root2 = _trace_root(first), _trace_root(second)
-    c = jnp.sqrt(_divide(root1**2 + root2**2, (root1 + root2) ** 2))
-    a = added(
-        scaled(a1, c * _divide(root1, a1.trace())), scaled(a2, c * _divide(root2, a2.trace()))
-    )
-    g = added(
-        scaled(g1, c * _divide(root1, g1.trace())), scaled(g2, c * _divide(root2, g2.trace()))
-    )
-    return a, g
+    squares = root1**2 + root2**2
+    square_of_sum = (root1 + root2) ** 2
+    c = jnp.sqrt(_divide(squares, square_of_sum))
+
+    def add_up(x: KronFactor, y: KronFactor) -> KronFactor:
+        weight1 = _divide(root1, x.trace())
+        weight2 = _divide(root2, y.trace())
+        return added(scaled(x, c * weight1), scaled(y, c * weight2))
+
+    (a1, g1), (a2, g2) = first, second
+    return add_up(a1, a2), add_up(g1, g2)
 
 
 def damped_factors(a: KronFactor, g: KronFactor, damping: Any) -> FactorPair:
@@ -68,18 +71,24 @@ def damped_factors(a: KronFactor, g: KronFactor, damping: Any) -> FactorPair:
     factor is a multiple of the identity the damping goes to the other, which is exact:
     `c I x G + damping I = I x (c G + damping I)`.
     """
-    for factor, other, a_is_first in ((a, g, True), (g, a, False)):
-        c = factor.as_multiple()
-        if c is None:
-            continue
-        unit = jax.tree.map(jnp.ones_like, factor)
-        damped = scaled(other, c).damped(damping)
-        return (unit, damped) if a_is_first else (damped, unit)
-    mean_a, mean_g = a.mean_eigenvalue(), g.mean_eigenvalue()
-    # Without curvature in one of them, both get the same.
+    # (I x (c G + damping I)) where A = c I, and the same with the sides exchanged.
+    c = a.as_multiple()
+    if c is not None:
+        unit = jax.tree.map(jnp.ones_like, a)
+        return unit, scaled(g, c).damped(damping)
+    c = g.as_multiple()
+    if c is not None:
+        unit = jax.tree.map(jnp.ones_like, g)
+        return scaled(a, c).damped(damping), unit
+    # Section 6.3: pi balances the damping by the mean eigenvalues.
+    mean_a = a.mean_eigenvalue()
+    mean_g = g.mean_eigenvalue()
+    # Without curvature in one of them (0/0, or infinite), pi is 1: both get the same.
     both = (mean_a > 0) & (mean_g > 0)
-    pi = jnp.sqrt(jnp.where(both, mean_a, 1) / jnp.where(both, mean_g, 1))
-    return a.damped(pi * damping**0.5), g.damped(damping**0.5 / pi)
+    pi_squared = jnp.where(both, mean_a, 1) / jnp.where(both, mean_g, 1)
+    pi = jnp.sqrt(pi_squared)
+    root = damping**0.5
+    return a.damped(pi * root), g.damped(root / pi)
 
 
 def pencils(first: FactorPair, damped_second: FactorPair) -> tuple[Pencil, Pencil]:
