@@ -12,27 +12,30 @@ from jaxtyping import Array, Float, Int
 
 from curvax import kron
 from curvax._types import Params, Scalar
-from curvax.kron import Factors, Layout, kron_basis, moving_average
-from curvax.kron._factors import WeightedMean, init_factors
-from curvax.kron._inverse import KronPower, diagonal_power, eigen_power
-from curvax.kron._moments import (
+from curvax.kron import (
     Basis,
     EigenCurvature,
-    block_moments,
-    carried_moments,
+    Factors,
+    Layout,
+    WeightedMean,
+    kron_basis,
+    moving_average,
 )
-from curvax.kron._spectrum import BlockSpectrum, basis_spectrum
+from curvax.kron._factors import init_factors
+from curvax.kron._inverse import KronPower, diagonal_power, eigen_power
+from curvax.kron._moments import block_moments, carried_moments
+from curvax.kron._spectrum import basis_spectrum
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
-from curvax.optim._kfac import with_limit_momentum_and_rate
-from curvax.optim._kronecker import BlockStates, KronRule, scale_by_kron
+from curvax.optim._finish import finish
+from curvax.optim._kronecker import BlockStates, KronRule, Refreshed, scale_by_kron
 
 
 class EigenBlockState(NamedTuple):
     """What EK-FAC holds of a block besides its factors.
 
     Attributes:
-      basis: eigenvectors of both sides.
+      basis: eigenvectors of both factors.
       moments: running average of second moments in that basis, `[stack, in (+ 1), out]`.
     """
 
@@ -55,19 +58,20 @@ def scale_by_ekfac(
     becomes the diagonal, in the new basis, of the matrix that it was in the old one.
 
     Args:
-      layout: of `curvax.kron_layout`.
-      damping: in units of an eigenvalue of the curvature: a number, or a schedule of the step. An update that is given
-        `damping=` takes that instead.
-      inverse_every: steps between eigendecompositions, as in `scale_by_kfac`.
-      decay: of the running averages of factors and moments.
-      stagger: spread the decompositions of blocks over the `inverse_every` steps.
+      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
+      damping: in units of an eigenvalue of the curvature: a number, or a schedule of the step. An update that is passed
+        `damping=` uses that instead.
+      inverse_every: number of steps between eigendecompositions, as in `scale_by_kfac`.
+      decay: decay of the running averages of factors and moments.
+      stagger: True spreads the decompositions of blocks over the `inverse_every` steps.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *, curvature=None, damping=None)`;
-      curvature is the `EigenCurvature` of `curvax.kron.eigen_curvature`. Masks, state and Info as in `scale_by_kfac`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *, curvature=None, damping=None)`. The
+      curvature is the `EigenCurvature` returned by `curvax.kron.eigen_curvature`. Masks, numbers that are not finite, state
+      and Info are treated as in `scale_by_kfac`; the state of a block is an `EigenBlockState`.
 
     Raises:
-      As `scale_by_kfac`.
+      ValueError: As `scale_by_kfac` does.
 
     Cost: `2 in out (in + out)` multiplications a block and step, eigendecompositions (about `10 (in^3 + out^3)`) every
       `inverse_every` steps. Memory: `2 (in^2 + out^2) + in out` floats a block.
@@ -82,47 +86,18 @@ def scale_by_ekfac(
       >>> tx = optax.chain(rule, optax.scale_by_learning_rate(0.1))
       >>> updates, state = tx.update(jax.grad(objective)(params, batch), tx.init(params), params, batch=batch)
 
-    References: George et al. (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis.
+    References: George et al. (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis,
+      https://arxiv.org/abs/1806.03884.
 
-    Deviates: moments are carried into a new basis, where the paper starts them again.
+    Deviates: moments are carried into a new basis, where the paper starts them anew.
     """
-
-    def start(own: Layout, params: Params) -> BlockStates:
-        factors = init_factors(own, params)
-        basis = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(partial(kron_basis, own), factors)
-        )
-        dtype = lambda block: factors.blocks[block.name].g.total.dtype
-        zeros = lambda block: WeightedMean(
-            jnp.zeros(block.shape, dtype(block)), jnp.zeros([], dtype(block))
-        )
-        return {
-            block.name: EigenBlockState(basis[block.name], zeros(block)) for block in own.blocks
-        }
-
-    def finish(own: Layout, block_state: BlockStates, curvature: EigenCurvature) -> BlockStates:
-        taken = {}
-        for block in own.blocks:
-            basis, moments = block_state[block.name]
-            rows = curvature.inputs[block.name], curvature.cotangents[block.name]
-            new = WeightedMean(
-                curvature.terms * block_moments(block, basis, *rows), curvature.terms
-            )
-            taken[block.name] = EigenBlockState(basis, moving_average(moments, new, decay))
-        return block_state | taken
-
-    def power(
-        own: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
-    ) -> KronPower:
-        blocks = {
-            b.name: eigen_power(
-                block_state[b.name].basis, block_state[b.name].moments, damping, -1.0
-            )
-            for b in own.blocks
-        }
-        return KronPower(blocks, diagonal_power(factors.diagonal, damping, -1.0))
-
-    method = KronRule(lambda curvature: curvature.factors, start, _refresh_basis, finish, power)
+    method = KronRule(
+        factors=_factors_of,
+        init_block_state=_init_eigen,
+        refresh=_refresh_basis,
+        average_block_state=partial(_average_moments, decay),
+        power=_power,
+    )
     return scale_by_kron(layout, method, damping, inverse_every, decay, stagger)
 
 
@@ -139,29 +114,31 @@ def ekfac(
 ) -> optax.GradientTransformationExtraArgs:
     """EK-FAC: natural gradient, diagonal in the eigenbasis of Kronecker factors of the Fisher.
 
-    `estimating(scale_by_ekfac(layout, damping, inverse_every), eigen_curvature)`, then the limit of `kl_clip`, momentum and
-    the learning rate.
+    This is `estimating(scale_by_ekfac(layout, damping, inverse_every), estimator)` with the estimator
+    `kron.estimator(objective, layout, kron.eigen_curvature)`, followed by the limit of `kl_clip`, momentum and the learning
+    rate.
 
     Args:
-      learning_rate: number or schedule.
-      objective: a `curvax.Objective` whose loss samples, and whose model does not mix examples.
-      layout: of `curvax.kron_layout(objective, params, batch)`.
-      damping: in units of an eigenvalue of the curvature; number or schedule.
-      curvature_every: steps between estimates of factors and moments; step 0 estimates.
-      inverse_every: steps between eigendecompositions; step 0 decomposes.
-      momentum: decay of the sum of past steps, as in `optax.trace`.
-      max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see `curvax.kl_clip`; None for
-        no limit. Without it, steps in directions that the sampled factors have hardly seen can be so long that training
+      learning_rate: a number or a schedule.
+      objective: the `curvax.Objective` that is minimized; its loss must be able to sample, and its model must not
+        mix examples.
+      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
+      damping: a number or a schedule, in units of an eigenvalue of the curvature.
+      curvature_every: number of steps between estimates of factors and moments; step 0 estimates.
+      inverse_every: number of steps between eigendecompositions; step 0 decomposes.
+      momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the buffer.
+      max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see `curvax.kl_clip`; None
+        means no limit. Without it, steps in directions that the sampled factors have hardly seen can be so long that training
         diverges.
-      seed: of the sampled targets.
+      seed: the seed of the sampled targets.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
 
     Raises:
-      ValueError, TypeError: at trace time, as `scale_by_ekfac`, `eigen_curvature` and `curvax.estimating`.
+      ValueError, TypeError: At trace time, as `scale_by_ekfac`, `eigen_curvature` and `curvax.estimating` do.
 
-    Cost: as `scale_by_ekfac`; and as `kfac` for the factors. Memory: `2 (in^2 + out^2) + in out` floats a block, and a
+    Cost: that of `scale_by_ekfac`, and that of `kfac` for the factors. Memory: `2 (in^2 + out^2) + in out` floats a block, and a
       buffer for momentum.
 
     Example:
@@ -180,22 +157,70 @@ def ekfac(
       >>> bool(objective(params, batch) < 1e-3)
       True
 
-    References: George et al. (2018).
+    References: George et al. (2018), https://arxiv.org/abs/1806.03884.
     """
     estimator = kron.estimator(objective, layout, kron.eigen_curvature)
     rule = scale_by_ekfac(layout, damping, inverse_every)
-    return with_limit_momentum_and_rate(
-        estimating(rule, estimator, curvature_every, seed), max_kl, momentum, learning_rate
-    )
+    estimated = estimating(rule, estimator, curvature_every, seed)
+    return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
+
+
+def _factors_of(curvature: EigenCurvature) -> Factors:
+    return curvature.factors
+
+
+def _average_moments(
+    decay: float | Array, layout: Layout, block_state: BlockStates, curvature: EigenCurvature
+) -> BlockStates:
+    """Average the second moments of this batch's gradients in the basis in use: `M <- decay M + (1 - decay) M_new`."""
+    averages = dict(block_state)
+    for block in layout.blocks:
+        basis, moments = block_state[block.name]
+        # George et al. (2018), algorithm 1: M_new = sum_b (Q_A' D_b Q_G)^2, with D_b = a_b g_b'.
+        inputs, cotangents = curvature.inputs[block.name], curvature.cotangents[block.name]
+        of_batch = block_moments(block, basis, inputs, cotangents)
+        new = WeightedMean(curvature.terms * of_batch, curvature.terms)
+        averages[block.name] = EigenBlockState(basis, moving_average(moments, new, decay))
+    return averages
+
+
+# Everything below goes through the eigenbases and inverses of `curvax.kron`.
+
+
+def _init_eigen(layout: Layout, params: Params) -> BlockStates:
+    """Return zeros in the shapes of the blocks' eigenbases and second moments."""
+    factors = init_factors(layout, params)
+    basis = jax.eval_shape(partial(kron_basis, layout), factors)
+    states: BlockStates = {}
+    for block in layout.blocks:
+        dtype = factors.blocks[block.name].g.total.dtype
+        vectors = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), basis[block.name])
+        moments = WeightedMean(jnp.zeros(block.shape, dtype), jnp.zeros([], dtype))
+        states[block.name] = EigenBlockState(vectors, moments)
+    return states
 
 
 def _refresh_basis(
-    own: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
-) -> tuple[BlockStates, dict[str, BlockSpectrum]]:
-    basis = kron_basis(own, factors)
-    made, spectra = {}, {}
-    for block in own.blocks:
+    layout: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
+) -> Refreshed:
+    """Decompose the averaged factors, `A = Q_A D_A Q_A'`, and carry the second moments into the new basis."""
+    basis = kron_basis(layout, factors)
+    states: BlockStates = {}
+    spectra = {}
+    for block in layout.blocks:
         old, new = block_state[block.name], basis[block.name]
-        made[block.name] = EigenBlockState(new, carried_moments(old.basis, new, old.moments))
+        moments = carried_moments(old.basis, new, old.moments)
+        states[block.name] = EigenBlockState(new, moments)
         spectra[block.name] = basis_spectrum(block, factors.blocks[block.name], new, damping)
-    return made, spectra
+    return states, spectra
+
+
+def _power(
+    layout: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
+) -> KronPower:
+    """Return the inverse to apply: `1 / (M + damping)` in each block's basis, `1 / (diagonal + damping)` elsewhere."""
+    powers = {}
+    for block in layout.blocks:
+        basis, moments = block_state[block.name]
+        powers[block.name] = eigen_power(basis, moments, damping, -1.0)
+    return KronPower(powers, diagonal_power(factors.diagonal, damping, -1.0))
