@@ -54,18 +54,19 @@ def scale_by_adahessian(
       b2: decay of the average of squared curvatures; it acts once a refresh.
       eps: number that is added outside the power.
       hessian_power: in [0, 1]; 1 is a Newton-like step, 0 plain momentum.
-      averaging: how `|c|` is averaged within each leaf: `curvax.optim.spatial_average()` (the default),
-        `curvax.optim.block_average(32)`, or `lambda tree: tree` for no averaging.
+      averaging: how `|c|` is averaged within each leaf: `curvax.optim.spatial_average()` (the
+        default), `curvax.optim.block_average(32)`, or `lambda tree: tree` for no averaging.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *, curvature=None)`. The curvature is a
-      tree like params, of which leaves that the updates do not have are ignored; with None the rule goes on with the
-      average in the state. `curvax.optim.curvature_rule` says what happens with numbers that are not finite. The state
-      is a `ScaleByDiagonalState`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *,
+      curvature=None)`. The curvature is a tree like params, of which leaves that the updates do not
+      have are ignored; with None the rule goes on with the average in the state.
+      `curvax.optim.curvature_rule` says what happens with numbers that are not finite. The state is
+      a `ScaleByDiagonalState`.
 
     Raises:
-      ValueError: `hessian_power` is outside [0, 1]; or, at trace time, the curvature is unlike the updates (the message
-        names the first path).
+      ValueError: `hessian_power` is outside [0, 1]; or, at trace time, the curvature is unlike the
+        updates (the message names the first path).
       TypeError: A hyperparameter arrives in 16 bits.
 
     Cost: two trees like params of state, in at least float32.
@@ -78,10 +79,11 @@ def scale_by_adahessian(
       >>> [round(u, 6) for u in updates.tolist()]
       [0.5, 3.0]
 
-    References: Yao et al. (2021), AdaHessian: an adaptive second order optimizer for machine learning, algorithm 1,
-      https://arxiv.org/abs/2006.00719, and the reference code.
+    References: Yao et al. (2021), AdaHessian: an adaptive second order optimizer for machine
+      learning, algorithm 1, https://arxiv.org/abs/2006.00719, and the reference code.
 
-    Deviates: from the paper, as the reference code does: the absolute value is taken before averaging, not after.
+    Deviates: from the paper, as the reference code does: the absolute value is taken before
+      averaging, not after.
     """
     check_decay(b1=b1, b2=b2)
     if isinstance(hessian_power, int | float) and not 0 <= hessian_power <= 1:
@@ -105,7 +107,8 @@ def scale_by_adahessian(
     ) -> StepResult:
         del gradient, context
         mu_hat = optax.tree.bias_correction(state.mu, b1, state.count + 1)
-        # Before the first refresh nu is 0 and its correction 0 / 0; with one refresh in its place nu stays 0.
+        # Before the first refresh nu is 0 and its correction 0 / 0; with one refresh in its place
+        # nu stays 0.
         num_refreshes = jnp.maximum(state.num_refreshes, 1)
         nu_hat = optax.tree.bias_correction(state.curvature, b2, num_refreshes)
         steps = jax.tree.map(divide, mu_hat, nu_hat)
@@ -135,21 +138,22 @@ def adahessian(
 ) -> optax.GradientTransformationExtraArgs:
     """AdaHessian: Adam's form, with Hutchinson's estimate of the Hessian diagonal as second moment.
 
-    Curvature: Hessian; structure: diagonal, by one Rademacher probe, averaged over spatial or input axes; refresh: every
-    `curvature_every` steps. `theta -= learning_rate (u + weight_decay theta)` with u of `scale_by_adahessian`. The
-    composition is
+    Curvature: Hessian; structure: diagonal, by one Rademacher probe, averaged over spatial or input
+    axes; refresh: every `curvature_every` steps. `theta -= learning_rate (u + weight_decay theta)`
+    with u of `scale_by_adahessian`. The composition is
     ```
     def estimator(params, batch, key):
         return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
 
+    rule = scale_by_adahessian(b1, b2, eps, hessian_power)
     optax.chain(
-        estimating(scale_by_adahessian(b1, b2, eps, hessian_power), estimator, curvature_every, seed),
+        estimating(rule, estimator, curvature_every, seed),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
     ```
-    Compose it by hand for anything else: `averaging=curvax.optim.block_average(32)`, more probes, the Gauss-Newton matrix
-    (`ggnvp` in place of `hvp`), masks, groups.
+    Compose it by hand for anything else: `averaging=curvax.optim.block_average(32)`, more probes,
+    the Gauss-Newton matrix (`ggnvp` in place of `hvp`), masks, groups.
 
     Args:
       learning_rate: a number or a schedule; the paper uses 0.15 for image models.
@@ -166,8 +170,8 @@ def adahessian(
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
 
     Raises:
-      ValueError: `hessian_power` is outside [0, 1] or an interval is below 1; or, at trace time, `batch=` or `params` is
-        missing.
+      ValueError: `hessian_power` is outside [0, 1] or an interval is below 1; or, at trace time,
+        `batch=` or `params` is missing.
 
     Cost: at interval 1, about 3 gradients in FLOPs with the step's own, which XLA shares.
 
@@ -180,8 +184,8 @@ def adahessian(
       >>> (w + updates).tolist(), optax.tree.get(state, "info").mean_curvature.item()
       ([0.0, 0.0], 13.0)
 
-    References: Yao et al. (2021), AdaHessian: an adaptive second order optimizer for machine learning, algorithm 1,
-      https://arxiv.org/abs/2006.00719.
+    References: Yao et al. (2021), AdaHessian: an adaptive second order optimizer for machine
+      learning, algorithm 1, https://arxiv.org/abs/2006.00719.
     """
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:

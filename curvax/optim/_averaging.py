@@ -1,4 +1,4 @@
-"""Averages of a diagonal within a leaf, which AdaHessian takes to lower the noise of its estimate."""
+"""Averages of a diagonal within a leaf, by which AdaHessian lowers the noise of its estimate."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ Averaging: TypeAlias = Callable[[PyTree[Array]], PyTree[Array]]
 
 
 def flax_axes(path: str, leaf: Array) -> tuple[int, ...]:
-    """Return the axes of a Flax parameter over which curvature is averaged, by its number of dimensions.
+    """Return the axes of a Flax parameter over which its curvature is averaged.
 
-    Kernels `[in, out]` are averaged over the input axis, kernels `[*spatial, in, out]` with three or more axes over all but
-    the last two. Vectors, scalars, and leaves named bias, scale or embedding are not averaged. (The kernels of attention
-    `[in, heads, features]` are averaged over the input axis; those stacked by `nn.scan` need axes of their own.)
+    Kernels `[in, out]` are averaged over the input axis, kernels `[*spatial, in, out]` with three
+    or more axes over all but the last two. Vectors, scalars, and leaves named bias, scale or
+    embedding are not averaged. (The kernels of attention `[in, heads, features]` are averaged over
+    the input axis; those stacked by `nn.scan` need axes of their own.)
     """
     if re.search(r"\b(bias|scale|embedding)\b", path):
         return ()
@@ -34,8 +35,9 @@ def spatial_average(axes: Callable[[str, Array], tuple[int, ...]] = flax_axes) -
     """Average each leaf over some of its axes, and broadcast the result back.
 
     Args:
-      axes: `(path, leaf) -> axes`, with the path as `jax.tree_util.keystr` prints it. The default is right for Flax layouts
-        (convolutions `[*spatial, in, out]` over the spatial axes, dense kernels `[in, out]` over the input axis).
+      axes: `(path, leaf) -> axes`, with the path as `jax.tree_util.keystr` prints it. The default
+        is right for Flax layouts (convolutions `[*spatial, in, out]` over the spatial axes, dense
+        kernels `[in, out]` over the input axis).
 
     Example: average over the output axis in layers named head.
       >>> import jax.numpy as jnp, curvax
@@ -43,11 +45,11 @@ def spatial_average(axes: Callable[[str, Array], tuple[int, ...]] = flax_axes) -
       ...     return (1,) if "head" in path else curvax.optim.flax_axes(path, leaf)
       >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
       >>> averages = curvax.optim.spatial_average(axes)({"head": x, "kernel": x, "embedding": x})
-      >>> {name: y.tolist() for name, y in averages.items()}
-      {'embedding': [[1.0, 2.0], [3.0, 6.0]], 'head': [[1.5, 1.5], [4.5, 4.5]], 'kernel': [[2.0, 4.0], [2.0, 4.0]]}
+      >>> averages["embedding"].tolist(), averages["head"].tolist(), averages["kernel"].tolist()
+      ([[1.0, 2.0], [3.0, 6.0]], [[1.5, 1.5], [4.5, 4.5]], [[2.0, 4.0], [2.0, 4.0]])
 
-    References: Yao et al. (2021), AdaHessian, section 3.2, https://arxiv.org/abs/2006.00719; the axes are those of the
-      reference code, moved to Flax's layout.
+    References: Yao et al. (2021), AdaHessian, section 3.2, https://arxiv.org/abs/2006.00719; the
+      axes are those of the reference code, moved to Flax's layout.
     """
 
     def average_leaf(path: tuple[object, ...], x: Array) -> Array:
@@ -62,15 +64,15 @@ def spatial_average(axes: Callable[[str, Array], tuple[int, ...]] = flax_axes) -
 
 
 def block_average(size: int) -> Averaging:
-    """Average each leaf over consecutive groups of `size` entries in row-major order; a ragged last group by itself.
+    """Average each leaf over consecutive groups of `size` entries in row-major order.
 
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> curvax.optim.block_average(2)(jnp.array([1.0, 3.0, 5.0])).tolist()
       [2.0, 2.0, 5.0]
 
-    References: Yao et al. (2021), AdaHessian, section 3.2, https://arxiv.org/abs/2006.00719; the reference code for
-      transformers uses 32.
+    References: Yao et al. (2021), AdaHessian, section 3.2, https://arxiv.org/abs/2006.00719; the
+      reference code for transformers uses 32.
     """
     check_at_least(1, size=size)
 

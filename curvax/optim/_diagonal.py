@@ -1,4 +1,4 @@
-"""What diagonal methods share: an average of gradients, and an average of curvature that is taken in when it comes."""
+"""What diagonal methods share: running averages of gradients and of curvature diagonals."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def leaf_average(decay: float | Array, order: int = 1) -> LeafAverage:
 
 
 def select_leaves(curvature: PyTree, updates: PyTree) -> PyTree[Array]:
-    """Select the leaves of `curvature` that `updates` has (a mask may have removed some), in at least float32.
+    """Select the leaves of `curvature` that `updates` has, in at least float32.
 
     Raises:
       ValueError: The two trees differ; the message names the first path where they do.
@@ -106,7 +106,7 @@ def select_leaves(curvature: PyTree, updates: PyTree) -> PyTree[Array]:
 
 
 def select_unmasked(tree: PyTree, updates: PyTree) -> PyTree:
-    """Return `tree` with `optax.MaskedNode` wherever `updates` has one, so that both map together."""
+    """Return `tree` with a `MaskedNode` wherever `updates` has one, so that both map together."""
 
     def select(update: Any, subtree: Any) -> Any:
         return update if is_masked(update) else subtree

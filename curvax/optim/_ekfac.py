@@ -52,42 +52,48 @@ def scale_by_ekfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Divide by damped second moments in the eigenbasis of Kronecker factors, given as data.
 
-    Every `inverse_every` steps `A = Q_A D_A Q_A'`, `G = Q_G D_G Q_G'`, of running averages; with every curvature
-    `M <- decay M + (1 - decay) sum_b (Q_A' D_b Q_G)^2`, with bias correction; the step is
-    `Q_A ((Q_A' V Q_G) / (M + damping)) Q_G'` for each block V of the updates. When the basis changes, M goes along: it
-    becomes the diagonal, in the new basis, of the matrix that it was in the old one.
+    Every `inverse_every` steps `A = Q_A D_A Q_A'`, `G = Q_G D_G Q_G'`, of running averages; with
+    every curvature `M <- decay M + (1 - decay) sum_b (Q_A' D_b Q_G)^2`, with bias correction; the
+    step is `Q_A ((Q_A' V Q_G) / (M + damping)) Q_G'` for each block V of the updates. When the
+    basis changes, M goes along: it becomes the diagonal, in the new basis, of the matrix that it
+    was in the old one.
 
     Args:
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
-      damping: in units of an eigenvalue of the curvature: a number, or a schedule of the step. An update that is passed
-        `damping=` uses that instead.
+      damping: in units of an eigenvalue of the curvature: a number, or a schedule of the step. An
+        update that is passed `damping=` uses that instead.
       inverse_every: number of steps between eigendecompositions, as in `scale_by_kfac`.
       decay: decay of the running averages of factors and moments.
       stagger: True spreads the decompositions of blocks over the `inverse_every` steps.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *, curvature=None, damping=None)`. The
-      curvature is the `EigenCurvature` returned by `curvax.kron.eigen_curvature`. Masks, numbers that are not finite, state
-      and Info are treated as in `scale_by_kfac`; the state of a block is an `EigenBlockState`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *,
+      curvature=None, damping=None)`. The curvature is the `EigenCurvature` returned by
+      `curvax.kron.eigen_curvature`. Masks, numbers that are not finite, state and Info are treated
+      as in `scale_by_kfac`; the state of a block is an `EigenBlockState`.
 
     Raises:
       ValueError: As `scale_by_kfac` does.
 
-    Cost: `2 in out (in + out)` multiplications a block and step, eigendecompositions (about `10 (in^3 + out^3)`) every
-      `inverse_every` steps. Memory: `2 (in^2 + out^2) + in out` floats a block.
+    Cost: `2 in out (in + out)` multiplications a block and step, eigendecompositions (about `10
+      (in^3 + out^3)`) every `inverse_every` steps. Memory: `2 (in^2 + out^2) + in out` floats a
+      block.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
-      >>> objective = curvax.Objective(lambda p, x: (x @ p["w"]) * p["s"], curvax.losses.squared_error())
-      >>> params, batch = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}, (jnp.ones((8, 3)), jnp.zeros((8, 2)))
+      >>> model = lambda p, x: (x @ p["w"]) * p["s"]
+      >>> objective = curvax.Objective(model, curvax.losses.squared_error())
+      >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
+      >>> batch = jnp.ones((8, 3)), jnp.zeros((8, 2))
       >>> layout = curvax.kron_layout(objective, params, batch)
       >>> estimator = curvax.kron.estimator(objective, layout, curvax.kron.eigen_curvature)
       >>> rule = curvax.estimating(curvax.scale_by_ekfac(layout, inverse_every=10), estimator)
       >>> tx = optax.chain(rule, optax.scale_by_learning_rate(0.1))
-      >>> updates, state = tx.update(jax.grad(objective)(params, batch), tx.init(params), params, batch=batch)
+      >>> gradient = jax.grad(objective)(params, batch)
+      >>> updates, state = tx.update(gradient, tx.init(params), params, batch=batch)
 
-    References: George et al. (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis,
-      https://arxiv.org/abs/1806.03884.
+    References: George et al. (2018), Fast approximate natural gradient descent in a
+      Kronecker-factored eigenbasis, https://arxiv.org/abs/1806.03884.
 
     Deviates: moments are carried into a new basis, where the paper starts them anew.
     """
@@ -114,43 +120,47 @@ def ekfac(
 ) -> optax.GradientTransformationExtraArgs:
     """EK-FAC: natural gradient, diagonal in the eigenbasis of Kronecker factors of the Fisher.
 
-    This is `estimating(scale_by_ekfac(layout, damping, inverse_every), estimator)` with the estimator
-    `kron.estimator(objective, layout, kron.eigen_curvature)`, followed by the limit of `kl_clip`, momentum and the learning
-    rate.
+    This is `estimating(scale_by_ekfac(layout, damping, inverse_every), estimator)` with the
+    estimator `kron.estimator(objective, layout, kron.eigen_curvature)`, followed by the limit of
+    `kl_clip`, momentum and the learning rate.
 
     Args:
       learning_rate: a number or a schedule.
-      objective: the `curvax.Objective` that is minimized; its loss must be able to sample, and its model must not
-        mix examples.
+      objective: the `curvax.Objective` that is minimized; its loss must be able to sample, and its
+        model must not mix examples.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       damping: a number or a schedule, in units of an eigenvalue of the curvature.
       curvature_every: number of steps between estimates of factors and moments; step 0 estimates.
       inverse_every: number of steps between eigendecompositions; step 0 decomposes.
-      momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the buffer.
-      max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see `curvax.kl_clip`; None
-        means no limit. Without it, steps in directions that the sampled factors have hardly seen can be so long that training
-        diverges.
+      momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the
+        buffer.
+      max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see
+        `curvax.kl_clip`; None means no limit. Without it, steps in directions that the sampled
+        factors have hardly seen can be so long that training diverges.
       seed: the seed of the sampled targets.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
 
     Raises:
-      ValueError, TypeError: At trace time, as `scale_by_ekfac`, `eigen_curvature` and `curvax.estimating` do.
+      ValueError, TypeError: At trace time, as `scale_by_ekfac`, `eigen_curvature` and
+        `curvax.estimating` do.
 
-    Cost: that of `scale_by_ekfac`, and that of `kfac` for the factors. Memory: `2 (in^2 + out^2) + in out` floats a block, and a
-      buffer for momentum.
+    Cost: that of `scale_by_ekfac`, and that of `kfac` for the factors. Memory: `2 (in^2 + out^2) +
+      in out` floats a block, and a buffer for momentum.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
       >>> x = jnp.array([[1.0, 2.0], [0.0, 3.0], [1.0, 1.0]])
       >>> params, batch = jnp.zeros((2, 1)), (x, x @ jnp.array([[2.0], [-1.0]]))
-      >>> tx = curvax.ekfac(0.1, objective, curvax.kron_layout(objective, params, batch), damping=1e-3)
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> tx = curvax.ekfac(0.1, objective, layout, damping=1e-3)
       >>> state = tx.init(params)
       >>> @jax.jit
       ... def step(params, state):
-      ...     updates, state = tx.update(jax.grad(objective)(params, batch), state, params, batch=batch)
+      ...     gradient = jax.grad(objective)(params, batch)
+      ...     updates, state = tx.update(gradient, state, params, batch=batch)
       ...     return optax.apply_updates(params, updates), state
       >>> for _ in range(100):
       ...     params, state = step(params, state)
@@ -172,7 +182,7 @@ def _factors_of(curvature: EigenCurvature) -> Factors:
 def _average_moments(
     decay: float | Array, layout: Layout, block_state: BlockStates, curvature: EigenCurvature
 ) -> BlockStates:
-    """Average the second moments of this batch's gradients in the basis in use: `M <- decay M + (1 - decay) M_new`."""
+    """Average second moments in the basis in use: `M <- decay M + (1 - decay) M_new`."""
     averages = dict(block_state)
     for block in layout.blocks:
         basis, moments = block_state[block.name]
@@ -203,7 +213,7 @@ def _init_eigen(layout: Layout, params: Params) -> BlockStates:
 def _refresh_basis(
     layout: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
 ) -> Refreshed:
-    """Decompose the averaged factors, `A = Q_A D_A Q_A'`, and carry the second moments into the new basis."""
+    """Decompose the averages, `A = Q_A D_A Q_A'`, and carry second moments into the new basis."""
     basis = kron_basis(layout, factors)
     states: BlockStates = {}
     spectra = {}
@@ -218,7 +228,7 @@ def _refresh_basis(
 def _power(
     layout: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
 ) -> KronPower:
-    """Return the inverse to apply: `1 / (M + damping)` in each block's basis, `1 / (diagonal + damping)` elsewhere."""
+    """Return the inverse to apply: `1 / (M + damping)` in each block's eigenbasis."""
     powers = {}
     for block in layout.blocks:
         basis, moments = block_state[block.name]

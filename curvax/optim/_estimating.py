@@ -1,4 +1,4 @@
-"""The one wrapper that turns `scale_by_M`, which takes curvature as data, into an optimizer that estimates it."""
+"""The wrapper that estimates curvature for a rule `scale_by_M`, which takes it as data."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from curvax.optim._refresh import refresh_if
 from curvax.optim._rule import transformation, zero_count
 
 Estimator: TypeAlias = Callable[[Params, Batch, PRNGKey], PyTree[Array]]
-"""`(params, batch, key) -> curvature`, a tree that the wrapped transformation takes as `curvature=`."""
+"""`(params, batch, key) -> curvature`, what the wrapped rule takes as `curvature=`."""
 
 
 class EstimatingState(NamedTuple):
-    """State of `estimating`: plain integers, so that checkpoints and `optax.tree` functions see no keys.
+    """State of `estimating`: integers, so that checkpoints and `optax.tree` see no keys.
 
     Attributes:
       seed: uint32; the key of a step is `fold_in(key(seed), count)`.
@@ -39,31 +39,38 @@ def estimating(
     curvature_every: int | Int[Array, ""] = 1,
     seed: int | UInt32[Array, ""] = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Estimate curvature from `batch=` every `curvature_every` steps, and hand it to `inner` as `curvature=`.
+    """Estimate curvature from `batch=` at intervals, and hand it to `inner` as `curvature=`.
 
-    Step 0 refreshes, and a refreshed curvature is used in the same step. In between, `inner` gets `curvature=None` and
-    goes on with the curvature in its state.
+    Step 0 refreshes, and a refreshed curvature is used in the same step. In between, `inner` gets
+    `curvature=None` and goes on with the curvature in its state.
 
     Args:
-      inner: a transformation that takes `curvature=`, or any composition of such: `optax.chain`, `optax.partition` and
-        `optax.masked` forward it to the groups, each of which selects its leaves.
+      inner: a transformation that takes `curvature=`, or any composition of such: `optax.chain`,
+        `optax.partition` and `optax.masked` forward it to the groups, each of which selects its
+        leaves.
       estimator: the function `(params, batch, key) -> curvature`.
       curvature_every: number of steps between refreshes; 1 refreshes unconditionally.
-      seed: the seed of the estimator's randomness; it may be traced, so that each member of a `vmap` has another one.
+      seed: the seed of the estimator's randomness; it may be traced, so that each member of a
+        `vmap` has another one.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(grads, state, params, *, batch=None, curvature=None,
-      model_params=None)`. A `curvature` that is passed is used as it is and nothing is estimated (gradient
-      accumulation: average gradients and curvature over the micro-batches, then update once). `model_params` are all
-      parameters, for use inside a mask, where `params` holds only a part. The state is an `EstimatingState`.
+      `optax.GradientTransformationExtraArgs` with `update(grads, state, params, *, batch=None,
+      curvature=None, model_params=None)`. A `curvature` that is passed is used as it is and nothing
+      is estimated (gradient
+      accumulation: average gradients and curvature over the micro-batches, then update once).
+        `model_params` are all
+      parameters, for use inside a mask, where `params` holds only a part. The state is an
+      `EstimatingState`.
 
     Raises:
-      ValueError: The interval is below 1; or, at trace time, both `batch` and `curvature` are missing, params are missing, or
-        a part of them is masked out.
+      ValueError: The interval is below 1; or, at trace time, both `batch` and `curvature` are
+        missing, params are missing, or a part of them is masked out.
 
-    Cost: the estimator's, each `curvature_every` steps; under `vmap` in the steps in which any member refreshes.
+    Cost: the estimator's, each `curvature_every` steps; under `vmap` in the steps in which any
+      member refreshes.
 
-    Example: Sophia on one group of parameters, Adam on the others; the curvature is of the whole model.
+    Example: Sophia on one group of parameters, Adam on the others; the curvature is of the whole
+      model.
       >>> import jax, jax.numpy as jnp, optax, curvax
       >>> model = lambda p, x: x @ p["w"] + p["b"]
       >>> objective = curvax.Objective(model, curvax.losses.squared_error())
@@ -116,7 +123,8 @@ def estimating(
             return go_on(grads, inner_state, None)
 
         def refresh(grads: PyTree, inner_state: Any) -> tuple[PyTree, Any]:
-            # The key of a step depends on seed and count alone, so a run that is resumed draws what it would have drawn.
+            # The key of a step depends on seed and count alone, so a run that is resumed draws what
+            # it would have drawn.
             key = jax.random.fold_in(jax.random.key(state.seed), state.count)
             whole_model = _whole_model(params, model_params)
             fresh = estimator(whole_model, _present_batch(batch), key)
@@ -125,7 +133,8 @@ def estimating(
         if curvature is not None:
             updates, inner_state = go_on(updates, state.inner_state, curvature)
         elif isinstance(curvature_every, int) and curvature_every == 1:
-            # Unconditional, so that XLA can share the forward pass with that of the gradient; a branch could not.
+            # Unconditional, so that XLA can share the forward pass with that of the gradient; a
+            # branch could not.
             updates, inner_state = refresh(updates, state.inner_state)
         else:
             is_due = state.count % curvature_every == 0

@@ -1,4 +1,4 @@
-"""From a rule to an optimizer: limit of the step, momentum, weight decay, learning rate, in this order."""
+"""From a rule to an optimizer: limit of the step, momentum, weight decay, learning rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def finish(
     momentum: Any = 0.0,
     weight_decay: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Finish a rule as an optimizer: `m = momentum m + u`, `params -= learning_rate (m + weight_decay params)`.
+    """Finish a rule: `m = momentum m + u`, `params -= learning_rate (m + weight_decay params)`.
 
     Args:
       rule: the preconditioned gradient u.

@@ -15,8 +15,9 @@ from curvax.optim._estimating import Estimator
 def on_fraction(estimator: Estimator, fraction: float) -> Estimator:
     """Return an estimator that sees a fraction of the rows of every batch.
 
-    The rows are at equal distances, so that a batch that is sharded over devices stays so where the distance is an integer;
-    shuffled data makes them a random sample. Curvature is that of a mean, so its scale stays.
+    The rows are at equal distances, so that a batch that is sharded over devices stays so where the
+    distance is an integer; shuffled data makes them a random sample. Curvature is that of a mean,
+    so its scale stays.
 
     Args:
       estimator: `(params, batch, key) -> curvature`.
@@ -25,7 +26,8 @@ def on_fraction(estimator: Estimator, fraction: float) -> Estimator:
     Raises:
       ValueError: The fraction is outside (0, 1].
 
-    Cost: that fraction of the estimator's; but a forward pass that is shared with the gradient's no longer is.
+    Cost: that fraction of the estimator's; but a forward pass that is shared with the gradient's no
+      longer is.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -39,7 +41,8 @@ def on_fraction(estimator: Estimator, fraction: float) -> Estimator:
     def estimator_of_fraction(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
         size = batch_size(batch)
         number = max(1, round(fraction * size))
-        # A strided slice where the distance is an integer: that keeps a sharded batch sharded, a gather does not.
+        # A strided slice where the distance is an integer: that keeps a sharded batch sharded, a
+        # gather does not.
         rows: Any = np.arange(number) * size // number
         if size % number == 0:
             rows = slice(None, None, size // number)

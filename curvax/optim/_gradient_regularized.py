@@ -1,4 +1,4 @@
-"""Newton's method regularized by the norm of the gradient, with the search that finds how much of it is needed."""
+"""Newton's method regularized by the norm of the gradient, as much as a search finds needed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class GradientRegularizedInfo(NamedTuple):
       trials: how many steps were tried.
       accepted: whether one of them was taken.
       num_rejected: the number of updates so far in which none was.
-      num_nonfinite: the number of updates so far with a gradient or a curvature that was not finite.
+      num_nonfinite: the number of updates so far with a gradient or a curvature that was not
+        finite.
     """
 
     damping: Scalar
@@ -64,32 +65,35 @@ class GradientRegularizedState(NamedTuple):
 def scale_by_gradient_regularized_newton(
     objective: Objective, gamma: float | Array = 1.0, max_trials: int = 40
 ) -> optax.GradientTransformationExtraArgs:
-    """Search for a step `s = -(|C| + |g| / gamma I)^-1 g` that lowers the loss enough, with C given as a matrix.
+    """Search for a step `s = -(|C| + |g| / gamma I)^-1 g` that lowers the loss enough.
 
-    The search tries gamma, gamma / 2, gamma / 4 ... until `f(x) - f(x + s) >= gamma |g(x + s)|^2 / (8 |g|)`; then gamma
-    doubles for the next update. Every step satisfies `|s| <= gamma`. Where the loss is flat to rounding (the model predicts
-    less than its precision), the search ends, with a step if that lowers the gradient's norm. If no trial succeeds, the
-    update is zero and the state stays bitwise what it was, except for gamma, which goes on from where the search ended, and
-    for a curvature that came with the update.
+    The search tries gamma, gamma / 2, gamma / 4 ... until `f(x) - f(x + s) >= gamma |g(x + s)|^2 /
+    (8 |g|)`; then gamma doubles for the next update. Every step satisfies `|s| <= gamma`. Where the
+    loss is flat to rounding (the model predicts less than its precision), the search ends, with a
+    step if that lowers the gradient's norm. If no trial succeeds, the update is zero and the state
+    stays bitwise what it was, except for gamma, which goes on from where the search ended, and for
+    a curvature that came with the update.
 
     Args:
-      objective: the `curvax.Objective` that is minimized; it is evaluated at the trial points on the batch of the update.
+      objective: the `curvax.Objective` that is minimized; it is evaluated at the trial points on
+        the batch of the update.
       gamma: the first trust radius, in the unit of params.
       max_trials: the largest number of trials in one update.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`, a whole optimizer (no learning rate comes after it), with `update(updates,
-      state, params, *, batch, curvature=None)`. The curvature is a `curvax.solve.Dense`; with None the last one is used.
-      `curvax.optim.curvature_rule` says what happens with numbers that are not finite. The state is a
-      `GradientRegularizedState`.
+      `optax.GradientTransformationExtraArgs`, a whole optimizer (no learning rate comes after it),
+      with `update(updates, state, params, *, batch, curvature=None)`. The curvature is a
+      `curvax.solve.Dense`; with None the last one is used. `curvax.optim.curvature_rule` says what
+      happens with numbers that are not finite. The state is a `GradientRegularizedState`.
 
     Raises:
       ValueError: Gamma is not positive, `max_trials` is below 1, or params or batch are missing.
 
-    Cost: a loss and gradient and `2 d^2` multiplications for each trial (one or two as a rule); `9 d^3` for a new
-      curvature.
+    Cost: a loss and gradient and `2 d^2` multiplications for each trial (one or two as a rule); `9
+      d^3` for a new curvature.
 
-    References: Semenov, Jaggi and Doikov (2025), Gradient-normalized smoothness for optimization with approximate Hessians.
+    References: Semenov, Jaggi and Doikov (2025), Gradient-normalized smoothness for optimization
+      with approximate Hessians.
     """
     if isinstance(gamma, int | float) and not gamma > 0:
         raise ValueError(f"gamma must be positive, got {gamma}.")
@@ -131,7 +135,8 @@ def scale_by_gradient_regularized_newton(
         search = _Search(objective, params, batch, gradient, state.curvature)
         last = _search_step(search, state.gamma, max_trials, state.num_refreshes > 0)
 
-        # A search that ended for rounding, or for want of a gradient, says nothing of how far the model can be trusted.
+        # A search that ended for rounding, or for want of a gradient, says nothing of how far the
+        # model can be trusted.
         after_rejection = jnp.where(last.exhausted, state.gamma, last.gamma / 2)
         next_gamma = jnp.where(last.accepted, 2 * last.gamma, after_rejection)
         info = {
@@ -153,28 +158,30 @@ def gradient_regularized_newton(
     gamma: float | Array = 1.0,
     max_trials: int = 40,
 ) -> optax.GradientTransformationExtraArgs:
-    """Newton's method regularized by the norm of the gradient: `x -= (|H| + |g| / gamma I)^-1 g`, with gamma by search.
+    """Gradient-regularized Newton: `x -= (|H| + |g| / gamma I)^-1 g`, with gamma by search.
 
-    For full batches (deterministic losses) of up to some thousand parameters. There is no learning rate: the search adapts
-    to how smooth the loss is. This is `estimating(scale_by_gradient_regularized_newton(objective), ...)`.
+    For full batches (deterministic losses) of up to some thousand parameters. There is no learning
+    rate: the search adapts to how smooth the loss is. This is
+    `estimating(scale_by_gradient_regularized_newton(objective), ...)`.
 
     Args:
       objective: the `curvax.Objective` that is minimized.
       curvature_every: number of steps between Hessians (lazy Hessians); step 0 forms one.
-      matvec_of: `curvax.hvp`, or `curvax.ggnvp` or any approximation of the Hessian by `(objective, params, batch) ->
-        matvec`.
+      matvec_of: `curvax.hvp`, or `curvax.ggnvp` or any approximation of the Hessian by `(objective,
+        params, batch) -> matvec`.
       gamma: the first trust radius, in the unit of params.
       max_trials: the largest number of trials in one update.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)` with gradients of that
-      batch.
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)` with
+      gradients of that batch.
 
     Raises:
-      ValueError, TypeError: At trace time, as `scale_by_gradient_regularized_newton` and `curvax.estimating` do.
+      ValueError, TypeError: At trace time, as `scale_by_gradient_regularized_newton` and
+        `curvax.estimating` do.
 
-    Cost: every `curvature_every` steps d products and `9 d^3` multiplications; a loss and gradient for each trial. Memory:
-      `d^2` floats.
+    Cost: every `curvature_every` steps d products and `9 d^3` multiplications; a loss and gradient
+      for each trial. Memory: `d^2` floats.
 
     Example: `log(1 + e^-x) + x^2 / 20`, from far away.
       >>> import jax, jax.numpy as jnp, curvax
@@ -192,11 +199,12 @@ def gradient_regularized_newton(
       >>> bool(abs(jax.grad(objective)(params, batch)) < 1e-6)
       True
 
-    References: Semenov, Jaggi and Doikov (2025), Gradient-normalized smoothness for optimization with approximate Hessians;
-      Doikov, Chayti and Jaggi (2023), https://arxiv.org/abs/2212.00781, for Hessians that are kept.
+    References: Semenov, Jaggi and Doikov (2025), Gradient-normalized smoothness for optimization
+      with approximate Hessians; Doikov, Chayti and Jaggi (2023), https://arxiv.org/abs/2212.00781,
+      for Hessians that are kept.
 
-    Deviates: absolute eigenvalues, so that steps go down where the Hessian is indefinite; the search ends where rounding
-      decides.
+    Deviates: absolute eigenvalues, so that steps go down where the Hessian is indefinite; the
+      search ends where rounding decides.
     """
     rule = scale_by_gradient_regularized_newton(objective, gamma, max_trials)
     return estimating(rule, matrix_of(objective, matvec_of), curvature_every)
@@ -225,7 +233,7 @@ class _Trial(NamedTuple):
 def _search_step(
     search: _Search, gamma: Scalar, max_trials: int, is_ready: Bool[Array, ""]
 ) -> _Trial:
-    """Halve gamma until the step is accepted; without a curvature or a usable gradient nothing is tried."""
+    """Halve gamma until a step is accepted; nothing is tried without curvature and gradient."""
     objective, params, batch, gradient, curvature = search
     value_and_grad = jax.value_and_grad(objective.value)
     before, gradient_norm = objective.value(params, batch), norm(gradient)
@@ -241,7 +249,8 @@ def _search_step(
 
         # f(x) - f(x + s) >= gamma |g(x + s)|^2 / (8 |g|)
         is_enough = before - after >= inner_product(fresh, fresh) / (8 * damping)
-        # The model predicts a decrease of -g.s / 2; below the precision of f only the gradient can tell.
+        # The model predicts a decrease of -g.s / 2; below the precision of f only the gradient can
+        # tell.
         is_flat = -inner_product(gradient, step) / 2 <= precision
         accepted = is_enough | (is_flat & (norm(fresh) < gradient_norm))
         return _Trial(

@@ -1,4 +1,4 @@
-"""K-FAC: the gradient times the damped inverse of Kronecker factors that are averaged over steps."""
+"""K-FAC: the gradient times the damped inverse of running averages of Kronecker factors."""
 
 from __future__ import annotations
 
@@ -39,51 +39,62 @@ def scale_by_kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply by the damped inverse of Kronecker-factored curvature, given as data.
 
-    `A <- decay A + (1 - decay) A_new` and likewise G, with bias correction; every `inverse_every` steps
-    `P = (A + pi sqrt(damping) I)^-1`, `Q = (G + sqrt(damping) / pi I)^-1`; the step is `P V Q` for each block V of the
-    updates.
+    `A <- decay A + (1 - decay) A_new` and likewise G, with bias correction; every `inverse_every`
+    steps `P = (A + pi sqrt(damping) I)^-1`, `Q = (G + sqrt(damping) / pi I)^-1`; the step is `P V
+    Q` for each block V of the updates.
 
     Args:
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
-      damping: in units of an eigenvalue of the curvature: a number, or a schedule of the step. An update that is passed
-        `damping=` (`curvax.levenberg_marquardt` does so) uses that instead.
-      inverse_every: number of steps between inversions. They wait for the next curvature if a step brings none; step 0
-        inverts.
+      damping: in units of an eigenvalue of the curvature: a number, or a schedule of the step. An
+        update that is passed `damping=` (`curvax.levenberg_marquardt` does so) uses that instead.
+      inverse_every: number of steps between inversions. They wait for the next curvature if a step
+        brings none; step 0 inverts.
       decay: decay of the running averages of factors.
       damping_scheme: "factored" or "exact" damping, see `curvax.kron_inverse`.
-      stagger: True spreads the inversions of blocks over the `inverse_every` steps, for an even time per step; they then
-        do not wait.
+      stagger: True spreads the inversions of blocks over the `inverse_every` steps, for an even
+        time per step; they then do not wait.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *, curvature=None, damping=None)`. The
-      curvature is the `Factors` returned by `curvax.kron_factors`. Leaves that a mask or partition has removed are left
-      out, and with them the blocks they are in. `curvax.optim.curvature_rule` says what happens with numbers that are not
-      finite. The state is a `ScaleByKronState`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *,
+      curvature=None, damping=None)`. The curvature is the `Factors` returned by
+      `curvax.kron_factors`. Leaves that a mask or partition has removed are left out, and with them
+      the blocks they are in. `curvax.optim.curvature_rule` says what happens with numbers that are
+      not finite. The state is a `ScaleByKronState`.
 
     Raises:
-      ValueError: The damping is not positive, the scheme is unknown, `inverse_every` is below 1, or updates or curvature
-        are of another layout.
+      ValueError: The damping is not positive, the scheme is unknown, `inverse_every` is below 1, or
+        updates or curvature are of another layout.
 
-    Cost: `in out (in + out)` multiplications a block and step; `in^3 + out^3` every `inverse_every` steps. Memory:
-      `2 (in^2 + out^2)` floats a block.
+    Cost: `in out (in + out)` multiplications a block and step; `in^3 + out^3` every `inverse_every`
+      steps. Memory: `2 (in^2 + out^2)` floats a block.
 
-    Example: Kronecker blocks by K-FAC, everything else by Adam (a fallback); factors from a quarter of the batch.
+    Example: Kronecker blocks by K-FAC, everything else by Adam (a fallback); factors from a quarter
+      of the batch.
       >>> import jax, jax.numpy as jnp, optax, curvax
-      >>> objective = curvax.Objective(lambda p, x: (x @ p["w"]) * p["s"], curvax.losses.squared_error())
-      >>> params, batch = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}, (jnp.ones((8, 3)), jnp.zeros((8, 2)))
+      >>> model = lambda p, x: (x @ p["w"]) * p["s"]
+      >>> objective = curvax.Objective(model, curvax.losses.squared_error())
+      >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
+      >>> batch = jnp.ones((8, 3)), jnp.zeros((8, 2))
       >>> layout = curvax.kron_layout(objective, params, batch)
       >>> estimator = curvax.kron.estimator(objective, layout)
-      >>> groups = {"kron": curvax.scale_by_kfac(layout, inverse_every=10), "diagonal": optax.scale_by_adam()}
-      >>> rule = optax.partition(groups, layout.labels(params))
-      >>> estimated = curvax.estimating(rule, curvax.on_fraction(estimator, 0.25), curvature_every=2)
+      >>> kfac, adam = curvax.scale_by_kfac(layout, inverse_every=10), optax.scale_by_adam()
+      >>> rule = optax.partition({"kron": kfac, "diagonal": adam}, layout.labels(params))
+      >>> quarter = curvax.on_fraction(estimator, 0.25)
       >>> tx = optax.chain(
-      ...     estimated, optax.trace(0.9), optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(0.1))
-      >>> updates, state = tx.update(jax.grad(objective)(params, batch), tx.init(params), params, batch=batch)
+      ...     curvax.estimating(rule, quarter, curvature_every=2),
+      ...     optax.trace(0.9),
+      ...     optax.add_decayed_weights(1e-4),
+      ...     optax.scale_by_learning_rate(0.1),
+      ... )
+      >>> gradient = jax.grad(objective)(params, batch)
+      >>> updates, state = tx.update(gradient, tx.init(params), params, batch=batch)
 
-    References: Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored approximate curvature,
-      https://arxiv.org/abs/1503.05671, sections 5 (averages) and 6.3 (factored damping).
+    References: Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored
+      approximate curvature, https://arxiv.org/abs/1503.05671, sections 5 (averages) and 6.3
+      (factored damping).
 
-    Deviates: averages are bias-corrected with a constant decay, where the paper has `min(1 - 1/k, 0.95)` at step k.
+    Deviates: averages are bias-corrected with a constant decay, where the paper has `min(1 - 1/k,
+      0.95)` at step k.
     """
     check_choice("damping_scheme", damping_scheme, DAMPINGS)
     method = KronRule(
@@ -107,10 +118,10 @@ def kfac(
     max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """K-FAC: natural gradient with Kronecker factors of the Fisher, sampled from the model's own predictions.
+    """K-FAC: natural gradient with Kronecker factors of the Fisher, from sampled targets.
 
-    This is `estimating(scale_by_kfac(layout, damping, inverse_every), kron.estimator(objective, layout))`, followed by the
-    limit of `kl_clip`, momentum and the learning rate.
+    This is `estimating(scale_by_kfac(layout, damping, inverse_every), kron.estimator(objective,
+    layout))`, followed by the limit of `kl_clip`, momentum and the learning rate.
 
     Args:
       learning_rate: a number or a schedule.
@@ -119,49 +130,56 @@ def kfac(
       damping: a number or a schedule, in units of an eigenvalue of the curvature.
       curvature_every: number of steps between estimates of factors; step 0 estimates.
       inverse_every: number of steps between inversions; step 0 inverts.
-      momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the buffer.
-      max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see `curvax.kl_clip`; None
-        means no limit. Without it, steps in directions that the sampled factors have hardly seen can be so long that training
-        diverges.
+      momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the
+        buffer.
+      max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see
+        `curvax.kl_clip`; None means no limit. Without it, steps in directions that the sampled
+        factors have hardly seen can be so long that training diverges.
       seed: the seed of the sampled targets.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
 
     Raises:
-      ValueError, TypeError: At trace time, as `scale_by_kfac`, `kron_factors` and `curvax.estimating` do.
+      ValueError, TypeError: At trace time, as `scale_by_kfac`, `kron_factors` and
+        `curvax.estimating` do.
 
-    Cost: with every interval 1 a backward pass without kernels' gradients, `n (in^2 + out^2) / 2` multiplications for
-      the factors of n positions, `in^3 + out^3` for inverses, and `in out (in + out)` for the step. Memory:
-      `2 (in^2 + out^2)` floats a block, and a buffer for momentum.
+    Cost: with every interval 1 a backward pass without kernels' gradients, `n (in^2 + out^2) / 2`
+      multiplications for the factors of n positions, `in^3 + out^3` for inverses, and `in out (in +
+      out)` for the step. Memory: `2 (in^2 + out^2)` floats a block, and a buffer for momentum.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
       >>> x = jnp.array([[1.0, 2.0], [0.0, 3.0], [1.0, 1.0]])
       >>> params, batch = jnp.zeros((2, 1)), (x, x @ jnp.array([[2.0], [-1.0]]))
-      >>> tx = curvax.kfac(0.5, objective, curvax.kron_layout(objective, params, batch), damping=1e-6)
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> tx = curvax.kfac(0.5, objective, layout, damping=1e-6)
       >>> state = tx.init(params)
       >>> @jax.jit
       ... def step(params, state):
-      ...     updates, state = tx.update(jax.grad(objective)(params, batch), state, params, batch=batch)
+      ...     gradient = jax.grad(objective)(params, batch)
+      ...     updates, state = tx.update(gradient, state, params, batch=batch)
       ...     return optax.apply_updates(params, updates), state
       >>> for _ in range(100):
       ...     params, state = step(params, state)
       >>> bool(objective(params, batch) < 1e-3)
       True
 
-      Everything else comes by composition. Damping adapted, learning rate and momentum of the quadratic model:
-      >>> layout = curvax.kron_layout(objective, params, batch)
+      Everything else comes by composition. Damping adapted, learning rate and momentum of the
+        quadratic model:
       >>> estimator = curvax.kron.estimator(objective, layout)
       >>> rule = curvax.estimating(curvax.scale_by_kfac(layout, damping_scheme="exact"), estimator)
-      >>> tx = curvax.levenberg_marquardt(curvax.quadratic_model(rule, objective), objective, damping=1.0)
+      >>> inner = curvax.quadratic_model(rule, objective)
+      >>> tx = curvax.levenberg_marquardt(inner, objective, damping=1.0)
 
       Weight decay comes between the limit and the learning rate:
       >>> limited = curvax.kl_clip(rule, learning_rate=0.1)
-      >>> tx = optax.chain(limited, optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(0.1))
+      >>> decayed = optax.chain(limited, optax.add_decayed_weights(1e-4))
+      >>> tx = optax.chain(decayed, optax.scale_by_learning_rate(0.1))
 
-    References: Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Ba, Grosse and Martens (2017) for the limit.
+    References: Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Ba, Grosse and Martens
+      (2017) for the limit.
     """
     rule = scale_by_kfac(layout, damping, inverse_every)
     estimated = estimating(rule, kron.estimator(objective, layout), curvature_every, seed)
@@ -204,7 +222,8 @@ def _invert(
             power = inverse[block.name]
             spectra[block.name] = spectral_spectrum(block, factors.blocks[block.name], power)
         return inverse, spectra
-    # Martens and Grosse (2015), section 6.3: (A + pi sqrt(damping) I)^-1 x (G + sqrt(damping) / pi I)^-1.
+    # Martens and Grosse (2015), section 6.3: (A + pi sqrt(damping) I)^-1 x (G + sqrt(damping) / pi
+    # I)^-1.
     inverses = factored_inverses(layout, factors, damping)
     for block in layout.blocks:
         left, right = inverses[block.name]
@@ -216,6 +235,6 @@ def _invert(
 def _power(
     layout: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
 ) -> KronPower:
-    """Return the inverse to apply: of blocks the one in the state, of other leaves `1 / (diagonal + damping)`."""
+    """Return the inverse to apply: that of the state, and `1 / (diagonal + damping)` elsewhere."""
     del layout
     return KronPower(block_state, diagonal_power(factors.diagonal, damping, -1.0))

@@ -34,17 +34,21 @@ def kl_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Shorten steps that change the model's predictions by more than `max_kl`.
 
-    Let g be the gradient and `u = F^-1 g` the step that `inner` makes of it. To second order, the symmetric
-    Kullback-Leibler divergence `KL(p, q) + KL(q, p)` between the predictions p before and q after the step `lr u` is
-    `(lr u)' F (lr u) = lr^2 g.u`. The step becomes `u min(1, sqrt(max_kl / (lr^2 g.u)))`.
+    Let g be the gradient and `u = F^-1 g` the step that `inner` makes of it. To second order, the
+    symmetric Kullback-Leibler divergence `KL(p, q) + KL(q, p)` between the predictions p before and
+    q after the step `lr u` is `(lr u)' F (lr u) = lr^2 g.u`. The step becomes `u min(1, sqrt(max_kl
+    / (lr^2 g.u)))`.
 
     Args:
-      inner: the transformation that returns the preconditioned gradient, as `curvax.estimating(curvax.scale_by_kfac(layout), estimator)` does.
+      inner: the transformation that returns the preconditioned gradient, as
+        `curvax.estimating(curvax.scale_by_kfac(layout), estimator)` does.
       learning_rate: the rate that will be applied afterwards, a number or a schedule.
-      max_kl: the limit of the symmetric divergence of one step, in nats for each term of the mean loss.
+      max_kl: the limit of the symmetric divergence of one step, in nats for each term of the mean
+        loss.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; the learning rate is still to be applied. The state is a `KlClipState`.
+      `optax.GradientTransformationExtraArgs`; the learning rate is still to be applied. The state
+      is a `KlClipState`.
 
     Raises:
       ValueError: The limit is negative.
@@ -58,8 +62,8 @@ def kl_clip(
       >>> [round(x, 3) for x in updates.tolist()], round(state.scale.item(), 3)
       ([0.6, 0.8], 0.2)
 
-    References: Ba, Grosse and Martens (2017), Distributed second-order optimization using Kronecker-factored
-      approximations, section 5.
+    References: Ba, Grosse and Martens (2017), Distributed second-order optimization using
+      Kronecker-factored approximations, section 5.
     """
     check_at_least(0, max_kl=max_kl)
     inner = optax.with_extra_args_support(inner)
@@ -71,7 +75,8 @@ def kl_clip(
         updates: PyTree, state: KlClipState, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, KlClipState]:
         steps, inner_state = inner.update(updates, state.inner_state, params, **extra)
-        # Ba, Grosse and Martens (2017), section 5: divergence = lr^2 g.u, scale = min(1, sqrt(max_kl / divergence)).
+        # Ba, Grosse and Martens (2017), section 5: divergence = lr^2 g.u, scale = min(1,
+        # sqrt(max_kl / divergence)).
         rate = resolve_schedule(learning_rate, state.count)
         divergence = rate**2 * inner_product(updates, steps)
         # A divergence that is NaN, negative or zero does not exceed the limit, and divides nothing.

@@ -1,4 +1,4 @@
-"""What K-FAC and EK-FAC share: running averages of factors, and a refresh of what is costly to compute from them."""
+"""What K-FAC and EK-FAC share: running averages of factors, and a refresh at intervals."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class KronRule(NamedTuple):
     Attributes:
       factors: `curvature -> Factors`, the part of the curvature whose running average is taken.
       init_block_state: `(layout, params) -> block_state`, before the first curvature.
-      refresh: `(layout, factors, block_state, damping) -> (block_state, spectra)`, the costly part, for the blocks of
-        `layout`.
-      average_block_state: `(layout, block_state, curvature) -> block_state`, with every curvature, after the refresh; or
-        None.
+      refresh: `(layout, factors, block_state, damping) -> (block_state, spectra)`, the costly part,
+        for the blocks of `layout`.
+      average_block_state: `(layout, block_state, curvature) -> block_state`, with every curvature,
+        after the refresh; or None.
       power: `(layout, factors, block_state, damping) -> KronPower`, the inverse to apply.
     """
 
@@ -78,7 +78,8 @@ class KronInfo(NamedTuple):
       blocks: for each block, by name.
       damping: the damping of the latest step.
       num_nonfinite: how many gradients or curvatures were not finite, so far.
-      num_failures: for each block, how often its factorization failed; each time it went on with the last good one.
+      num_failures: for each block, how often its factorization failed; each time it went on with
+        the last good one.
     """
 
     blocks: dict[str, BlockInfo]
@@ -95,7 +96,8 @@ class ScaleByKronState(NamedTuple):
       num_refreshes: curvatures taken in; while it is 0 the updates are zero.
       inverse_age: steps since inverses were last computed.
       curvature: running averages of factors, in at least float32.
-      block_state: for each block its inverse (K-FAC), or its eigenbasis and second moments there (EK-FAC).
+      block_state: for each block its inverse (K-FAC), or its eigenbasis and second moments there
+        (EK-FAC).
       info: `KronInfo`.
     """
 
@@ -153,7 +155,8 @@ def scale_by_kron(
         state = _older(state, is_finite)
         state = refresh_due(state, unmasked, context, damping)
 
-        # 2. Second moments in the eigenbasis, with every curvature, in the basis that is now in use.
+        # 2. Second moments in the eigenbasis, with every curvature, in the basis that is now in
+        # use.
         moments_are_finite: Array | bool = True
         if context.curvature is not None and method.average_block_state is not None:
             averages = method.average_block_state(unmasked, state.block_state, context.curvature)
@@ -170,7 +173,7 @@ def scale_by_kron(
     def refresh_due(
         state: ScaleByKronState, unmasked: Layout, context: StepContext, damping: Scalar
     ) -> ScaleByKronState:
-        """Refresh the blocks that are due: all in turn, or all at once with the first curvature and by age."""
+        """Refresh the blocks that are due: by turns, or all at once by age."""
         is_finite = context.gradient_is_finite
         is_first = context.curvature_is_new & (state.num_refreshes == 1)
         is_ready = is_finite & (state.num_refreshes > 0)
@@ -232,7 +235,7 @@ def _refresh(
     state: ScaleByKronState,
     damping: Scalar,
 ) -> ScaleByKronState:
-    """Refresh the blocks of `layout` if that is due (None: always); a block that fails goes on with its last good state."""
+    """Refresh blocks if that is due (None: always); one that fails keeps its last good state."""
     records = {}
     for block in layout.blocks:
         records[block.name] = _BlockRecord(
@@ -248,7 +251,8 @@ def _refresh(
         fresh, spectra = method.refresh(layout, factors, block_states, damping)
         chosen = {}
         for name, old in records.items():
-            # The one selection of these arrays: a failure and a gradient that is not finite together.
+            # The one selection of these arrays: a failure and a gradient that is not finite
+            # together.
             is_good = all_finite(fresh[name])
             new = fresh[name], _info_of_block(spectra[name], old.info)
             block_state, info = keep_changed(is_usable & is_good, new, (old.block_state, old.info))
@@ -293,7 +297,7 @@ def _info_of_block(spectrum: BlockSpectrum, old: BlockInfo) -> BlockInfo:
 
 
 def _parts_of_equal_work(layout: Layout, number: int) -> list[Layout]:
-    """Divide the blocks into parts of about equal work: the next largest goes to the part with the least."""
+    """Divide the blocks into parts of equal work: the next largest goes to the smallest part."""
     parts: list[list[Block]] = [[] for _ in range(number)]
     for block in sorted(layout.blocks, key=_work, reverse=True):
         least = min(parts, key=lambda part: sum(map(_work, part)))
@@ -308,8 +312,9 @@ def _work(block: Block) -> int:
 
 
 def _factors_are_finite(factors: Factors) -> Bool[Array, ""]:
-    """Tell whether all is finite. A sum of `x x'` shows on its diagonal what is not, and that is n entries, not n^2."""
+    """Tell whether all factors are finite."""
 
+    # A sum of `x x'` that is not finite shows it on its diagonal, and that is n entries, not n^2.
     def diagonal(x: Array) -> Array:
         return jnp.diagonal(x, axis1=1, axis2=2) if x.ndim == 3 else x
 
@@ -317,7 +322,7 @@ def _factors_are_finite(factors: Factors) -> Bool[Array, ""]:
 
 
 def _matching(factors: Factors, averages: Factors) -> Factors:
-    """Select the factors of which the state has averages (a mask or partition may have removed some)."""
+    """Select the factors of which the state has averages; a mask may have removed some."""
     missing = averages.blocks.keys() - factors.blocks.keys()
     missing |= averages.diagonal.keys() - factors.diagonal.keys()
     if missing:

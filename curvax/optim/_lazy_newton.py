@@ -58,17 +58,18 @@ def scale_by_lazy_newton(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply by `(|C| + damping I)^-1`, with C the last curvature that was passed, as a matrix.
 
-    `|C|` has the absolute eigenvalues of C: the Newton direction where C is positive definite, the saddle-free one
-    elsewhere.
+    `|C|` has the absolute eigenvalues of C: the Newton direction where C is positive definite, the
+    saddle-free one elsewhere.
 
     Args:
-      damping: in units of an eigenvalue of C: a number, or a schedule of the step. An update that is passed `damping=`
-        (`curvax.levenberg_marquardt` does so) uses that instead.
+      damping: in units of an eigenvalue of C: a number, or a schedule of the step. An update that
+        is passed `damping=` (`curvax.levenberg_marquardt` does so) uses that instead.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *, curvature=None, damping=None)`.
-      The curvature is a `curvax.solve.Dense`, which averages over micro-batches. `curvax.optim.curvature_rule` says what
-      happens with numbers that are not finite. The state is a `ScaleByLazyNewtonState`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *,
+      curvature=None, damping=None)`. The curvature is a `curvax.solve.Dense`, which averages over
+      micro-batches. `curvax.optim.curvature_rule` says what happens with numbers that are not
+      finite. The state is a `ScaleByLazyNewtonState`.
 
     Raises:
       ValueError: The damping is not positive.
@@ -110,18 +111,19 @@ def lazy_newton(
     curvature_every: int | Int[Array, ""] = 1,
     matvec_of: Callable[..., Matvec] = hvp,
 ) -> optax.GradientTransformationExtraArgs:
-    """Newton's method for up to some thousand parameters: `params -= learning_rate (|H| + damping I)^-1 g`.
+    """Newton's method on a dense matrix: `params -= learning_rate (|H| + damping I)^-1 g`.
 
-    The Hessian H is formed and decomposed every `curvature_every` steps, and used with fresh gradients in between. This is
-    `estimating(scale_by_lazy_newton(damping), ...)`, followed by the learning rate.
+    The Hessian H is formed and decomposed every `curvature_every` steps, and used with fresh
+    gradients in between. This is `estimating(scale_by_lazy_newton(damping), ...)`, followed by the
+    learning rate.
 
     Args:
       learning_rate: a number or a schedule; 1 is the full step.
       objective: the `curvax.Objective` that is minimized.
       damping: a number or a schedule, in units of an eigenvalue of H.
       curvature_every: number of steps between Hessians; step 0 forms one.
-      matvec_of: `curvax.hvp`, or `curvax.ggnvp` for the Gauss-Newton matrix in place of the Hessian; bind options by
-        `functools.partial`.
+      matvec_of: `curvax.hvp`, or `curvax.ggnvp` for the Gauss-Newton matrix in place of the
+        Hessian; bind options by `functools.partial`.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
@@ -129,7 +131,8 @@ def lazy_newton(
     Raises:
       ValueError, TypeError: At trace time, as `matvec_of` and `curvax.estimating` do.
 
-    Cost: every `curvature_every` steps d products and `9 d^3` multiplications; `2 d^2` in each. Memory: `d^2` floats.
+    Cost: every `curvature_every` steps d products and `9 d^3` multiplications; `2 d^2` in each.
+      Memory: `d^2` floats.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -154,7 +157,7 @@ def lazy_newton(
 
 
 def matrix_of(objective: Objective, matvec_of: Callable[..., Matvec]) -> Estimator:
-    """Return the estimator that forms the matrix of `matvec_of(objective, params, batch)`, eight columns at a time."""
+    """Return the estimator that forms the matrix of a matvec, eight columns at a time."""
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> Dense:
         del key
@@ -174,8 +177,9 @@ def init_eigen(params: Params) -> EigenDecomposition:
 def decompose_if_finite(
     curvature: Dense, like: EigenDecomposition
 ) -> tuple[EigenDecomposition, Bool[Array, ""]]:
-    """Return the eigendecomposition of a matrix in the dtype of another one, and whether the matrix is finite."""
+    """Return the eigendecomposition of a matrix, and whether the matrix is finite."""
     matrix = curvature.matrix.astype(like.values.dtype)
     is_finite = all_finite(matrix)
-    # Zeros in its place, for a decomposition of NaN need not end. The builder does not use their result.
+    # Zeros in its place, for a decomposition of NaN need not end. The builder does not use their
+    # result.
     return decompose(Dense(jnp.where(is_finite, matrix, 0))), is_finite

@@ -1,4 +1,4 @@
-"""Levenberg-Marquardt: damping adapted to how well the quadratic model predicts the loss; steps that fail are rejected."""
+"""Levenberg-Marquardt: damping adapted to how well the quadratic model predicts the loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class LevenbergMarquardtInfo(NamedTuple):
     """Diagnostics of the latest trial.
 
     Attributes:
-      ratio: reduction of the loss over the reduction that the quadratic model predicted; 1 is a perfect model.
+      ratio: reduction of the loss over the reduction that the quadratic model predicted; 1 is a
+        perfect model.
       accepted: whether the latest step was taken.
       num_rejected: the number of steps rejected so far.
     """
@@ -60,34 +61,36 @@ def levenberg_marquardt(
 ) -> optax.GradientTransformationExtraArgs:
     """Adapt the damping of `inner`, and reject steps that do not lower the loss.
 
-    Every `every` steps the step d of `inner` is tried: with `M(d) = g.d + d' F d / 2` (F the exact Gauss-Newton matrix of
-    the batch, undamped) and `rho = (L(params + d) - L(params)) / M(d)`,
+    Every `every` steps the step d of `inner` is tried: with `M(d) = g.d + d' F d / 2` (F the exact
+    Gauss-Newton matrix of the batch, undamped) and `rho = (L(params + d) - L(params)) / M(d)`,
 
       rho > 3/4: damping *= factor^every;   rho < 1/4, or NaN: damping /= factor^every.
 
-    If the loss does not go down, or is not finite, the step is rejected: the update is zero and the state of `inner` stays
-    bitwise what it was; only the damping grows.
+    If the loss does not go down, or is not finite, the step is rejected: the update is zero and the
+    state of `inner` stays bitwise what it was; only the damping grows.
 
     Args:
-      inner: a whole optimizer that takes `damping=` in its updates: `curvax.quadratic_model(...)`, or a chain with
-        `curvax.scale_by_kfac` that ends with the learning rate. This wrapper must be the outermost one.
+      inner: a whole optimizer that takes `damping=` in its updates: `curvax.quadratic_model(...)`,
+        or a chain with `curvax.scale_by_kfac` that ends with the learning rate. This wrapper must
+        be the outermost one.
       objective: the `curvax.Objective` that is minimized.
       damping: the first damping.
       every: number of steps between trials. Steps in between are accepted without a trial.
       factor: the change of the damping per step, in (0, 1).
       bounds: the smallest and the largest damping.
-      matvec_of: `(objective, params, batch) -> matvec`, the F of the model in place of the Gauss-Newton matrix: `curvax.hvp`
-        for methods on the Hessian.
+      matvec_of: `(objective, params, batch) -> matvec`, the F of the model in place of the
+        Gauss-Newton matrix: `curvax.hvp` for methods on the Hessian.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)` with gradients of the same
-      batch. The state is a `LevenbergMarquardtState`.
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)` with
+      gradients of the same batch. The state is a `LevenbergMarquardtState`.
 
     Raises:
-      ValueError: The damping is not positive, the factor is outside (0, 1), or params or batch are missing.
+      ValueError: The damping is not positive, the factor is outside (0, 1), or params or batch are
+        missing.
 
-    Cost: every `every` steps two evaluations of the loss and a product of the Jacobian with a vector: about a gradient.
-      With `matvec_of` one of those.
+    Cost: every `every` steps two evaluations of the loss and a product of the Jacobian with a
+      vector: about a gradient. With `matvec_of` one of those.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
@@ -103,11 +106,11 @@ def levenberg_marquardt(
       >>> bool(state.info.accepted), round(state.damping.item(), 3), 0.7 < state.info.ratio.item()
       (True, 0.95, True)
 
-    References: Martens and Grosse (2015), section 6.5, https://arxiv.org/abs/1503.05671; Moré (1978), The
-      Levenberg-Marquardt algorithm.
+    References: Martens and Grosse (2015), section 6.5, https://arxiv.org/abs/1503.05671; Moré
+      (1978), The Levenberg-Marquardt algorithm.
 
-    Deviates: one damping serves the quadratic model and the Kronecker factors, where section 6.6 of Martens and Grosse
-      (2015) adapts a separate gamma for the factors.
+    Deviates: one damping serves the quadratic model and the Kronecker factors, where section 6.6 of
+      Martens and Grosse (2015) adapts a separate gamma for the factors.
     """
     check_damping(damping)
     check_count(1, every=every)
@@ -146,7 +149,8 @@ def levenberg_marquardt(
             curvature = _curvature_along(step, objective, params, batch, matvec_of)
             model = inner_product(grads, step) + curvature / 2
             ratio = (after - before) / model
-            # At a minimum rounding decides what is lower: then the step is accepted, and damping stays as it is.
+            # At a minimum rounding decides what is lower: then the step is accepted, and damping
+            # stays as it is.
             rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
             is_flat = (jnp.abs(model) <= rounding) & (after - before <= rounding)
             is_lower = (is_flat | (after < before)) & jnp.isfinite(after)  # NaN is not lower
@@ -158,7 +162,8 @@ def levenberg_marquardt(
         is_due = state.count % every == 0
         ratio, is_lower = refresh_if(is_due, trial, no_trial, updates, step, params, batch)
 
-        # Section 6.5: less damping for rho > 3/4, more for rho < 1/4, for NaN and for a step that is rejected.
+        # Section 6.5: less damping for rho > 3/4, more for rho < 1/4, for NaN and for a step that
+        # is rejected.
         less, more = state.damping * factor**every, state.damping / factor**every
         by_ratio = jnp.where(ratio > 0.75, less, jnp.where(ratio >= 0.25, state.damping, more))
         adapted = jnp.clip(jnp.where(is_lower, by_ratio, more), *bounds)
@@ -180,7 +185,7 @@ def _curvature_along(
     batch: Batch,
     matvec_of: Callable[..., Matvec] | None,
 ) -> Scalar:
-    """Return `d' F d`; with the Gauss-Newton matrix by half a product, since `d' J' S J d` needs no transpose."""
+    """Return `d' F d`; the Gauss-Newton matrix needs half a product, `(J d)' S (J d)`."""
     if matvec_of is None:
         return quadratic_form(objective, params, batch, [step])[0, 0]
     return inner_product(step, matvec_of(objective, params, batch)(step))

@@ -31,7 +31,8 @@ class MfacInfo(NamedTuple):
     Attributes:
       num_rows: gradients in the window.
       damping: the damping of the latest step.
-      shrinkage: `damping g.u / g.g` of the latest gradient g and step u, in (0, 1]: 1 where the window says nothing of g.
+      shrinkage: `damping g.u / g.g` of the latest gradient g and step u, in (0, 1]: 1 where the
+        window says nothing of g.
       num_nonfinite: how many gradients (or windows passed as curvature) were not finite, so far.
     """
 
@@ -46,7 +47,8 @@ class ScaleByMfacState(NamedTuple):
 
     Attributes:
       count: steps taken.
-      num_refreshes: windows passed as curvature; from the first on, gradients are no longer inserted.
+      num_refreshes: windows passed as curvature; from the first on, gradients are no longer
+        inserted.
       curvature: the window.
       info: `MfacInfo`.
     """
@@ -66,32 +68,36 @@ def scale_by_mfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by the damped inverse Fisher matrix of a window of gradients.
 
-    `u = (damping I + (1/N) sum_i g_i g_i')^-1 g` over the last m gradients, the newest (g itself) among them.
+    `u = (damping I + (1/N) sum_i g_i g_i')^-1 g` over the last m gradients, the newest (g itself)
+    among them.
 
-    A gradient that is not finite is not inserted; `curvax.optim.curvature_rule` says what else happens with it.
+    A gradient that is not finite is not inserted; `curvax.optim.curvature_rule` says what else
+    happens with it.
 
     Args:
       window_size: m, the number of gradients in the window.
       damping: a number or a schedule, in units of an eigenvalue of the Fisher.
-      divisor: N. "window" is m, as published, so that early on curvature counts less; "count" is the number of gradients
-        so far.
+      divisor: N. "window" is m, as published, so that early on curvature counts less; "count" is
+        the number of gradients so far.
       blocks: "full", or "leaf" for an independent matrix for each leaf.
-      dtype: the dtype in which the window is stored, for instance `jnp.bfloat16`; None is that of params, but at least
-        float32. Inner products are in at least float32, always.
+      dtype: the dtype in which the window is stored, for instance `jnp.bfloat16`; None is that of
+        params, but at least float32. Inner products are in at least float32, always.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *, curvature=None, damping=None)`.
-      The curvature is a tree like updates with a leading axis of at most m, which becomes the window, for instance
-      `curvax.per_example_grads` of a batch; after the first one, gradients are no longer inserted. The state is a
-      `ScaleByMfacState`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *,
+      curvature=None, damping=None)`. The curvature is a tree like updates with a leading axis of at
+      most m, which becomes the window, for instance `curvax.per_example_grads` of a batch; after
+      the first one, gradients are no longer inserted. The state is a `ScaleByMfacState`.
 
     Raises:
-      ValueError: The window is below 1, the damping is not positive, a name is unknown, or curvature or updates are unlike
-        the window.
+      ValueError: The window is below 1, the damping is not positive, a name is unknown, or
+        curvature or updates are unlike the window.
 
-    Cost: two passes over the m d stored numbers and one row written, `m^3 / 3` for the solve. Memory: m d numbers.
+    Cost: two passes over the m d stored numbers and one row written, `m^3 / 3` for the solve.
+      Memory: m d numbers.
 
-    Example: along a gradient that comes again and again, the step is the Newton step of `F = damping + g^2`.
+    Example: along a gradient that comes again and again, the step is the Newton step of `F =
+      damping + g^2`.
       >>> import jax.numpy as jnp, curvax
       >>> tx = curvax.scale_by_mfac(window_size=2, damping=0.5, divisor="count")
       >>> state = tx.init(jnp.zeros(2))
@@ -106,11 +112,11 @@ def scale_by_mfac(
       >>> rule = curvax.scale_by_mfac(window_size=64, damping=1e-2)
       >>> tx = curvax.estimating(rule, rows, curvature_every=10)
 
-    References: Frantar, Kurtic and Alistarh (2021), M-FAC: Efficient Matrix-Free Approximations of Second-Order
-      Information, section 3.2, https://arxiv.org/abs/2107.03356.
+    References: Frantar, Kurtic and Alistarh (2021), M-FAC: Efficient Matrix-Free Approximations of
+      Second-Order Information, section 3.2, https://arxiv.org/abs/2107.03356.
 
-    Deviates: solves with a Cholesky factor in place of the recurrences, to the same result; damping is at least the
-      precision of the floats times the trace of the Fisher.
+    Deviates: solves with a Cholesky factor in place of the recurrences, to the same result; damping
+      is at least the precision of the floats times the trace of the Fisher.
     """
     check_choice("divisor", divisor, DIVISORS)
     init_window(jnp.zeros(1), window_size, blocks=blocks)  # raises if either cannot be
@@ -129,9 +135,11 @@ def scale_by_mfac(
 
     def step(state: ScaleByMfacState, gradient: PyTree[Array], context: StepContext) -> StepResult:
         damping = context.damping
-        # u = (damping I + G' G / N)^-1 g, by Woodbury's identity in the space of the window's rows (section 3.2).
+        # u = (damping I + G' G / N)^-1 g, by Woodbury's identity in the space of the window's rows
+        # (section 3.2).
         if context.curvature is None:
-            # The row is written last, under this condition, and nothing selects the window after that: no copy of it.
+            # The row is written last, under this condition, and nothing selects the window after
+            # that: no copy of it.
             is_inserted = context.gradient_is_finite & (state.num_refreshes == 0)
             direction, window = insert_and_multiply(
                 state.curvature, gradient, is_inserted, damping, divisor
@@ -164,19 +172,21 @@ def mfac(
 ) -> optax.GradientTransformationExtraArgs:
     """M-FAC: natural gradient with the Fisher matrix of the last m gradients.
 
-    `u = F^-1 g` by `scale_by_mfac`; `m = momentum m + (1 - momentum) u`; `params -= learning_rate (m + weight_decay params)`.
+    `u = F^-1 g` by `scale_by_mfac`; `m = momentum m + (1 - momentum) u`; `params -= learning_rate
+    (m + weight_decay params)`.
 
     Args:
       learning_rate: a number or a schedule.
-      window_size: m, the number of gradients in the window; the published runs use 512 or 1024. Its m d numbers are most of
-        the memory.
+      window_size: m, the number of gradients in the window; the published runs use 512 or 1024. Its
+        m d numbers are most of the memory.
       damping: a number or a schedule, in units of an eigenvalue of the Fisher, see `scale_by_mfac`.
       momentum: decay of the average of steps; the number 0 leaves out the buffer.
       weight_decay: decoupled weight decay, a number or a schedule.
       divisor: "window" as published, or "count", see `scale_by_mfac`.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; it needs gradients only: call `update(grads, state, params)`.
+      `optax.GradientTransformationExtraArgs`; it needs gradients only: call `update(grads, state,
+      params)`.
 
     Raises:
       ValueError, TypeError: As `scale_by_mfac` does.
@@ -197,14 +207,17 @@ def mfac(
       >>> bool(loss(params) < 0.1)  # of 50.5
       True
 
-      Weight decay as published, coupled (it enters the window with the gradient), and the window in bfloat16:
+      Weight decay as published, coupled (it enters the window with the gradient), and the window in
+      bfloat16:
       >>> rule = curvax.scale_by_mfac(window_size=512, dtype=jnp.bfloat16)
-      >>> tx = optax.chain(optax.add_decayed_weights(3e-3), rule, optax.scale_by_learning_rate(1e-3))
+      >>> decay, rate = optax.add_decayed_weights(3e-3), optax.scale_by_learning_rate(1e-3)
+      >>> tx = optax.chain(decay, rule, rate)
 
-    References: Frantar, Kurtic and Alistarh (2021), section 3.2, https://arxiv.org/abs/2107.03356; the reference code for
-      defaults.
+    References: Frantar, Kurtic and Alistarh (2021), section 3.2, https://arxiv.org/abs/2107.03356;
+      the reference code for defaults.
 
-    Deviates: weight decay is decoupled, as everywhere in curvax; the default of m is 1024 in the reference code.
+    Deviates: weight decay is decoupled, as everywhere in curvax; the default of m is 1024 in the
+      reference code.
     """
     check_decay(momentum=momentum)
     rule: optax.GradientTransformation = scale_by_mfac(window_size, damping, divisor)
@@ -215,7 +228,7 @@ def mfac(
 
 
 def _rows_like(curvature: PyTree, updates: PyTree) -> PyTree[Array]:
-    """Select the leaves that the updates have; raise unless all have one more, leading axis of one length."""
+    """Select the leaves that the updates have, each of which must have one more leading axis."""
     number = max((x.shape[0] for x in jax.tree.leaves(curvature) if x.ndim), default=0)
     like = jax.tree.map(lambda u: jax.ShapeDtypeStruct((number, *u.shape), u.dtype), updates)
     check_like(curvature, like, "curvature", "a stack of updates")

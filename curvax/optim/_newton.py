@@ -23,7 +23,7 @@ from curvax.spectra import absolute_krylov
 
 
 class Solver(Protocol):
-    """Solve `(C + damping I) x = b`, as `curvax.cg`, `curvax.solve.minres`, `curvax.solve.neumann` and `.direct` do."""
+    """Solve `(C + damping I) x = b`, as `curvax.cg` and `curvax.solve.minres` do."""
 
     def __call__(self, curvature: Any, b: Params, /, *, damping: Any) -> tuple[Params, SolveInfo]:
         """Return x and the diagnostics of the solve."""
@@ -65,22 +65,27 @@ def scale_by_newton(
 ) -> optax.GradientTransformationExtraArgs:
     """Solve `(C + damping I) u = g` for the update u, with curvature C given as data.
 
-    A gradient that is not finite gives an update of NaN, which `optax.apply_if_finite` sees. With a curvature that is not
-    finite the update is the solver's last finite iterate, or zero; both are counted.
+    A gradient that is not finite gives an update of NaN, which `optax.apply_if_finite` sees. With a
+    curvature that is not finite the update is the solver's last finite iterate, or zero; both are
+    counted.
 
     Args:
-      solver: `(curvature, b, *, damping) -> (x, SolveInfo)`; bind options by `functools.partial(curvax.cg, max_steps=20)`.
-      damping: in units of an eigenvalue of C: a number, or a schedule of the step. An update that is passed `damping=`
-        (`curvax.levenberg_marquardt` does so) uses that instead.
+      solver: `(curvature, b, *, damping) -> (x, SolveInfo)`; bind options by
+        `functools.partial(curvax.cg, max_steps=20)`.
+      damping: in units of an eigenvalue of C: a number, or a schedule of the step. An update that
+        is passed `damping=` (`curvax.levenberg_marquardt` does so) uses that instead.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *, curvature, damping=None)`. Every
-      update needs the curvature that the solver takes: a matvec such as `curvax.ggnvp(...)` (a pytree, so it may cross
-      `jit`), or what `curvax.kron.sample_space` returns. The state keeps nothing of it, for it belongs to one batch; a
-      matrix that is kept over steps is the subject of `curvax.scale_by_lazy_newton`. The state is a `ScaleByNewtonState`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *,
+      curvature, damping=None)`. Every update needs the curvature that the solver takes: a matvec
+      such as `curvax.ggnvp(...)` (a pytree, so it may cross `jit`), or what
+      `curvax.kron.sample_space` returns. The state keeps nothing of it, for it belongs to one
+      batch; a matrix that is kept over steps is the subject of `curvax.scale_by_lazy_newton`. The
+      state is a `ScaleByNewtonState`.
 
     Raises:
-      ValueError: The damping is not positive, the curvature is missing, or gradients are masked out.
+      ValueError: The damping is not positive, the curvature is missing, or gradients are masked
+        out.
 
     Cost: the solver's.
 
@@ -94,7 +99,8 @@ def scale_by_newton(
       >>> w = jnp.array([1.0, -2.0])
       >>> value, g = jax.value_and_grad(fun)(w)
       >>> value_fn = lambda w, batch: fun(w)
-      >>> updates, state = tx.update(g, tx.init(w), w, batch=(), value=value, grad=g, value_fn=value_fn)
+      >>> at_w = {"batch": (), "value": value, "grad": g, "value_fn": value_fn}
+      >>> updates, state = tx.update(g, tx.init(w), w, **at_w)
       >>> bool(fun(w + updates) < 2.7)  # of 5.3; the minimum is 2
       True
 
@@ -122,7 +128,8 @@ def scale_by_newton(
         state: ScaleByNewtonState, gradient: PyTree[Array], context: StepContext
     ) -> StepResult:
         _check_curvature(context.curvature, gradient)
-        # (C + damping I) u = g. The curvature is a function, so only the residual tells whether it is finite.
+        # (C + damping I) u = g. The curvature is a function, so only the residual tells whether it
+        # is finite.
         direction, solved = solver(context.curvature, gradient, damping=context.damping)
         info = {
             "residual": solved.residual,
@@ -143,28 +150,33 @@ def gauss_newton(
     max_steps: int = 50,
     microbatch: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gauss-Newton: `params -= learning_rate (F + damping I)^-1 g`, by conjugate gradients on products with F.
+    """Gauss-Newton by conjugate gradients: `params -= learning_rate (F + damping I)^-1 g`.
 
-    F is the Gauss-Newton matrix of the batch, never formed. `estimating(scale_by_newton(cg), ggnvp)`, then the rate.
+    F is the Gauss-Newton matrix of the batch, never formed. `estimating(scale_by_newton(cg),
+    ggnvp)`, then the rate.
 
     Args:
       learning_rate: a number or a schedule; 1 is the full step.
       objective: the `curvax.Objective` that is minimized.
       damping: a number or a schedule, in units of an eigenvalue of F.
-      tol: relative residual at which a solve ends; ending early saves products and costs little of the step.
+      tol: relative residual at which a solve ends; ending early saves products and costs little of
+        the step.
       max_steps: the largest number of products in a step.
       microbatch: number of rows worked on at a time in a product, which bounds memory.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`. The state holds a `NewtonInfo`.
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`. The
+      state holds a `NewtonInfo`.
 
     Raises:
-      ValueError, TypeError: At trace time, as `curvax.ggnvp`, `curvax.cg` and `curvax.estimating` do.
+      ValueError, TypeError: At trace time, as `curvax.ggnvp`, `curvax.cg` and `curvax.estimating`
+        do.
 
-    Cost: a linearization and up to `max_steps` + 1 Gauss-Newton products a step. Memory: five trees like params, none kept.
+    Cost: a linearization and up to `max_steps` + 1 Gauss-Newton products a step. Memory: five trees
+      like params, none kept.
 
-    Example: one step solves a linear least-squares problem; with Levenberg-Marquardt damping no step that raises the loss
-      is taken.
+    Example: one step solves a linear least-squares problem; with Levenberg-Marquardt damping no
+      step that raises the loss is taken.
       >>> import jax, jax.numpy as jnp, optax, curvax
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
       >>> x = jnp.array([[1.0, 2.0], [0.0, 3.0], [1.0, 1.0]])
@@ -172,13 +184,14 @@ def gauss_newton(
       >>> tx = curvax.gauss_newton(1.0, objective, damping=1e-6, tol=1e-6)
       >>> gradient = jax.grad(objective)(params, batch)
       >>> updates, state = tx.update(gradient, tx.init(params), params, batch=batch)
-      >>> [round(x, 3) for x in updates.ravel().tolist()], optax.tree.get(state, "info").steps.item()
+      >>> num_products = optax.tree.get(state, "info").steps.item()
+      >>> [round(x, 3) for x in updates.ravel().tolist()], num_products
       ([2.0, -1.0], 2)
       >>> tx = curvax.levenberg_marquardt(tx, objective, damping=1.0, every=1)
       >>> tx = optax.chain(tx, optax.trace(0.5))  # momentum
 
-    References: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent; Martens (2010),
-      Deep learning via Hessian-free optimization.
+    References: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
+      descent; Martens (2010), Deep learning via Hessian-free optimization.
     """
 
     def matvec(params: Params, batch: Batch, key: PRNGKey) -> Matvec:
@@ -196,10 +209,10 @@ def newton_cg(
     max_steps: int = 50,
     microbatch: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Truncated Newton: `params -= learning_rate u`, u from conjugate gradients on `(H + damping I) u = g`.
+    """Truncated Newton: `params -= learning_rate u` with `(H + damping I) u = g` by CG.
 
-    H is the Hessian of the batch. Where a search direction has negative curvature the solve ends with its iterate, which
-    is a direction of descent (in the first step the gradient).
+    H is the Hessian of the batch. Where a search direction has negative curvature the solve ends
+    with its iterate, which is a direction of descent (in the first step the gradient).
 
     Args:
       learning_rate: a number or a schedule; 1 is the full step.
@@ -210,16 +223,19 @@ def newton_cg(
       microbatch: number of rows worked on at a time in a product, which bounds memory.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`. The state holds a `NewtonInfo`.
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`. The
+      state holds a `NewtonInfo`.
 
     Raises:
       ValueError, TypeError: At trace time, as `curvax.hvp`, `curvax.cg` and `curvax.estimating` do.
 
-    Cost: a linearized gradient and up to `max_steps` + 1 Hessian products a step. Memory: five trees like params.
+    Cost: a linearized gradient and up to `max_steps` + 1 Hessian products a step. Memory: five
+      trees like params.
 
     Example: Newton's method on a quartic, `w <- 2/3 w`.
       >>> import jax, jax.numpy as jnp, curvax
-      >>> quartic = curvax.losses.from_function(lambda f, y: jnp.mean(jnp.sum((f - y) ** 4, axis=-1)))
+      >>> loss = lambda f, y: jnp.mean(jnp.sum((f - y) ** 4, axis=-1))
+      >>> quartic = curvax.losses.from_function(loss)
       >>> objective = curvax.Objective(lambda w, x: x @ w, quartic)
       >>> params, batch = jnp.array([[3.0]]), (jnp.ones((1, 1)), jnp.zeros((1, 1)))
       >>> tx = curvax.newton_cg(1.0, objective, damping=1e-6)
@@ -231,8 +247,8 @@ def newton_cg(
       With damping that adapts to how well the Hessian predicts the loss:
       >>> tx = curvax.levenberg_marquardt(tx, objective, damping=1.0, every=1, matvec_of=curvax.hvp)
 
-    References: Steihaug (1983), The conjugate gradient method and trust regions in large scale optimization; Nocedal and
-      Wright (2006), section 7.1.
+    References: Steihaug (1983), The conjugate gradient method and trust regions in large scale
+      optimization; Nocedal and Wright (2006), section 7.1.
     """
 
     def matvec(params: Params, batch: Batch, key: PRNGKey) -> Matvec:
@@ -249,7 +265,8 @@ def egn(
 ) -> optax.GradientTransformationExtraArgs:
     """Exact Gauss-Newton: `params -= learning_rate (F + damping I)^-1 g`, solved directly.
 
-    By Cholesky in the space of examples and outputs, or of parameters if those are fewer; see `curvax.kron.sample_space`.
+    By Cholesky in the space of examples and outputs, or of parameters if those are fewer; see
+    `curvax.kron.sample_space`.
 
     Args:
       learning_rate: a number or a schedule; 1 is the Levenberg-Marquardt step.
@@ -257,13 +274,15 @@ def egn(
       damping: a number or a schedule, in units of an eigenvalue of F.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`. The state holds a `NewtonInfo`.
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`. The
+      state holds a `NewtonInfo`.
 
     Raises:
-      ValueError, TypeError: At trace time, as `curvax.kron.sample_space`, `curvax.solve.direct` and `curvax.estimating` do.
+      ValueError, TypeError: At trace time, as `curvax.kron.sample_space`, `curvax.solve.direct` and
+        `curvax.estimating` do.
 
-    Cost: with n outputs in the batch `n^3 / 3` multiplications, `n^2` for each unit of a dense layer, and a backward pass
-      for each output of an example. Memory: `n^2` floats.
+    Cost: with n outputs in the batch `n^3 / 3` multiplications, `n^2` for each unit of a dense
+      layer, and a backward pass for each output of an example. Memory: `n^2` floats.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -276,9 +295,11 @@ def egn(
       >>> bool(objective(params + updates, batch) < 1e-9)  # two examples, fitted exactly
       True
 
-    References: Korbit et al. (2024), Exact Gauss-Newton optimization for training deep neural networks.
+    References: Korbit et al. (2024), Exact Gauss-Newton optimization for training deep neural
+      networks.
 
-    Deviates: the system is made symmetric, see `curvax.kron.sample_space`; momentum and line search come from optax.
+    Deviates: the system is made symmetric, see `curvax.kron.sample_space`; momentum and line search
+      come from optax.
     """
 
     def space(params: Params, batch: Batch, key: PRNGKey) -> Any:
@@ -294,7 +315,7 @@ def saddle_free_newton(
     num_steps: int = 20,
     microbatch: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Saddle-free Newton: `params -= learning_rate (|H| + damping I)^-1 g`, in a Krylov space of the Hessian from g.
+    """Saddle-free Newton in a Krylov space: `params -= learning_rate (|H| + damping I)^-1 g`.
 
     `|H|` has the absolute eigenvalues of H, so the step goes down along negative curvature, not up.
 
@@ -306,16 +327,21 @@ def saddle_free_newton(
       microbatch: number of rows worked on at a time in a product, which bounds memory.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`. The state holds a `NewtonInfo`.
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`. The
+      state holds a `NewtonInfo`.
 
     Raises:
-      ValueError, TypeError: At trace time, as `curvax.hvp`, `curvax.spectra.absolute_krylov` and `curvax.estimating` do.
+      ValueError, TypeError: At trace time, as `curvax.hvp`, `curvax.spectra.absolute_krylov` and
+        `curvax.estimating` do.
 
-    Cost: a linearized gradient and `num_steps` Hessian products a step. Memory: `num_steps` trees like params, none kept.
+    Cost: a linearized gradient and `num_steps` Hessian products a step. Memory: `num_steps` trees
+      like params, none kept.
 
-    Example: near the saddle of `(x^2 - y^2) / 2` Newton's method jumps onto it; this halves x and moves y away.
+    Example: near the saddle of `(x^2 - y^2) / 2` Newton's method jumps onto it; this halves x and
+      moves y away.
       >>> import jax, jax.numpy as jnp, curvax
-      >>> saddle = curvax.losses.from_function(lambda f, y: jnp.mean(f[:, 0] ** 2 - f[:, 1] ** 2) / 2)
+      >>> loss = lambda f, y: jnp.mean(f[:, 0] ** 2 - f[:, 1] ** 2) / 2
+      >>> saddle = curvax.losses.from_function(loss)
       >>> objective = curvax.Objective(lambda w, x: x * w, saddle)
       >>> params, batch = jnp.array([1.0, 1e-3]), (jnp.ones((1, 2)), jnp.zeros(1))
       >>> tx = curvax.saddle_free_newton(0.5, objective, damping=1e-6)
@@ -324,10 +350,11 @@ def saddle_free_newton(
       >>> [round(x, 4) for x in (params + updates).tolist()]
       [0.5, 0.0015]
 
-    References: Dauphin et al. (2014), Identifying and attacking the saddle point problem in high-dimensional non-convex
-      optimization, https://arxiv.org/abs/1406.2572.
+    References: Dauphin et al. (2014), Identifying and attacking the saddle point problem in
+      high-dimensional non-convex optimization, https://arxiv.org/abs/1406.2572.
 
-    Deviates: damping is a number, a schedule or Levenberg-Marquardt's, in place of a grid search in every step.
+    Deviates: damping is a number, a schedule or Levenberg-Marquardt's, in place of a grid search in
+      every step.
     """
 
     def matvec(params: Params, batch: Batch, key: PRNGKey) -> Matvec:
@@ -338,17 +365,17 @@ def saddle_free_newton(
 
 
 def _check_curvature(curvature: Any, updates: PyTree) -> None:
-    """Raise if there is no curvature to solve with, or if a part of the parameters is masked out."""
+    """Raise if there is no curvature to solve with, or if a part of params is masked out."""
     if curvature is None:
         raise ValueError(
             "a solve needs curvature in every step: tx.update(grads, state, params, "
-            "curvature=matvec), or curvax.estimating(rule, estimator) with curvature_every=1. To use "
-            "one curvature over several steps: curvax.lazy_newton."
+            "curvature=matvec), or curvax.estimating(rule, estimator) with curvature_every=1. "
+            "To use one curvature over several steps: curvax.lazy_newton."
         )
     for path, leaf in jax.tree.leaves_with_path(updates, is_leaf=is_masked):
         if is_masked(leaf):
             raise ValueError(
                 "a solve is of all parameters together, but "
-                f"updates{jax.tree_util.keystr(path)} is masked out. Keep what is not trained out of "
-                "params (close over it), and make the objective a function of the other parameters."
+                f"updates{jax.tree_util.keystr(path)} is masked out. Keep what is not trained "
+                "out of params (close over it), and make the objective a function of the others."
             )

@@ -49,26 +49,32 @@ class QuadraticModelState(NamedTuple):
 def quadratic_model(
     inner: optax.GradientTransformation, objective: Objective, damping: float | Array = 0.0
 ) -> optax.GradientTransformationExtraArgs:
-    """Choose learning rate and momentum in every step by minimizing the quadratic model of the loss exactly.
+    """Choose learning rate and momentum in every step: the minimum of the quadratic model.
 
-    With D the direction (minus what `inner` returns), d the previous step and F the exact Gauss-Newton matrix of the
-    batch: minimize `M(alpha, mu) = g.s + s'(F + damping I)s / 2` over `s = alpha D + mu d`, and step s.
+    With D the direction (minus what `inner` returns), d the previous step and F the exact
+    Gauss-Newton matrix of the
+    batch: minimize `M(alpha, mu) = g.s + s'(F + damping I)s / 2` over `s = alpha D + mu d`, and
+    step s.
 
     Args:
-      inner: the transformation that returns the preconditioned gradient, as `curvax.estimating(curvax.scale_by_kfac(layout), estimator)` does.
+      inner: the transformation that returns the preconditioned gradient, as
+        `curvax.estimating(curvax.scale_by_kfac(layout), estimator)` does.
       objective: the `curvax.Objective` that is minimized.
-      damping: the damping of the model. An update that is passed `damping=` (`curvax.levenberg_marquardt` does so) uses that
-        instead, and passes it on to `inner`.
+      damping: the damping of the model. An update that is passed `damping=`
+        (`curvax.levenberg_marquardt` does so) uses that instead, and passes it on to `inner`.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`, a whole optimizer: no learning rate comes after it. Call
-      `update(grads, state, params, batch=batch)` with gradients of the same batch. The state is a `QuadraticModelState`.
+      `optax.GradientTransformationExtraArgs`, a whole optimizer: no learning rate comes after it.
+        Call
+      `update(grads, state, params, batch=batch)` with gradients of the same batch. The state is a
+      `QuadraticModelState`.
 
     Raises:
       ValueError: Params or batch are missing.
       TypeError: Forward-mode differentiation does not pass through the model.
 
-    Cost: a linearization (a forward pass) and two products of the Jacobian with a vector: about a gradient.
+    Cost: a linearization (a forward pass) and two products of the Jacobian with a vector: about a
+      gradient.
 
     Example: one step solves a linear least-squares problem.
       >>> import jax, jax.numpy as jnp, optax, curvax
@@ -112,7 +118,8 @@ def quadratic_model(
         )
         damping = damping_of_model if damping is None else damping
 
-        # Section 7, equation for (alpha, mu): with S = [D, d] minimize g' S w + w' S' (F + damping I) S w / 2.
+        # Section 7, equation for (alpha, mu): with S = [D, d] minimize g' S w + w' S' (F + damping
+        # I) S w / 2.
         direction = jax.tree.map(lambda u: -at_least_float32(u), direction)
         pair = [direction, state.previous]
         slope = jnp.stack([inner_product(updates, s) for s in pair])
@@ -138,7 +145,7 @@ def quadratic_model(
 def quadratic_form(
     objective: Objective, params: Params, batch: Batch, vectors: Sequence[Params]
 ) -> Float[Array, "k k"]:
-    """Return `v_i' F v_j` with F the Gauss-Newton matrix of the batch, by one product with the Jacobian for each vector."""
+    """Return `v_i' F v_j` with F the Gauss-Newton matrix, by a Jacobian product for each vector."""
     inputs, targets = batch
     outputs, jacobian = linearize(
         lambda p: objective.outputs(p, inputs), params, "Use a fixed learning rate."
@@ -161,7 +168,7 @@ def _gram(rows: Sequence[PyTree], columns: Sequence[PyTree]) -> Float[Array, "k 
 
 
 def _minimizer(matrix: Float[Array, "2 2"], slope: Float[Array, " 2"]) -> Float[Array, " 2"]:
-    """Solve `matrix w = -slope`; along the direction alone where the two vectors are (nearly) one, as in the first step."""
+    """Solve `matrix w = -slope`, along the direction alone where the two vectors are one."""
     (a, b), (c, d) = matrix
     p, q = slope
     along_direction = -p / jnp.where(a > 0, a, jnp.inf)  # no curvature, no step

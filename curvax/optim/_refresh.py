@@ -18,16 +18,18 @@ T = TypeVar("T")
 def refresh_if(
     pred: Bool[Array, ""], fn: Callable[..., T], keep: Callable[..., T], *operands: object
 ) -> T:
-    """Return `fn(*operands)` where `pred` holds, else `keep(*operands)`; `fn` runs only if that is asked for.
+    """Return `fn(*operands)` where `pred` holds, else `keep(*operands)`, under `vmap` too.
 
-    A `lax.cond` on a predicate that differs between the members of a `vmap` becomes a `select`, which runs both branches
-    every time. Here the condition is whether *any* member asks; then each member picks its result.
+    A `lax.cond` on a predicate that differs between the members of a `vmap` becomes a `select`,
+    which runs both branches every time. Here the condition is whether *any* member asks; then each
+    member picks its result.
 
     Args:
       pred: a scalar bool.
       fn: the costly branch.
       keep: the cheap branch. It runs under `pred` too, for the members that do not ask.
-      *operands: the arguments of both branches, whose results must agree in structure, shapes and dtypes.
+      *operands: the arguments of both branches, whose results must agree in structure, shapes and
+        dtypes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -38,7 +40,8 @@ def refresh_if(
     """
 
     def refresh(*operands: object) -> T:
-        # Inside a `vmap` this branch runs for every member as soon as one asks; the others keep what they have.
+        # Inside a `vmap` this branch runs for every member as soon as one asks; the others keep
+        # what they have.
         fresh, old = fast_convs_in_loops(fn)(*operands), keep(*operands)
         chosen: T = jax.tree.map(lambda new, old: jnp.where(pred, new, old), fresh, old)
         return chosen

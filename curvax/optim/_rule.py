@@ -1,4 +1,4 @@
-"""The one builder of rules: a method states its mathematics, and everything that all rules share is here."""
+"""The one builder of rules: a method states its mathematics, what all rules share is here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class StepContext(NamedTuple):
       params: the parameters, or None where the caller passed none.
       curvature: the argument `curvature=` of this update, or None.
       damping: the damping in effect, or None for a rule without damping.
-      gradient_is_finite: whether the gradient is finite. Where it is not, the state must stay as it is.
+      gradient_is_finite: whether the gradient is finite. Where it is not, the state must stay as it
+        is.
       curvature_is_new: whether a curvature was taken in in this update.
       extra: every other keyword argument of this update, for instance `batch`.
     """
@@ -43,13 +44,15 @@ class StepResult(NamedTuple):
 
     Attributes:
       updates: the step, a tree like the gradient; the builder casts it to the gradient's dtypes.
-      state: the state after the step. The builder takes it as it is, so that no large array is selected twice: a step
-        that changes it changes it only where `context.gradient_is_finite` holds.
-      info: the fields of the state's Info that this step measured. The builder casts them, and keeps the old ones where
-        the gradient is not finite.
+      state: the state after the step. The builder takes it as it is, so that no large array is
+        selected twice: a step that changes it changes it only where `context.gradient_is_finite`
+        holds.
+      info: the fields of the state's Info that this step measured. The builder casts them, and
+        keeps the old ones where the gradient is not finite.
       is_finite: False counts this update as not finite, for instance because a solve ended in NaN.
       is_accepted: where it is False, the update is zero and the step is not counted.
-      is_ready: whether there is curvature to step with; None stands for "a curvature has been taken in".
+      is_ready: whether there is curvature to step with; None stands for "a curvature has been taken
+        in".
     """
 
     updates: PyTree[Array]
@@ -70,41 +73,49 @@ def curvature_rule(
 ) -> optax.GradientTransformationExtraArgs:
     """Build an optax transformation from the mathematics of a method.
 
-    An update runs `average(state, gradient)`, then, if it brings a curvature, `take_in(state, curvature, gradient)`, then
-    `step(state, gradient, context)`. Around these the builder does what every rule needs:
+    An update runs `average(state, gradient)`, then, if it brings a curvature, `take_in(state,
+    curvature, gradient)`, then `step(state, gradient, context)`. Around these the builder does what
+    every rule needs:
 
-    | gradient | curvature   | step emitted        | state                                | counters             |
-    |----------|-------------|---------------------|--------------------------------------|----------------------|
-    | finite   | finite      | the method's        | gradient and curvature are taken in  | count, num_refreshes |
-    | finite   | not finite  | with the last one   | the gradient alone is taken in       | count, num_nonfinite |
-    | finite   | not passed  | with the last one   | the gradient alone is taken in       | count                |
-    | finite   | none so far | zero                | the gradient alone is taken in       | count                |
-    | not      | any         | NaN                 | bitwise as it was                    | num_nonfinite        |
+    | gradient   | curvature   | step emitted      | taken in     | counters that go up  |
+    |------------|-------------|-------------------|--------------|----------------------|
+    | finite     | finite      | with the new one  | both         | count, num_refreshes |
+    | finite     | not finite  | with the last one | the gradient | count, num_nonfinite |
+    | finite     | not passed  | with the last one | the gradient | count                |
+    | finite     | none so far | zero              | the gradient | count                |
+    | not finite | any         | NaN               | nothing      | num_nonfinite        |
 
-    `optax.apply_if_finite` sees the NaN. (It restores the state and with it `num_nonfinite`, and keeps a count of its own.)
+    "Nothing" means that every array of the state but `num_nonfinite` is bitwise what it was.
+
+    `optax.apply_if_finite` sees the NaN. (It restores the state and with it `num_nonfinite`, and
+    keeps a count of its own.)
 
     Args:
-      init: `params -> state`. The state is a `NamedTuple` of fresh arrays with the fields `count` (int32, steps taken),
-        `info` (a `NamedTuple` of diagnostics with an int32 field `num_nonfinite`) and whatever the method holds; with
-        `take_in` also `num_refreshes` (int32, curvatures taken in). `zero_count()` and `zero_number()` make such fields.
-      step: `(state, gradient, context) -> StepResult`; it may be any function of the gradient. `state.count` is the number of
-        steps before this one, `state.num_refreshes` includes the curvature of this update.
-      average: `(state, gradient) -> state`, averages of gradients or of functions of them. The builder selects once,
-        between the arrays that this function changed and the old ones.
-      take_in: `(state, curvature, gradient) -> (state, is_finite)`, the state with a curvature in it, and whether that
-        curvature is finite. The builder selects as for `average`. Without this function there is nothing to wait for: the
-        first update is a step already.
-      damping: a number, a schedule of the step, or None for a method without damping. An update that is passed `damping=`
-        uses that instead; None there stands for this one.
+      init: `params -> state`. The state is a `NamedTuple` of fresh arrays with the fields `count`
+        (int32, steps taken), `info` (a `NamedTuple` of diagnostics with an int32 field
+        `num_nonfinite`) and whatever the method holds; with `take_in` also `num_refreshes` (int32,
+        curvatures taken in). `zero_count()` and `zero_number()` make such fields.
+      step: `(state, gradient, context) -> StepResult`; it may be any function of the gradient.
+        `state.count` is the number of steps before this one, `state.num_refreshes` includes the
+        curvature of this update.
+      average: `(state, gradient) -> state`, averages of gradients or of functions of them. The
+        builder selects once, between the arrays that this function changed and the old ones.
+      take_in: `(state, curvature, gradient) -> (state, is_finite)`, the state with a curvature in
+        it, and whether that curvature is finite. The builder selects as for `average`. Without this
+        function there is nothing to wait for: the first update is a step already.
+      damping: a number, a schedule of the step, or None for a method without damping. An update
+        that is passed `damping=` uses that instead; None there stands for this one.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *, curvature=None, damping=None)`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *,
+      curvature=None, damping=None)`.
 
     Raises:
       ValueError: The damping is not positive.
       TypeError: The damping arrives in 16 bits.
 
-    Cost: one pass over the gradient to see whether it is finite, and one selection of each array that changes.
+    Cost: one pass over the gradient to see whether it is finite, and one selection of each array
+      that changes.
 
     Example: signs of the gradient, as a rule without curvature.
       >>> import jax, jax.numpy as jnp
@@ -117,7 +128,9 @@ def curvature_rule(
       ...     info: SignInfo
       >>> def step(state, gradient, context):
       ...     return StepResult(jax.tree.map(jnp.sign, gradient), state, info={})
-      >>> rule = curvature_rule(lambda params: SignState(zero_count(), SignInfo(zero_count())), step)
+      >>> def init(params):
+      ...     return SignState(zero_count(), SignInfo(zero_count()))
+      >>> rule = curvature_rule(init, step)
       >>> updates, state = rule.update(jnp.array([3.0, -2.0]), rule.init(jnp.zeros(2)))
       >>> updates.tolist(), state.count.item()
       ([1.0, -1.0], 1)
@@ -161,7 +174,8 @@ def curvature_rule(
         )
         result = step(state, updates, context)
 
-        # NaN for a gradient that is not finite; zero for a step without curvature or one that was rejected.
+        # NaN for a gradient that is not finite; zero for a step without curvature or one that was
+        # rejected.
         is_ready = result.is_ready
         if is_ready is None:
             is_ready = True if take_in is None else state.num_refreshes > 0
@@ -183,7 +197,7 @@ def curvature_rule(
 def transformation(
     init: Callable[[Params], Any], update: Callable[..., Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the pair as optax's type, whose protocol cannot state the keyword arguments that we name."""
+    """Return the pair as optax's type, whose protocol cannot state the keywords that we name."""
     return optax.GradientTransformationExtraArgs(
         cast(optax.TransformInitFn, init), cast(optax.TransformUpdateExtraArgsFn, update)
     )
@@ -205,7 +219,7 @@ def zero_number() -> Array:
 
 
 def keep_changed(pred: Flag, new: T, old: T) -> T:
-    """Return `new` where `pred` holds, else `old`; arrays that are the same object in both are not selected."""
+    """Return `new` where `pred` holds, else `old`; arrays that are in both are not selected."""
     chosen: T = jax.tree.map(lambda n, o: o if n is o else _select(pred, n, o), new, old)
     return chosen
 

@@ -24,8 +24,8 @@ class SophiaInfo(NamedTuple):
     """Diagnostics of the latest step.
 
     Attributes:
-      unclipped_fraction: the fraction of entries with `|m| < gamma h`, the paper's win rate. Tune gamma so that it lies
-        in 0.1 to 0.5 (a larger gamma raises it).
+      unclipped_fraction: the fraction of entries with `|m| < gamma h`, the paper's win rate. Tune
+        gamma so that it lies in 0.1 to 0.5 (a larger gamma raises it).
       num_nonfinite: the number of steps so far whose gradient or curvature was not finite.
     """
 
@@ -43,22 +43,26 @@ def scale_by_sophia(
     h = b2 h + (1 - b2) c                 when update(..., curvature=c)
     u = clip(m / max(gamma h, eps), -1, 1)
     ```
-    Entries with h <= 0 take a step of momentum's sign. Before the first curvature the updates are zero.
+    Entries with h <= 0 take a step of momentum's sign. Before the first curvature the updates are
+    zero.
 
     Args:
       b1: decay of the gradient average.
       b2: decay of the curvature average; it acts once a refresh.
-      gamma: a number, or a schedule of the step count; the fraction of unclipped entries grows with it.
+      gamma: a number, or a schedule of the step count; the fraction of unclipped entries grows with
+        it.
       eps: floor of the denominator.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *, curvature=None)`. The curvature is a
-      tree like params, of which leaves that the updates do not have are ignored; with None the rule goes on with the
-      average in the state. `curvax.optim.curvature_rule` says what happens with numbers that are not finite. The state
-      is a `ScaleByDiagonalState`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *,
+      curvature=None)`. The curvature is a tree like params, of which leaves that the updates do not
+      have are ignored; with None the rule goes on with the average in the state.
+      `curvax.optim.curvature_rule` says what happens with numbers that are not finite. The state is
+      a `ScaleByDiagonalState`.
 
     Raises:
-      ValueError: At trace time, the curvature is unlike the updates (the message names the first path that differs).
+      ValueError: At trace time, the curvature is unlike the updates (the message names the first
+        path that differs).
       TypeError: A hyperparameter arrives in 16 bits.
 
     Cost: two trees like params of state, in at least float32.
@@ -71,11 +75,11 @@ def scale_by_sophia(
       >>> updates.tolist()
       [0.5, 1.0]
 
-    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithm 3,
-      https://arxiv.org/abs/2305.14342.
+    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithm
+      3, https://arxiv.org/abs/2305.14342.
 
-    Deviates: the batch factor of Gauss-Newton-Bartlett is in the estimate, not in the denominator; curvature is taken in
-      before its first use, not after.
+    Deviates: the batch factor of Gauss-Newton-Bartlett is in the estimate, not in the denominator;
+      curvature is taken in before its first use, not after.
     """
     check_decay(b1=b1, b2=b2)
     check_at_least(0, eps=eps, gamma=gamma)
@@ -125,8 +129,9 @@ def sophia_h(
 ) -> optax.GradientTransformationExtraArgs:
     """Sophia with Hutchinson's estimate of the Hessian diagonal.
 
-    Curvature: Hessian; structure: diagonal, by one Rademacher probe; refresh: every `curvature_every` steps.
-    `theta -= learning_rate (clip(m / max(gamma h, 1e-12), -1, 1) + weight_decay theta)`. The composition is
+    Curvature: Hessian; structure: diagonal, by one Rademacher probe; refresh: every
+    `curvature_every` steps. `theta -= learning_rate (clip(m / max(gamma h, 1e-12), -1, 1) +
+    weight_decay theta)`. The composition is
     ```
     def estimator(params, batch, key):
         return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
@@ -155,19 +160,20 @@ def sophia_h(
     Raises:
       ValueError: An interval is below 1; or, at trace time, `batch=` or `params` is missing.
 
-    Cost: amortized, one gradient and a Hessian product (about 3 gradients with its building) / `curvature_every`.
+    Cost: amortized, one gradient and a Hessian product (about 3 gradients with its building) /
+      `curvature_every`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
-      >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())      # Hessian 1
+      >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())
       >>> tx = curvax.sophia_h(0.1, objective, b1=0.0, b2=0.0, gamma=1.0, weight_decay=0.0)
       >>> w, batch = jnp.array(0.5), (jnp.ones(2), jnp.zeros(2))
       >>> updates, state = tx.update(jax.grad(objective)(w, batch), tx.init(w), w, batch=batch)
       >>> round(updates.item(), 6), optax.tree.get(state, "info").unclipped_fraction.item()
       (-0.05, 1.0)
 
-    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithms 1 and 3,
-      https://arxiv.org/abs/2305.14342.
+    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithms
+      1 and 3, https://arxiv.org/abs/2305.14342.
     """
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
@@ -189,9 +195,9 @@ def sophia_g(
 ) -> optax.GradientTransformationExtraArgs:
     """Sophia with the Gauss-Newton-Bartlett estimate of the Gauss-Newton diagonal.
 
-    Curvature: Gauss-Newton, by sampled targets; structure: diagonal; refresh: every `curvature_every` steps. The same
-    composition as `sophia_h`, with
-    `estimator = lambda params, batch, key: gauss_newton_bartlett(objective, params, batch, key)`.
+    Curvature: Gauss-Newton, by sampled targets; structure: diagonal; refresh: every
+    `curvature_every` steps. The same composition as `sophia_h`, with `estimator = lambda params,
+    batch, key: gauss_newton_bartlett(objective, params, batch, key)`.
 
     Args:
       learning_rate: a number or a schedule; it bounds the change of each entry in a step.
@@ -212,7 +218,8 @@ def sophia_g(
 
     Cost: amortized, `1 + 1 / curvature_every` gradients.
 
-    Deviates: from the reference code, in that the sampled gradient is not clipped before squaring (which would bias it low), and
+    Deviates: from the reference code, in that the sampled gradient is not clipped before squaring
+      (which would bias it low), and
     the curvature comes from the step's own batch, not from one more.
 
     Example:
@@ -224,8 +231,8 @@ def sophia_g(
       >>> bool((abs(updates) <= 0.1).all())
       True
 
-    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithms 2 and 3,
-      https://arxiv.org/abs/2305.14342.
+    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithms
+      2 and 3, https://arxiv.org/abs/2305.14342.
     """
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
