@@ -1,5 +1,6 @@
 """Kronecker-factored curvature: layout, factors, and inverse."""
 
+from curvax.kron._block_matrices import block_matrices, with_block_matrices
 from curvax.kron._estimator import estimator
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean, kron_factors, moving_average
 from curvax.kron._inverse import EigenPower, FactoredPower, KronPower, kron_inverse
@@ -28,6 +29,7 @@ __all__ = [
     "Layout",
     "Leaf",
     "WeightedMean",
+    "block_matrices",
     "eigen_curvature",
     "estimator",
     "kron_basis",
@@ -38,4 +40,5 @@ __all__ = [
     "merge",
     "moving_average",
     "sample_space",
+    "with_block_matrices",
 ]
