@@ -49,7 +49,7 @@ def with_block_matrices(
     check_layout(layout, tree)
     wide = tree_at_least_float32(tree)
     read = partial(_read, present(layout, tree))
-    # S reads the blocks, S' puts them back, and S S' = I: what S' S leaves of a tree is in no block.
+    # S reads the blocks, S' puts them back, and S S' = I: x - S' S x is in no block.
     write = jax.linear_transpose(read, wide)
     (in_blocks,) = write(read(wide))
     (replaced,) = write(matrices)

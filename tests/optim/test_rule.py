@@ -194,7 +194,7 @@ def test_what_a_step_rejects_is_not_counted_and_emits_zero():
 
 
 def two_layers(rotation):
-    """A network whose inputs are rotated, with first weights that undo it, and a gain in no block."""
+    """A network with rotated inputs, first weights that undo it, and a gain in no block."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(32, 3)), rng.normal(size=(32, 2))
     shapes = {"w": (3, 4), "b": (4,), "v": (4, 2), "gain": (2,)}
