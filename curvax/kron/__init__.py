@@ -1,6 +1,7 @@
 """Kronecker-factored curvature: layout, factors, and inverse."""
 
 from curvax.kron._accumulate import kron_factors
+from curvax.kron._block_matrices import block_matrices, with_block_matrices
 from curvax.kron._build_layout import kron_layout
 from curvax.kron._estimator import estimator
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean, moving_average
@@ -45,6 +46,7 @@ __all__ = [
     "Leaf",
     "WeightedMean",
     "apply",
+    "block_matrices",
     "eigen_curvature",
     "estimator",
     "fit_factors",
@@ -57,4 +59,5 @@ __all__ = [
     "kron_operator",
     "merge",
     "moving_average",
+    "with_block_matrices",
 ]

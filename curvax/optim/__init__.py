@@ -3,7 +3,7 @@
 from curvax.optim._adahessian import AdaHessianInfo, adahessian, scale_by_adahessian
 from curvax.optim._averaging import block_average, flax_axes, spatial_average
 from curvax.optim._diagonal import ScaleByDiagonalState
-from curvax.optim._ekfac import ekfac, scale_by_ekfac
+from curvax.optim._ekfac import EigenBlockState, ekfac, scale_by_ekfac
 from curvax.optim._estimating import EstimatingState, estimating
 from curvax.optim._fraction import on_fraction
 from curvax.optim._gradient_regularized import (
@@ -30,7 +30,6 @@ from curvax.optim._mfac import MfacInfo, ScaleByMfacState, mfac, scale_by_mfac
 from curvax.optim._newton import (
     NewtonInfo,
     ScaleByNewtonState,
-    Solver,
     egn,
     gauss_newton,
     newton_cg,
@@ -39,11 +38,13 @@ from curvax.optim._newton import (
 )
 from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelState, quadratic_model
 from curvax.optim._refresh import refresh_if
+from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
 from curvax.optim._sophia import SophiaInfo, scale_by_sophia, sophia_g, sophia_h
 
 __all__ = [
     "AdaHessianInfo",
     "BlockInfo",
+    "EigenBlockState",
     "EstimatingState",
     "GradientRegularizedInfo",
     "GradientRegularizedState",
@@ -61,10 +62,12 @@ __all__ = [
     "ScaleByLazyNewtonState",
     "ScaleByMfacState",
     "ScaleByNewtonState",
-    "Solver",
     "SophiaInfo",
+    "StepContext",
+    "StepResult",
     "adahessian",
     "block_average",
+    "curvature_rule",
     "egn",
     "ekfac",
     "estimating",
@@ -92,4 +95,6 @@ __all__ = [
     "sophia_g",
     "sophia_h",
     "spatial_average",
+    "zero_count",
+    "zero_number",
 ]

@@ -14,8 +14,10 @@ from curvax._types import Batch, Params, PRNGKey
 from curvax.estimate import hutchinson_diagonal
 from curvax.objective import Objective
 from curvax.optim._averaging import Averaging, spatial_average
-from curvax.optim._diagonal import scale_by_diagonal, with_decay_and_rate
+from curvax.optim._diagonal import ScaleByDiagonalState, leaf_average, scale_by_diagonal
 from curvax.optim._estimating import estimating
+from curvax.optim._finish import finish
+from curvax.optim._rule import StepContext, StepResult
 from curvax.products import hvp
 
 
@@ -23,8 +25,8 @@ class AdaHessianInfo(NamedTuple):
     """Diagnostics of the latest step.
 
     Attributes:
-      mean_curvature: mean over all entries of `sqrt(v / (1 - b2^r))`, the curvature in use.
-      num_nonfinite: steps so far whose gradient or curvature was not finite.
+      mean_curvature: the mean over all entries of `sqrt(v / (1 - b2^r))`, the curvature in use.
+      num_nonfinite: the number of steps so far whose gradient or curvature was not finite.
     """
 
     mean_curvature: Float[Array, ""]
@@ -49,56 +51,78 @@ def scale_by_adahessian(
 
     Args:
       b1: decay of the gradient average.
-      b2: decay of the average of squared curvatures, once a refresh.
-      eps: added outside the power.
+      b2: decay of the average of squared curvatures; it acts once a refresh.
+      eps: number that is added outside the power.
       hessian_power: in [0, 1]; 1 is a Newton-like step, 0 plain momentum.
-      averaging: of `|c|` within each leaf: `curvax.optim.spatial_average()` (default), `curvax.optim.block_average(32)`, or
-        `lambda tree: tree` for none.
+      averaging: how `|c|` is averaged within each leaf: `curvax.optim.spatial_average()` (the
+        default), `curvax.optim.block_average(32)`, or `lambda tree: tree` for no averaging.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`: `update(updates, state, params, *, curvature=None)`, curvature a tree like
-      params (leaves that the updates do not hold are ignored), or None to go on with what the state holds. A step with a
-      non-finite gradient emits NaN and leaves the state as it was; a non-finite curvature is not taken in; both are
-      counted in `state.info`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *,
+      curvature=None)`. The curvature is a tree like params, of which leaves that the updates do not
+      have are ignored; with None the rule goes on with the average in the state.
+      `curvax.optim.curvature_rule` says what happens with numbers that are not finite. The state is
+      a `ScaleByDiagonalState`.
 
     Raises:
-      ValueError: `hessian_power` outside [0, 1]; at trace time: a curvature unlike the updates (naming the first path).
-      TypeError: a hyperparameter that arrives in 16 bits.
+      ValueError: `hessian_power` is outside [0, 1]; or, at trace time, the curvature is unlike the
+        updates (the message names the first path).
+      TypeError: A hyperparameter arrives in 16 bits.
 
     Cost: two trees like params of state, in at least float32.
 
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> tx = curvax.scale_by_adahessian(b1=0.0, b2=0.0, eps=0.0)
-      >>> updates, _ = tx.update(jnp.array([1.0, 9.0]), tx.init(jnp.zeros(2)), curvature=jnp.array([-2.0, 3.0]))
+      >>> gradient, curvature = jnp.array([1.0, 9.0]), jnp.array([-2.0, 3.0])
+      >>> updates, _ = tx.update(gradient, tx.init(jnp.zeros(2)), curvature=curvature)
       >>> [round(u, 6) for u in updates.tolist()]
       [0.5, 3.0]
 
-    References: Yao et al. (2021), AdaHessian, algorithm 1, and the reference code. Deviates from the paper, as the code
-    does: the absolute value is taken before averaging, not after.
+    References: Yao et al. (2021), AdaHessian: an adaptive second order optimizer for machine
+      learning, algorithm 1, https://arxiv.org/abs/2006.00719, and the reference code.
+
+    Deviates: from the paper, as the reference code does: the absolute value is taken before
+      averaging, not after.
     """
     check_decay(b1=b1, b2=b2)
     if isinstance(hessian_power, int | float) and not 0 <= hessian_power <= 1:
         raise ValueError(f"hessian_power must lie in [0, 1], got {hessian_power}.")
     check_at_least(0, eps=eps)
     check_precision(b1=b1, b2=b2, eps=eps, hessian_power=hessian_power)
-    smooth = spatial_average() if averaging is None else averaging
+    average_within_leaves = spatial_average() if averaging is None else averaging
+    average_of_squares = leaf_average(b2, order=2)
 
-    def average(nu: PyTree[Array], curvature: PyTree[Array]) -> PyTree[Array]:
-        return optax.tree.update_moment(smooth(jax.tree.map(jnp.abs, curvature)), nu, b2, 2)
+    @jax.jit
+    def divide(m: Array, v: Array) -> Array:
+        return m / (v ** (hessian_power / 2) + eps)
+
+    def average_curvature(nu: PyTree[Array], curvature: PyTree[Array]) -> PyTree[Array]:
+        # Algorithm 1 of Yao et al.: v <- b2 v + (1 - b2) D^2, D = averaging(|c|).
+        magnitudes = jax.tree.map(jnp.abs, curvature)
+        return jax.tree.map(average_of_squares, average_within_leaves(magnitudes), nu)
 
     def step(
-        mu: PyTree[Array], nu: PyTree[Array], count: Array, num_refreshes: Array
-    ) -> tuple[PyTree[Array], Array]:
-        mu_hat = optax.tree.bias_correction(mu, b1, count)
-        nu_hat = optax.tree.bias_correction(
-            nu, b2, jnp.maximum(num_refreshes, 1)
-        )  # no refresh yet: nu = 0, not 0/0
-        steps = jax.tree.map(lambda m, v: m / (v ** (hessian_power / 2) + eps), mu_hat, nu_hat)
-        total = optax.tree.sum(jax.tree.map(lambda v: jnp.sum(jnp.sqrt(v)), nu_hat))
-        return steps, jnp.asarray(total / max(optax.tree.size(nu), 1))
+        state: ScaleByDiagonalState, gradient: PyTree[Array], context: StepContext
+    ) -> StepResult:
+        del gradient, context
+        mu_hat = optax.tree.bias_correction(state.mu, b1, state.count + 1)
+        # Before the first refresh nu is 0 and its correction 0 / 0; with one refresh in its place
+        # nu stays 0.
+        num_refreshes = jnp.maximum(state.num_refreshes, 1)
+        nu_hat = optax.tree.bias_correction(state.curvature, b2, num_refreshes)
+        steps = jax.tree.map(divide, mu_hat, nu_hat)
 
-    return scale_by_diagonal(b1, average, step, AdaHessianInfo)
+        roots = optax.tree.sum(jax.tree.map(_sum_of_roots, nu_hat))
+        mean_curvature = roots / max(optax.tree.size(nu_hat), 1)
+        return StepResult(steps, state, info={"mean_curvature": mean_curvature})
+
+    return scale_by_diagonal(b1, average_curvature, step, AdaHessianInfo)
+
+
+@jax.jit
+def _sum_of_roots(v: Array) -> Array:
+    return jnp.sum(jnp.sqrt(v))
 
 
 def adahessian(
@@ -114,36 +138,40 @@ def adahessian(
 ) -> optax.GradientTransformationExtraArgs:
     """AdaHessian: Adam's form, with Hutchinson's estimate of the Hessian diagonal as second moment.
 
-    Curvature: Hessian; structure: diagonal, by one Rademacher probe, averaged over spatial or input axes; refresh: every
-    `curvature_every` steps. `theta -= learning_rate (u + weight_decay theta)` with u of `scale_by_adahessian`. The
-    composition is
+    Curvature: Hessian; structure: diagonal, by one Rademacher probe, averaged over spatial or input
+    axes; refresh: every `curvature_every` steps. `theta -= learning_rate (u + weight_decay theta)`
+    with u of `scale_by_adahessian`. The composition is
     ```
-    estimator = lambda params, batch, key: hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
+    def estimator(params, batch, key):
+        return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
+
+    rule = scale_by_adahessian(b1, b2, eps, hessian_power)
     optax.chain(
-        estimating(scale_by_adahessian(b1, b2, eps, hessian_power), estimator, curvature_every, seed),
+        estimating(rule, estimator, curvature_every, seed),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
     ```
-    which is also how to get at anything else: `averaging=curvax.optim.block_average(32)`, more probes, the Gauss-Newton matrix
-    (`ggnvp` in place of `hvp`), masks, groups.
+    Compose it by hand for anything else: `averaging=curvax.optim.block_average(32)`, more probes,
+    the Gauss-Newton matrix (`ggnvp` in place of `hvp`), masks, groups.
 
     Args:
-      learning_rate: number or schedule; the paper uses 0.15 for image models.
-      objective: a `curvax.Objective`.
+      learning_rate: a number or a schedule; the paper uses 0.15 for image models.
+      objective: the `curvax.Objective` that is minimized.
       b1: decay of the gradient average.
       b2: decay of the average of squared curvatures.
-      eps: added outside the power.
-      weight_decay: decoupled, times the learning rate.
-      hessian_power: in [0, 1].
-      curvature_every: steps between refreshes.
-      seed: of the probes.
+      eps: number that is added outside the power.
+      weight_decay: decoupled weight decay; it is multiplied by the learning rate.
+      hessian_power: in [0, 1]; 1 is a Newton-like step, 0 plain momentum.
+      curvature_every: number of steps between refreshes.
+      seed: the seed of the probes.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`: `update(grads, state, params, batch=batch)`.
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
 
     Raises:
-      ValueError: at trace time: no `batch=` or `params`; an interval below 1; `hessian_power` outside [0, 1].
+      ValueError: `hessian_power` is outside [0, 1] or an interval is below 1; or, at trace time,
+        `batch=` or `params` is missing.
 
     Cost: at interval 1, about 3 gradients in FLOPs with the step's own, which XLA shares.
 
@@ -156,13 +184,13 @@ def adahessian(
       >>> (w + updates).tolist(), optax.tree.get(state, "info").mean_curvature.item()
       ([0.0, 0.0], 13.0)
 
-    References: Yao et al. (2021), AdaHessian: an adaptive second order optimizer for machine learning, algorithm 1.
+    References: Yao et al. (2021), AdaHessian: an adaptive second order optimizer for machine
+      learning, algorithm 1, https://arxiv.org/abs/2006.00719.
     """
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
         return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
 
-    rule = estimating(
-        scale_by_adahessian(b1, b2, eps, hessian_power), estimator, curvature_every, seed
-    )
-    return with_decay_and_rate(rule, weight_decay, learning_rate)
+    rule = scale_by_adahessian(b1, b2, eps, hessian_power)
+    estimated = estimating(rule, estimator, curvature_every, seed)
+    return finish(estimated, learning_rate, weight_decay=weight_decay)

@@ -1,29 +1,22 @@
-"""The step that diagonal methods share: momentum, an average of curvature taken in when it comes, guards, diagnostics."""
+"""What diagonal methods share: running averages of gradients and of curvature diagonals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from curvax._checks import check_like, check_params, is_masked
-from curvax._trees import all_finite, keep_unless
+from curvax._trees import all_finite
 from curvax._types import Count, Params, at_least_float32, tree_at_least_float32
 from curvax.estimate import Estimate
+from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
 
-T = TypeVar("T")
-
-Average: TypeAlias = Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]]
-"""`(held, curvature) -> held`: take a new curvature in."""
-
-Step: TypeAlias = Callable[
-    [PyTree[Array], PyTree[Array], Array, Array], tuple[PyTree[Array], Float[Array, ""]]
-]
-"""`(mu, held, count, num_refreshes) -> (steps, measure)`; counts include this step; measure goes to the Info."""
+LeafAverage: TypeAlias = Callable[[Array, Array], Array]
 
 
 class ScaleByDiagonalState(NamedTuple):
@@ -45,89 +38,81 @@ class ScaleByDiagonalState(NamedTuple):
 
 
 def scale_by_diagonal(
-    b1: float | Array, average: Average, step: Step, info: Callable[[Array, Array], Any]
+    b1: float | Array,
+    average_curvature: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]],
+    step: Callable[[ScaleByDiagonalState, PyTree[Array], StepContext], StepResult],
+    info_type: Callable[[Array, Array], Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """Build a transformation from how a method averages curvature and how it steps.
-
-    What they share: curvature comes as data, `update(updates, state, params, *, curvature=None)`, a tree like params of
-    which the leaves that the updates hold are kept; it is taken in before the step; without any so far the step is zero.
-    A gradient that is not finite gives an update of NaN (seen by `optax.apply_if_finite`) and leaves the state as it was;
-    a curvature that is not finite is not taken in; `info.num_nonfinite` counts both. (`optax.apply_if_finite` restores the
-    state and with it this count, and keeps its own, `notfinite_count`.)
+    """Build a diagonal rule from how a method averages curvature and how it steps.
 
     Args:
-      b1: decay of the gradient average.
-      average: how curvature is taken in.
-      step: from gradient average and held curvature to the step.
-      info: `(measure, num_nonfinite) -> Info`.
+      b1: decay of the average of gradients, `m <- b1 m + (1 - b1) g`.
+      average_curvature: `(average, curvature) -> average`, both trees of at least float32.
+      step: as in `curvature_rule`; it reads `state.mu` and `state.curvature`.
+      info_type: the Info of the method, with a float32 field and `num_nonfinite`.
     """
+    average_of_gradients = leaf_average(b1)
 
     def init(params: Params) -> ScaleByDiagonalState:
         check_params(params)
-        zeros = lambda: jax.tree.map(lambda p: jnp.zeros_like(at_least_float32(p)), params)
-        count = lambda: jnp.zeros([], jnp.int32)
         return ScaleByDiagonalState(
-            count(), count(), zeros(), zeros(), info(jnp.zeros([], jnp.float32), count())
+            count=zero_count(),
+            num_refreshes=zero_count(),
+            mu=_zeros(params),
+            curvature=_zeros(params),
+            info=info_type(zero_number(), zero_count()),
         )
 
-    def update(
-        updates: PyTree,
-        state: ScaleByDiagonalState,
-        params: Params | None = None,
-        *,
-        curvature: PyTree | None = None,
-        **extra: Any,
-    ) -> tuple[PyTree, ScaleByDiagonalState]:
-        del params, extra
-        good = finite = all_finite(updates)
-        mu = optax.tree.update_moment(tree_at_least_float32(updates), state.mu, b1, 1)
-        held, num_refreshes = state.curvature, state.num_refreshes
-        if curvature is not None:
-            curvature = select_leaves(curvature, updates)
-            finite = good & all_finite(curvature)
-            held = keep_unless(finite, average(held, curvature), held)
-            num_refreshes = num_refreshes + finite
+    def average(state: ScaleByDiagonalState, gradient: PyTree[Array]) -> ScaleByDiagonalState:
+        mu = jax.tree.map(average_of_gradients, tree_at_least_float32(gradient), state.mu)
+        return state._replace(mu=mu)
 
-        count = jnp.asarray(optax.safe_increment(state.count))
-        steps, measure = step(mu, held, count, num_refreshes)
-        amplitude = jnp.where(good, jnp.where(num_refreshes > 0, 1, 0), jnp.nan)
-        steps = jax.tree.map(
-            lambda s, u: jnp.where(amplitude == 0, 0, amplitude * s).astype(u.dtype), steps, updates
-        )
-        num_nonfinite = state.info.num_nonfinite + ~finite
-        new = ScaleByDiagonalState(
-            count, num_refreshes, mu, held, info(measure.astype(jnp.float32), num_nonfinite)
-        )
-        old = state._replace(info=state.info._replace(num_nonfinite=num_nonfinite))
-        return steps, keep_unless(good, new, old)
+    def take_in(
+        state: ScaleByDiagonalState, curvature: PyTree[Array], gradient: PyTree[Array]
+    ) -> tuple[ScaleByDiagonalState, Array]:
+        curvature = select_leaves(curvature, gradient)
+        averages = average_curvature(state.curvature, curvature)
+        return state._replace(curvature=averages), all_finite(curvature)
 
-    return optax.GradientTransformationExtraArgs(
-        init, cast(optax.TransformUpdateExtraArgsFn, update)
-    )
+    return curvature_rule(init, step, average=average, take_in=take_in)
+
+
+def leaf_average(decay: float | Array, order: int = 1) -> LeafAverage:
+    """Return the function `(x, average) -> decay average + (1 - decay) x^order` of one leaf."""
+
+    # Compiled inside: a tree has many leaves of few shapes, and each shape is traced once.
+    @jax.jit
+    def average(x: Array, old: Array) -> Array:
+        # 1 - decay is computed before any rounding to float32, where 0.999 has three digits less.
+        return (1 - decay) * x**order + decay * old
+
+    return average
 
 
 def select_leaves(curvature: PyTree, updates: PyTree) -> PyTree[Array]:
-    """Keep the leaves of `curvature` that `updates` holds (a mask or partition may have taken some out), widened.
+    """Select the leaves of `curvature` that `updates` has, in at least float32.
 
     Raises:
-      ValueError: naming the first path where the two differ.
-      TypeError: an `Estimate` in place of its mean.
+      ValueError: The two trees differ; the message names the first path where they do.
+      TypeError: The curvature is an `Estimate` in place of its mean.
     """
     if isinstance(curvature, Estimate):
         raise TypeError(
-            "curvature is an Estimate(mean, sem); pass its mean: estimator = lambda ...: estimate(...).mean."
+            "curvature is an Estimate(mean, sem); pass its mean: "
+            "estimator = lambda ...: estimate(...).mean."
         )
     check_like(curvature, updates, "curvature", "updates")
-    own = jax.tree.map(lambda u, c: u if is_masked(u) else c, updates, curvature, is_leaf=is_masked)
-    return tree_at_least_float32(own)
+    return tree_at_least_float32(select_unmasked(curvature, updates))
 
 
-def with_decay_and_rate(
-    rule: optax.GradientTransformation,
-    weight_decay: optax.ScalarOrSchedule,
-    learning_rate: optax.ScalarOrSchedule,
-) -> optax.GradientTransformationExtraArgs:
-    """Finish a rule as optimizer: decoupled weight decay, then the (negative) learning rate on both."""
-    return optax.chain(
-        rule, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)
-    )
+def select_unmasked(tree: PyTree, updates: PyTree) -> PyTree:
+    """Return `tree` with a `MaskedNode` wherever `updates` has one, so that both map together."""
+
+    def select(update: Any, subtree: Any) -> Any:
+        return update if is_masked(update) else subtree
+
+    return jax.tree.map(select, updates, tree, is_leaf=is_masked)
+
+
+def _zeros(params: Params) -> PyTree[Array]:
+    return jax.tree.map(lambda p: jnp.zeros_like(at_least_float32(p)), params)

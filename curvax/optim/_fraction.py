@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Array, PyTree
 
@@ -13,17 +15,19 @@ from curvax.optim._estimating import Estimator
 def on_fraction(estimator: Estimator, fraction: float) -> Estimator:
     """Return an estimator that sees a fraction of the rows of every batch.
 
-    Rows are taken at equal distances, so that a batch sharded over devices stays so where the distance is whole; shuffled
-    data makes them a random sample. Curvature is of a mean, so its scale stays.
+    The rows are at equal distances, so that a batch that is sharded over devices stays so where the
+    distance is an integer; shuffled data makes them a random sample. Curvature is that of a mean,
+    so its scale stays.
 
     Args:
       estimator: `(params, batch, key) -> curvature`.
-      fraction: in (0, 1]; at least one row is taken.
+      fraction: the fraction of the rows, in (0, 1]; at least one row is used.
 
     Raises:
-      ValueError: a fraction outside (0, 1].
+      ValueError: The fraction is outside (0, 1].
 
-    Cost: the fraction of the estimator's; but a forward pass that is shared with the gradient's no longer is.
+    Cost: that fraction of the estimator's; but a forward pass that is shared with the gradient's no
+      longer is.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -34,12 +38,15 @@ def on_fraction(estimator: Estimator, fraction: float) -> Estimator:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
 
-    def on_some_rows(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
+    def estimator_of_fraction(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
         size = batch_size(batch)
         number = max(1, round(fraction * size))
-        rows = np.arange(number) * size // number
-        even = size % number == 0
-        some: Batch = map_rows(lambda x: x[:: size // number] if even else x[rows], batch)
-        return estimator(params, some, key)
+        # A strided slice where the distance is an integer: that keeps a sharded batch sharded, a
+        # gather does not.
+        rows: Any = np.arange(number) * size // number
+        if size % number == 0:
+            rows = slice(None, None, size // number)
+        selected: Batch = map_rows(lambda x: x[rows], batch)
+        return estimator(params, selected, key)
 
-    return on_some_rows
+    return estimator_of_fraction

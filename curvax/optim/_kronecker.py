@@ -1,4 +1,4 @@
-"""What K-FAC and EK-FAC share: running averages of factors, a refresh of what is costly, guards, diagnostics."""
+"""What K-FAC and EK-FAC share: running averages of factors, and a refresh at intervals."""
 
 from __future__ import annotations
 
@@ -10,35 +10,45 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import check_count, check_damping, check_decay, check_integer, check_precision
-from curvax._trees import all_finite, keep_unless
+from curvax._checks import check_count, check_decay, check_integer, check_precision
+from curvax._trees import all_finite
 from curvax._types import Count, Params, Scalar
 from curvax.kron._factors import Factors, init_factors, moving_average
-from curvax.kron._layout import Layout, check_layout, present
+from curvax.kron._layout import Block, Layout, check_layout, present
 from curvax.kron._operator import BlockSpectrum, KronOperator, apply
 from curvax.optim._refresh import refresh_if
+from curvax.optim._rule import (
+    StepContext,
+    StepResult,
+    curvature_rule,
+    keep_changed,
+    zero_count,
+    zero_number,
+)
 
 BlockStates: TypeAlias = dict[str, Any]
 """For each block, by name, what a method holds besides the factors: an inverse, an eigenbasis."""
 
+Refreshed: TypeAlias = tuple[BlockStates, dict[str, BlockSpectrum]]
+
 
 class KronRule(NamedTuple):
-    """How a Kronecker method gets from averaged factors to its step.
+    """What a Kronecker method does differently, from averaged factors to its step.
 
     Attributes:
-      factors: `curvature -> Factors`, what of the given curvature is averaged.
-      start: `(layout, params) -> block_state`, before the first curvature.
-      refresh: `(layout, factors, block_state, damping) -> (block_state, spectra)`, the costly part, for the blocks of `layout`.
-      finish: `(layout, block_state, curvature) -> block_state`, with every curvature, after the refresh; or None.
+      factors: `curvature -> Factors`, the part of the curvature whose running average is taken.
+      init_block_state: `(layout, params) -> block_state`, before the first curvature.
+      refresh: `(layout, factors, block_state, damping) -> (block_state, spectra)`, the costly part,
+        for the blocks of `layout`.
+      average_block_state: `(layout, block_state, curvature) -> block_state`, with every curvature,
+        after the refresh; or None.
       power: `(layout, factors, block_state, damping) -> KronOperator`, the inverse to apply.
     """
 
     factors: Callable[[Any], Factors]
-    start: Callable[[Layout, Params], BlockStates]
-    refresh: Callable[
-        [Layout, Factors, BlockStates, Scalar], tuple[BlockStates, dict[str, BlockSpectrum]]
-    ]
-    finish: Callable[[Layout, BlockStates, Any], BlockStates] | None
+    init_block_state: Callable[[Layout, Params], BlockStates]
+    refresh: Callable[[Layout, Factors, BlockStates, Scalar], Refreshed]
+    average_block_state: Callable[[Layout, BlockStates, Any], BlockStates] | None
     power: Callable[[Layout, Factors, BlockStates, Scalar], KronOperator]
 
 
@@ -46,9 +56,9 @@ class BlockInfo(NamedTuple):
     """Diagnostics of one block.
 
     Attributes:
-      trace: of its curvature, undamped.
-      largest: eigenvalue of the damped block.
-      smallest: eigenvalue of the damped block.
+      trace: trace of its curvature, undamped.
+      largest: largest eigenvalue of the damped block.
+      smallest: smallest eigenvalue of the damped block.
       condition: their ratio.
       age: steps since its inverse (or eigenbasis) was computed.
     """
@@ -65,9 +75,10 @@ class KronInfo(NamedTuple):
 
     Attributes:
       blocks: for each block, by name.
-      damping: of the latest step.
-      num_nonfinite: gradients or curvatures that were not finite, so far.
-      num_failures: for each block, how often its factorization failed; each time it went on with the last good one.
+      damping: the damping of the latest step.
+      num_nonfinite: how many gradients or curvatures were not finite, so far.
+      num_failures: for each block, how often its factorization failed; each time it went on with
+        the last good one.
     """
 
     blocks: dict[str, BlockInfo]
@@ -84,7 +95,8 @@ class ScaleByKronState(NamedTuple):
       num_refreshes: curvatures taken in; while it is 0 the updates are zero.
       inverse_age: steps since inverses were last computed.
       curvature: running averages of factors, in at least float32.
-      block_state: for each block its inverse (K-FAC), or its eigenbasis and second moments there (EK-FAC).
+      block_state: for each block its inverse (K-FAC), or its eigenbasis and second moments there
+        (EK-FAC).
       info: `KronInfo`.
     """
 
@@ -104,13 +116,8 @@ def scale_by_kron(
     decay: float | Array,
     stagger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Build a transformation from a `Method`; arguments as in `scale_by_kfac`.
-
-    A gradient that is not finite gives an update of NaN (seen by `optax.apply_if_finite`) and leaves the state as it was;
-    a curvature that is not finite is not taken in.
-    """
-    check_damping(damping)
-    check_precision(damping=damping, decay=decay)
+    """Build a rule from a `KronRule`; the arguments are those of `scale_by_kfac`."""
+    check_precision(decay=decay)
     check_decay(decay=decay)
     check_integer(1, 2**31 - 1, inverse_every=inverse_every)
     if stagger:
@@ -118,158 +125,216 @@ def scale_by_kron(
 
     def init(params: Params) -> ScaleByKronState:
         check_layout(layout, params)
-        own = present(layout, params)
-        count, number = lambda: jnp.zeros([], jnp.int32), lambda: jnp.zeros([], jnp.float32)
-        blocks = {
-            block.name: BlockInfo(number(), number(), number(), number(), count())
-            for block in own.blocks
-        }
-        info = KronInfo(
-            blocks,
-            jnp.zeros([], jnp.result_type(float)),
-            count(),
-            {block.name: count() for block in own.blocks},
-        )
+        unmasked = present(layout, params)
         return ScaleByKronState(
-            count(), count(), count(), init_factors(own, params), method.start(own, params), info
+            count=zero_count(),
+            num_refreshes=zero_count(),
+            inverse_age=zero_count(),
+            curvature=init_factors(unmasked, params),
+            block_state=method.init_block_state(unmasked, params),
+            info=_init_info(unmasked),
         )
 
-    def update(
-        updates: PyTree,
-        state: ScaleByKronState,
-        params: Params | None = None,
-        *,
-        curvature: Any = None,
-        damping: Any = damping,
-        **extra: Any,
-    ) -> tuple[PyTree, ScaleByKronState]:
-        del params, extra
-        check_layout(layout, updates, "updates")
-        own = present(layout, updates)
-        strength = jnp.asarray(
-            damping(state.count) if callable(damping) else damping, jnp.result_type(float)
-        )
-        good = finite = all_finite(updates)
-        factors, block_state, info = (
-            state.curvature,
-            state.block_state,
-            state.info,
-        )  # each changes only where `good` holds
-        if curvature is not None:
-            new = _own_factors(method.factors(curvature), factors)
-            finite = good & _finite(new)
-            factors = keep_unless(finite, moving_average(factors, new, decay), factors)
-        num_refreshes = state.num_refreshes + (finite if curvature is not None else 0)
-        known = num_refreshes > 0
+    def take_in(
+        state: ScaleByKronState, curvature: Any, gradient: PyTree[Array]
+    ) -> tuple[ScaleByKronState, Array]:
+        del gradient
+        # Martens and Grosse (2015), section 5: A <- decay A + (1 - decay) A_new, and likewise G.
+        factors = _matching(method.factors(curvature), state.curvature)
+        averages = moving_average(state.curvature, factors, decay)
+        return state._replace(curvature=averages), _factors_are_finite(factors)
 
-        info = info._replace(
-            blocks={
-                name: block._replace(age=block.age + good) for name, block in info.blocks.items()
-            }
-        )
-        age = state.inverse_age + good
-        first = (state.num_refreshes == 0) & known
+    def step(state: ScaleByKronState, gradient: PyTree[Array], context: StepContext) -> StepResult:
+        check_layout(layout, gradient, "updates")
+        unmasked = present(layout, gradient)
+        damping = jnp.asarray(context.damping, jnp.result_type(float))
+        is_finite = context.gradient_is_finite
+
+        # 1. One step older; then the inverses or eigenbases that are due.
+        state = _older(state, is_finite)
+        state = refresh_due(state, unmasked, context, damping)
+
+        # 2. Second moments in the eigenbasis, with every curvature, in the basis that is now in
+        # use.
+        moments_are_finite: Array | bool = True
+        if context.curvature is not None and method.average_block_state is not None:
+            averages = method.average_block_state(unmasked, state.block_state, context.curvature)
+            moments_are_finite = all_finite(averages)
+            is_usable = context.curvature_is_new & moments_are_finite
+            averages = keep_changed(is_usable, averages, state.block_state)
+            state = state._replace(block_state=averages)
+
+        # 3. The step itself: A^-1 V G^-1 for each block V of the gradient.
+        inverse = method.power(unmasked, state.curvature, state.block_state, damping)
+        steps = apply(unmasked, inverse, gradient)
+        return StepResult(steps, state, info={"damping": damping}, is_finite=moments_are_finite)
+
+    def refresh_due(
+        state: ScaleByKronState, unmasked: Layout, context: StepContext, damping: Scalar
+    ) -> ScaleByKronState:
+        """Refresh the blocks that are due: by turns, or all at once by age."""
+        is_finite = context.gradient_is_finite
+        is_first = context.curvature_is_new & (state.num_refreshes == 1)
+        is_ready = is_finite & (state.num_refreshes > 0)
         if stagger:
-            for share, some in enumerate(_shares(own, cast(int, inverse_every))):
-                due = good & known & (first | (state.count % inverse_every == share))
-                block_state, info = _refresh(
-                    method, some, due, good, factors, block_state, info, strength
-                )
-        elif curvature is not None:  # without a new one an inversion would repeat the last
-            always = isinstance(inverse_every, int) and inverse_every == 1
-            due = None if always else good & known & (first | (age >= inverse_every))
-            block_state, info = _refresh(
-                method, own, due, good, factors, block_state, info, strength
-            )
-            age = jnp.where(good if due is None else due, 0, age)
-        if curvature is not None and method.finish is not None:
-            finished = method.finish(own, block_state, curvature)
-            finite &= all_finite(finished)
-            block_state = keep_unless(finite, finished, block_state)
+            period = cast(int, inverse_every)
+            for turn, part in enumerate(_parts_of_equal_work(unmasked, period)):
+                is_due = is_ready & (is_first | (state.count % period == turn))
+                state = _refresh(method, part, is_due, is_finite, state, damping)
+            return state
+        if context.curvature is None:  # without a new one an inversion would repeat the last
+            return state
+        if isinstance(inverse_every, int) and inverse_every == 1:  # nothing is conditional
+            state = _refresh(method, unmasked, None, is_finite, state, damping)
+            return state._replace(inverse_age=jnp.where(is_finite, 0, state.inverse_age))
+        is_due = is_ready & (is_first | (state.inverse_age >= inverse_every))
+        state = _refresh(method, unmasked, is_due, is_finite, state, damping)
+        return state._replace(inverse_age=jnp.where(is_due, 0, state.inverse_age))
 
-        steps = apply(own, method.power(own, factors, block_state, strength), updates)
-        amplitude = jnp.where(good, jnp.where(known, 1, 0), jnp.nan)
-        steps = jax.tree.map(
-            lambda s: jnp.where(amplitude == 0, 0, amplitude.astype(s.dtype) * s), steps
-        )
-        info = info._replace(
-            damping=jnp.where(good, strength, info.damping),
-            num_nonfinite=state.info.num_nonfinite + ~finite,
-        )
-        count = jnp.where(good, optax.safe_increment(state.count), state.count)
-        return steps, ScaleByKronState(count, num_refreshes, age, factors, block_state, info)
+    return curvature_rule(init, step, take_in=take_in, damping=damping)
 
-    return optax.GradientTransformationExtraArgs(
-        init, cast(optax.TransformUpdateExtraArgsFn, update)
-    )
+
+def _init_info(layout: Layout) -> KronInfo:
+    """Return diagnostics of zeros, each in a buffer of its own."""
+    blocks, num_failures = {}, {}
+    for block in layout.blocks:
+        blocks[block.name] = BlockInfo(
+            trace=zero_number(),
+            largest=zero_number(),
+            smallest=zero_number(),
+            condition=zero_number(),
+            age=zero_count(),
+        )
+        num_failures[block.name] = zero_count()
+    return KronInfo(blocks, jnp.zeros([], jnp.result_type(float)), zero_count(), num_failures)
+
+
+def _older(state: ScaleByKronState, is_finite: Bool[Array, ""]) -> ScaleByKronState:
+    """Add one to the ages of all inverses, where the gradient is finite."""
+    blocks = {}
+    for name, block in state.info.blocks.items():
+        blocks[name] = block._replace(age=block.age + is_finite)
+    info = state.info._replace(blocks=blocks)
+    return state._replace(info=info, inverse_age=state.inverse_age + is_finite)
+
+
+class _BlockRecord(NamedTuple):
+    """What a refresh of one block changes."""
+
+    block_state: Any
+    info: BlockInfo
+    num_failures: Array
 
 
 def _refresh(
     method: KronRule,
-    some: Layout,
-    due: Array | None,
-    usable: Array,
-    factors: Factors,
-    block_state: BlockStates,
-    info: KronInfo,
-    strength: Scalar,
-) -> tuple[BlockStates, KronInfo]:
-    """Refresh some blocks' block_state if it is due (None: always) and usable; where that fails, the last good piece stays."""
-    names = [block.name for block in some.blocks]
-    held = {name: block_state[name] for name in names}, {name: info.blocks[name] for name in names}
-    failures = {name: info.num_failures[name] for name in names}
-
-    def fresh(usable: Array, factors: Factors, held: Any, failures: Any, strength: Scalar) -> Any:
-        made, spectra = method.refresh(some, factors, held[0], strength)
-        good = {name: all_finite(made[name]) for name in names}
-        age = jnp.zeros([], jnp.int32)
-        infos = {name: BlockInfo(*s, s.largest / s.smallest, age) for name, s in spectra.items()}
-        infos = jax.tree.map(lambda new, old: new.astype(old.dtype), infos, held[1])
-        kept = tuple(
-            {n: keep_unless(usable & good[n], new[n], old[n]) for n in names}
-            for new, old in zip((made, infos), held, strict=True)
+    layout: Layout,
+    is_due: Bool[Array, ""] | None,
+    is_usable: Bool[Array, ""],
+    state: ScaleByKronState,
+    damping: Scalar,
+) -> ScaleByKronState:
+    """Refresh blocks if that is due (None: always); one that fails keeps its last good state."""
+    records = {}
+    for block in layout.blocks:
+        records[block.name] = _BlockRecord(
+            state.block_state[block.name],
+            state.info.blocks[block.name],
+            state.info.num_failures[block.name],
         )
-        return kept, {name: failures[name] + (usable & ~good[name]) for name in names}
 
-    keep = lambda usable, factors, held, failures, strength: (held, failures)
-    operands = (usable, factors, held, failures, strength)
-    (made, infos), failures = (
-        fresh(*operands) if due is None else refresh_if(due, fresh, keep, *operands)
+    def refresh(
+        is_usable: Array, factors: Factors, records: dict[str, _BlockRecord], damping: Scalar
+    ) -> dict[str, _BlockRecord]:
+        block_states = {name: record.block_state for name, record in records.items()}
+        fresh, spectra = method.refresh(layout, factors, block_states, damping)
+        chosen = {}
+        for name, old in records.items():
+            # The one selection of these arrays: a failure and a gradient that is not finite
+            # together.
+            is_good = all_finite(fresh[name])
+            new = fresh[name], _info_of_block(spectra[name], old.info)
+            block_state, info = keep_changed(is_usable & is_good, new, (old.block_state, old.info))
+            num_failures = old.num_failures + (is_usable & ~is_good)
+            chosen[name] = _BlockRecord(block_state, info, num_failures)
+        return chosen
+
+    operands = is_usable, state.curvature, records, damping
+    if is_due is None:
+        latest = refresh(*operands)
+    else:
+        latest = refresh_if(is_due, refresh, _keep_records, *operands)
+
+    block_state, blocks = dict(state.block_state), dict(state.info.blocks)
+    num_failures = dict(state.info.num_failures)
+    for name, record in latest.items():
+        block_state[name], blocks[name] = record.block_state, record.info
+        num_failures[name] = record.num_failures
+    info = state.info._replace(blocks=blocks, num_failures=num_failures)
+    return state._replace(block_state=block_state, info=info)
+
+
+def _keep_records(
+    is_usable: Array, factors: Factors, records: dict[str, _BlockRecord], damping: Scalar
+) -> dict[str, _BlockRecord]:
+    """Stand in for `refresh` where it is not due."""
+    del is_usable, factors, damping
+    return records
+
+
+def _info_of_block(spectrum: BlockSpectrum, old: BlockInfo) -> BlockInfo:
+    """Return the diagnostics of a fresh block, in the dtypes of the old ones."""
+    fresh = BlockInfo(
+        trace=spectrum.trace,
+        largest=spectrum.largest,
+        smallest=spectrum.smallest,
+        condition=spectrum.largest / spectrum.smallest,
+        age=jnp.zeros([], jnp.int32),
     )
-    blocks, num_failures = info.blocks | infos, info.num_failures | failures
-    return block_state | made, info._replace(blocks=blocks, num_failures=num_failures)
+    info: BlockInfo = jax.tree.map(lambda new, old: new.astype(old.dtype), fresh, old)
+    return info
 
 
-def _shares(layout: Layout, number: int) -> list[Layout]:
-    """Divide the blocks into shares of about equal work."""
-    work = lambda block: block.shape[0] * (block.shape[1] ** 3 + block.shape[2] ** 3)
-    shares: list[list[Any]] = [[] for _ in range(number)]
-    for block in sorted(layout.blocks, key=work, reverse=True):
-        min(shares, key=lambda share: sum(map(work, share))).append(block)
-    return [Layout(tuple(share), layout.leaves) for share in shares if share]
+def _parts_of_equal_work(layout: Layout, number: int) -> list[Layout]:
+    """Divide the blocks into parts of equal work: the next largest goes to the smallest part."""
+    parts: list[list[Block]] = [[] for _ in range(number)]
+    for block in sorted(layout.blocks, key=_work, reverse=True):
+        least = min(parts, key=lambda part: sum(map(_work, part)))
+        least.append(block)
+    return [Layout(tuple(part), layout.leaves) for part in parts if part]
 
 
-def _finite(factors: Factors) -> Bool[Array, ""]:
-    """Whether all is finite. A sum of `x x'` shows on its diagonal what is not, and that is n entries, not n^2."""
-    of_full = lambda x: jnp.diagonal(x, axis1=1, axis2=2) if x.ndim == 3 else x
-    blocks = jax.tree.map(of_full, factors.blocks)
-    return all_finite((blocks, factors.diagonal))
+def _work(block: Block) -> int:
+    """Return the multiplications of an inversion, `s (i^3 + o^3)`."""
+    stack, inputs, outputs = block.shape
+    return stack * (inputs**3 + outputs**3)
 
 
-def _own_factors(new: Factors, held: Factors) -> Factors:
-    """Keep what the state holds (a mask or partition may have taken some out)."""
-    missing = [
-        *(held.blocks.keys() - new.blocks.keys()),
-        *(held.diagonal.keys() - new.diagonal.keys()),
-    ]
+def _factors_are_finite(factors: Factors) -> Bool[Array, ""]:
+    """Tell whether all factors are finite."""
+
+    # A sum of `x x'` that is not finite shows it on its diagonal, and that is n entries, not n^2.
+    def diagonal(x: Array) -> Array:
+        return jnp.diagonal(x, axis1=1, axis2=2) if x.ndim == 3 else x
+
+    return all_finite((jax.tree.map(diagonal, factors.blocks), factors.diagonal))
+
+
+def _matching(factors: Factors, averages: Factors) -> Factors:
+    """Select the factors of which the state has averages; a mask may have removed some."""
+    missing = averages.blocks.keys() - factors.blocks.keys()
+    missing |= averages.diagonal.keys() - factors.diagonal.keys()
     if missing:
         raise ValueError(
-            f"curvature is of another layout: it has no factors of {', '.join(sorted(missing))}."
+            "curvature is of another layout: it has no factors of "
+            f"{', '.join(sorted(missing))}. Pass the layout of this rule to the estimator."
         )
-    blocks = {name: new.blocks[name] for name in held.blocks}
-    own = Factors(blocks, {path: new.diagonal[path] for path in held.diagonal})
-    if jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, held):
+    blocks = {name: factors.blocks[name] for name in averages.blocks}
+    diagonal = {path: factors.diagonal[path] for path in averages.diagonal}
+    selected = Factors(blocks, diagonal)
+    if jax.tree.map(jnp.shape, selected) != jax.tree.map(jnp.shape, averages):
         raise ValueError(
-            "curvature is of another layout: shapes of its factors differ from those of the state."
+            "curvature is of another layout: shapes of its factors differ from those of the state. "
+            "Pass the layout of this rule to the estimator."
         )
-    return own
+    return selected

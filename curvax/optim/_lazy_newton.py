@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import check_damping, check_params, check_precision
-from curvax._trees import all_finite, keep_unless
-from curvax._types import Count, Matvec, Params, Scalar
+from curvax._checks import check_params
+from curvax._trees import all_finite, dimension
+from curvax._types import Batch, Count, Matvec, Params, PRNGKey, Scalar
 from curvax.objective import Objective
-from curvax.optim._estimating import estimating
+from curvax.optim._estimating import Estimator, estimating
+from curvax.optim._finish import finish
+from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
 from curvax.products import hvp, to_dense
 from curvax.solve import Dense, EigenDecomposition, absolute, decompose
 
@@ -23,10 +25,10 @@ class LazyNewtonInfo(NamedTuple):
     """Diagnostics of the latest step.
 
     Attributes:
-      smallest: eigenvalue of the curvature held.
-      largest: eigenvalue of the curvature held.
-      damping: in effect.
-      num_nonfinite: steps with a gradient or a curvature that was not finite, so far.
+      smallest: smallest eigenvalue of the curvature in use.
+      largest: largest eigenvalue of the curvature in use.
+      damping: the damping in effect.
+      num_nonfinite: the number of steps so far with a gradient or a curvature that was not finite.
     """
 
     smallest: Scalar
@@ -41,7 +43,7 @@ class ScaleByLazyNewtonState(NamedTuple):
     Attributes:
       count: steps taken.
       num_refreshes: curvatures taken in.
-      curvature: the eigendecomposition held.
+      curvature: the eigendecomposition in use.
       info: `LazyNewtonInfo`.
     """
 
@@ -54,79 +56,52 @@ class ScaleByLazyNewtonState(NamedTuple):
 def scale_by_lazy_newton(
     damping: optax.ScalarOrSchedule = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiply by `(|C| + damping I)^-1`, with C the last curvature that was given, as a matrix.
+    """Multiply by `(|C| + damping I)^-1`, with C the last curvature that was passed, as a matrix.
 
-    `|C|` has the absolute eigenvalues of C: the Newton direction where C is positive definite, the saddle-free one
-    elsewhere. A gradient that is not finite gives an update of NaN and leaves the state; a curvature that is not is not
-    taken in.
+    `|C|` has the absolute eigenvalues of C: the Newton direction where C is positive definite, the
+    saddle-free one elsewhere.
 
     Args:
-      damping: in units of an eigenvalue of C: a number, or a schedule of the step. An update that is given `damping=`
-        (`curvax.levenberg_marquardt` does) takes that instead.
+      damping: in units of an eigenvalue of C: a number, or a schedule of the step. An update that
+        is passed `damping=` (`curvax.levenberg_marquardt` does so) uses that instead.
 
     Returns:
-      `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *, curvature=None, damping=None)`;
-      curvature is a `curvax.solve.Dense`, which averages over micro-batches. State is a `ScaleByLazyNewtonState`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *,
+      curvature=None, damping=None)`. The curvature is a `curvax.solve.Dense`, which averages over
+      micro-batches. `curvax.optim.curvature_rule` says what happens with numbers that are not
+      finite. The state is a `ScaleByLazyNewtonState`.
 
     Raises:
-      ValueError: damping that is not positive.
+      ValueError: The damping is not positive.
 
     Cost: `9 d^3` multiplications for a new curvature, `2 d^2` for a step. Memory: `d^2` floats.
 
-    References: Doikov, Chayti and Jaggi (2023), Second-order optimization with lazy Hessians.
+    References: Doikov, Chayti and Jaggi (2023), Second-order optimization with lazy Hessians,
+      https://arxiv.org/abs/2212.00781.
     """
-    check_damping(damping)
-    check_precision(damping=damping)
-    own = damping
 
     def init(params: Params) -> ScaleByLazyNewtonState:
         check_params(params)
-        count, number = lambda: jnp.zeros([], jnp.int32), lambda: jnp.zeros([], jnp.float32)
-        info = LazyNewtonInfo(number(), number(), number(), count())
-        return ScaleByLazyNewtonState(count(), count(), init_eigen(params), info)
+        info = LazyNewtonInfo(zero_number(), zero_number(), zero_number(), zero_count())
+        return ScaleByLazyNewtonState(zero_count(), zero_count(), init_eigen(params), info)
 
-    def update(
-        updates: PyTree,
-        state: ScaleByLazyNewtonState,
-        params: Params | None = None,
-        *,
-        curvature: Dense | None = None,
-        damping: Any = None,
-        **extra: Any,
-    ) -> tuple[PyTree, ScaleByLazyNewtonState]:
-        del params, extra
-        good = all_finite(updates)
-        held, taken = take_in(state.curvature, curvature, good)
-        strength = (
-            own(state.count)
-            if damping is None and callable(own)
-            else own
-            if damping is None
-            else damping
-        )
-        num_refreshes = state.num_refreshes + (taken if curvature is not None else 0)
-        steps = absolute(held, updates, damping=strength)
-        amplitude = jnp.where(
-            good, jnp.where(num_refreshes > 0, 1, 0), jnp.nan
-        )  # without curvature no step
-        steps = jax.tree.map(
-            lambda s, u: jnp.where(amplitude == 0, 0, amplitude * s).astype(u.dtype), steps, updates
-        )
-        bad = state.info.num_nonfinite + ~(good & taken)
-        number = lambda x: jnp.asarray(x, jnp.float32)
-        info = LazyNewtonInfo(
-            number(held.values[0]), number(held.values[-1]), number(strength), bad
-        )
-        new = ScaleByLazyNewtonState(
-            jnp.asarray(optax.safe_increment(state.count)), num_refreshes, held, info
-        )
-        return steps, keep_unless(
-            good, new, state._replace(info=state.info._replace(num_nonfinite=bad))
-        )
+    def take_in(
+        state: ScaleByLazyNewtonState, curvature: Dense, gradient: PyTree[Array]
+    ) -> tuple[ScaleByLazyNewtonState, Array]:
+        del gradient
+        eigen, is_finite = decompose_if_finite(curvature, like=state.curvature)
+        return state._replace(curvature=eigen), is_finite
 
-    return optax.GradientTransformationExtraArgs(
-        init, cast(optax.TransformUpdateExtraArgsFn, update)
-    )
+    def step(
+        state: ScaleByLazyNewtonState, gradient: PyTree[Array], context: StepContext
+    ) -> StepResult:
+        # u = V (|lambda| + damping)^-1 V' g, with C = V lambda V'
+        direction = absolute(state.curvature, gradient, damping=context.damping)
+        values = state.curvature.values
+        info = {"smallest": values[0], "largest": values[-1], "damping": context.damping}
+        return StepResult(direction, state, info)
+
+    return curvature_rule(init, step, take_in=take_in, damping=damping)
 
 
 def lazy_newton(
@@ -136,26 +111,28 @@ def lazy_newton(
     curvature_every: int | Int[Array, ""] = 1,
     matvec_of: Callable[..., Matvec] = hvp,
 ) -> optax.GradientTransformationExtraArgs:
-    """Newton's method for up to some thousand parameters: `params -= learning_rate (|H| + damping I)^-1 g`.
+    """Newton's method on a dense matrix: `params -= learning_rate (|H| + damping I)^-1 g`.
 
-    The Hessian H is formed and decomposed every `curvature_every` steps, and used with fresh gradients in between.
-    `estimating(scale_by_lazy_newton(damping), ...)`, then the rate.
+    The Hessian H is formed and decomposed every `curvature_every` steps, and used with fresh
+    gradients in between. This is `estimating(scale_by_lazy_newton(damping), ...)`, followed by the
+    learning rate.
 
     Args:
-      learning_rate: number or schedule; 1 is the full step.
-      objective: a `curvax.Objective`.
-      damping: in units of an eigenvalue of H; number or schedule.
-      curvature_every: steps between Hessians; step 0 forms one.
-      matvec_of: `curvax.hvp`, or `curvax.ggnvp` for the Gauss-Newton matrix in place of the Hessian; with options by
-        `functools.partial`.
+      learning_rate: a number or a schedule; 1 is the full step.
+      objective: the `curvax.Objective` that is minimized.
+      damping: a number or a schedule, in units of an eigenvalue of H.
+      curvature_every: number of steps between Hessians; step 0 forms one.
+      matvec_of: `curvax.hvp`, or `curvax.ggnvp` for the Gauss-Newton matrix in place of the
+        Hessian; bind options by `functools.partial`.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
 
     Raises:
-      ValueError, TypeError: at trace time, as the product and `curvax.estimating`.
+      ValueError, TypeError: At trace time, as `matvec_of` and `curvax.estimating` do.
 
-    Cost: every `curvature_every` steps d products and `9 d^3` multiplications; `2 d^2` in each. Memory: `d^2` floats.
+    Cost: every `curvature_every` steps d products and `9 d^3` multiplications; `2 d^2` in each.
+      Memory: `d^2` floats.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -163,44 +140,46 @@ def lazy_newton(
       >>> x = jnp.array([[1.0, 2.0], [0.0, 3.0], [1.0, 1.0]])
       >>> params, batch = jnp.zeros((2, 1)), (x, x @ jnp.array([[2.0], [-1.0]]))
       >>> tx = curvax.lazy_newton(1.0, objective, damping=1e-6, curvature_every=10)
-      >>> updates, state = tx.update(jax.grad(objective)(params, batch), tx.init(params), params, batch=batch)
+      >>> gradient = jax.grad(objective)(params, batch)
+      >>> updates, state = tx.update(gradient, tx.init(params), params, batch=batch)
       >>> [round(x, 3) for x in updates.ravel().tolist()]
       [2.0, -1.0]
 
-    References: Doikov, Chayti and Jaggi (2023), Second-order optimization with lazy Hessians.
+    References: Doikov, Chayti and Jaggi (2023), Second-order optimization with lazy Hessians,
+      https://arxiv.org/abs/2212.00781.
 
     Deviates: absolute eigenvalues in place of cubic or quadratic regularization; with the latter:
       `curvax.gradient_regularized_newton(objective, curvature_every=...)`.
     """
-    rule = estimating(
-        scale_by_lazy_newton(damping), matrix_of(objective, matvec_of), curvature_every
-    )
-    return optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
+    rule = scale_by_lazy_newton(damping)
+    estimated = estimating(rule, matrix_of(objective, matvec_of), curvature_every)
+    return finish(estimated, learning_rate)
 
 
-def matrix_of(objective: Objective, matvec_of: Callable[..., Matvec]) -> Callable[..., Dense]:
-    """Return the estimator that forms the matrix of `product(objective, params, batch)`, eight columns at a time."""
-    return lambda params, batch, key: Dense(
-        to_dense(matvec_of(objective, params, batch), params, chunk_size=8)
-    )
+def matrix_of(objective: Objective, matvec_of: Callable[..., Matvec]) -> Estimator:
+    """Return the estimator that forms the matrix of a matvec, eight columns at a time."""
+
+    def estimator(params: Params, batch: Batch, key: PRNGKey) -> Dense:
+        del key
+        matvec = matvec_of(objective, params, batch)
+        return Dense(to_dense(matvec, params, chunk_size=8))
+
+    return estimator
 
 
 def init_eigen(params: Params) -> EigenDecomposition:
     """Return the eigendecomposition of no curvature at all."""
-    leaves = jax.tree.leaves(params)
-    size, dtype = sum(x.size for x in leaves), jnp.result_type(jnp.float32, *leaves)
+    size = dimension(params)
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
     return EigenDecomposition(jnp.zeros(size, dtype), jnp.zeros((size, size), dtype))
 
 
-def take_in(
-    held: EigenDecomposition, curvature: Dense | None, good: Array
-) -> tuple[EigenDecomposition, Array]:
-    """Return the eigendecomposition of a new curvature if there is one and all is finite, else what is held; and
-    whether.
-    """
-    if curvature is None:
-        return held, jnp.array(True)
-    widened = Dense(curvature.matrix.astype(held.values.dtype))
-    taken = good & all_finite(widened)
-    fresh = decompose(Dense(jnp.where(taken, widened.matrix, 0)))
-    return keep_unless(taken, fresh, held), taken
+def decompose_if_finite(
+    curvature: Dense, like: EigenDecomposition
+) -> tuple[EigenDecomposition, Bool[Array, ""]]:
+    """Return the eigendecomposition of a matrix, and whether the matrix is finite."""
+    matrix = curvature.matrix.astype(like.values.dtype)
+    is_finite = all_finite(matrix)
+    # Zeros in its place, for a decomposition of NaN need not end. The builder does not use their
+    # result.
+    return decompose(Dense(jnp.where(is_finite, matrix, 0))), is_finite

@@ -1,4 +1,4 @@
-"""Levenberg-Marquardt: damping adapted to how well the quadratic model predicts the loss; steps that fail are rejected."""
+"""Levenberg-Marquardt: damping adapted to how well the quadratic model predicts the loss."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from curvax._types import Batch, Count, Matvec, Params, Scalar
 from curvax.objective import Objective
 from curvax.optim._quadratic_model import quadratic_form
 from curvax.optim._refresh import refresh_if
+from curvax.optim._rule import transformation, zero_count, zero_number
 
 
 class LevenbergMarquardtInfo(NamedTuple):
     """Diagnostics of the latest trial.
 
     Attributes:
-      ratio: reduction of the loss over the reduction that the quadratic model predicted; 1 is a perfect model.
+      ratio: reduction of the loss over the reduction that the quadratic model predicted; 1 is a
+        perfect model.
       accepted: whether the latest step was taken.
-      num_rejected: steps rejected so far.
+      num_rejected: the number of steps rejected so far.
     """
 
     ratio: Scalar
@@ -37,8 +39,8 @@ class LevenbergMarquardtState(NamedTuple):
 
     Attributes:
       count: steps tried.
-      damping: that the next step takes.
-      inner_state: of the wrapped transformation.
+      damping: the damping of the next step.
+      inner_state: state of the wrapped transformation.
       info: `LevenbergMarquardtInfo`.
     """
 
@@ -59,34 +61,36 @@ def levenberg_marquardt(
 ) -> optax.GradientTransformationExtraArgs:
     """Adapt the damping of `inner`, and reject steps that do not lower the loss.
 
-    Every `every` steps the step d of `inner` is tried: with `M(d) = g.d + d' F d / 2` (F the exact Gauss-Newton matrix of
-    the batch, undamped) and `rho = (L(params + d) - L(params)) / M(d)`,
+    Every `every` steps the step d of `inner` is tried: with `M(d) = g.d + d' F d / 2` (F the exact
+    Gauss-Newton matrix of the batch, undamped) and `rho = (L(params + d) - L(params)) / M(d)`,
 
       rho > 3/4: damping *= factor^every;   rho < 1/4, or NaN: damping /= factor^every.
 
-    If the loss does not go down, or is not finite, the step is rejected: the update is zero and the state of `inner` stays
-    bitwise what it was; only the damping grows.
+    If the loss does not go down, or is not finite, the step is rejected: the update is zero and the
+    state of `inner` stays bitwise what it was; only the damping grows.
 
     Args:
-      inner: a whole optimizer that takes `damping=` in its updates: `curvax.quadratic_model(...)`, or a chain with
-        `curvax.scale_by_kfac` that ends with the learning rate. This wrapper is the outermost one.
-      objective: a `curvax.Objective`.
+      inner: a whole optimizer that takes `damping=` in its updates: `curvax.quadratic_model(...)`,
+        or a chain with `curvax.scale_by_kfac` that ends with the learning rate. This wrapper must
+        be the outermost one.
+      objective: the `curvax.Objective` that is minimized.
       damping: the first damping.
-      every: steps between trials. Steps in between are taken as they come.
-      factor: per step, in (0, 1).
-      bounds: of the damping.
-      matvec_of: `(objective, params, batch) -> matvec`, the F of the model in place of the Gauss-Newton matrix: `curvax.hvp`
-        for methods on the Hessian.
+      every: number of steps between trials. Steps in between are accepted without a trial.
+      factor: the change of the damping per step, in (0, 1).
+      bounds: the smallest and the largest damping.
+      matvec_of: `(objective, params, batch) -> matvec`, the F of the model in place of the
+        Gauss-Newton matrix: `curvax.hvp` for methods on the Hessian.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)` with gradients of the same
-      batch. State is a `LevenbergMarquardtState`.
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)` with
+      gradients of the same batch. The state is a `LevenbergMarquardtState`.
 
     Raises:
-      ValueError: damping that is not positive; a factor outside (0, 1); no params or no batch.
+      ValueError: The damping is not positive, the factor is outside (0, 1), or params or batch are
+        missing.
 
-    Cost: every `every` steps two evaluations of the loss and a product of the Jacobian with a vector: about a gradient.
-      With `matvec_of` one of those.
+    Cost: every `every` steps two evaluations of the loss and a product of the Jacobian with a
+      vector: about a gradient. With `matvec_of` one of those.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
@@ -95,13 +99,18 @@ def levenberg_marquardt(
       >>> layout = curvax.kron_layout(objective, params, batch)
       >>> estimator = curvax.kron.estimator(objective, layout)
       >>> rule = curvax.estimating(curvax.scale_by_kfac(layout), estimator)
-      >>> tx = curvax.levenberg_marquardt(curvax.quadratic_model(rule, objective), objective, damping=1.0, every=1)
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update(jax.grad(objective)(params, batch), state, params, batch=batch)
+      >>> inner = curvax.quadratic_model(rule, objective)
+      >>> tx = curvax.levenberg_marquardt(inner, objective, damping=1.0, every=1)
+      >>> gradient = jax.grad(objective)(params, batch)
+      >>> updates, state = tx.update(gradient, tx.init(params), params, batch=batch)
       >>> bool(state.info.accepted), round(state.damping.item(), 3), 0.7 < state.info.ratio.item()
       (True, 0.95, True)
 
-    References: Martens and Grosse (2015), section 6.5; Moré (1978), The Levenberg-Marquardt algorithm.
+    References: Martens and Grosse (2015), section 6.5, https://arxiv.org/abs/1503.05671; Moré
+      (1978), The Levenberg-Marquardt algorithm.
+
+    Deviates: one damping serves the quadratic model and the Kronecker factors, where section 6.6 of
+      Martens and Grosse (2015) adapts a separate gamma for the factors.
     """
     check_damping(damping)
     check_count(1, every=every)
@@ -110,11 +119,10 @@ def levenberg_marquardt(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> LevenbergMarquardtState:
-        info = LevenbergMarquardtInfo(
-            jnp.zeros([], jnp.float32), jnp.array(True), jnp.zeros([], jnp.int32)
-        )
-        start = jnp.asarray(damping, jnp.float32) + jnp.zeros([], jnp.float32)
-        return LevenbergMarquardtState(jnp.zeros([], jnp.int32), start, inner.init(params), info)
+        info = LevenbergMarquardtInfo(zero_number(), jnp.array(True), zero_count())
+        # The sum is a fresh buffer, also where the damping is an array of the caller's.
+        first_damping = jnp.asarray(damping, jnp.float32) + zero_number()
+        return LevenbergMarquardtState(zero_count(), first_damping, inner.init(params), info)
 
     def update(
         updates: PyTree,
@@ -132,41 +140,52 @@ def levenberg_marquardt(
             updates, state.inner_state, params, batch=batch, damping=state.damping, **extra
         )
 
-        def curvature_along(step: PyTree, params: Params, batch: Batch) -> Scalar:
-            if matvec_of is None:  # by half a product
-                return quadratic_form(objective, params, batch, [step])[0, 0]
-            return inner_product(step, matvec_of(objective, params, batch)(step))
-
         def trial(
             grads: PyTree, step: PyTree, params: Params, batch: Batch
         ) -> tuple[Scalar, Array]:
             before = objective.value(params, batch)
             after = objective.value(cast(Params, optax.apply_updates(params, step)), batch)
-            model = inner_product(grads, step) + curvature_along(step, params, batch) / 2
-            # At a minimum rounding decides what is lower: then the step is taken, and damping stays as it is.
+            # M(d) = g.d + d' F d / 2 and rho = (L(params + d) - L(params)) / M(d)
+            curvature = _curvature_along(step, objective, params, batch, matvec_of)
+            model = inner_product(grads, step) + curvature / 2
+            ratio = (after - before) / model
+            # At a minimum rounding decides what is lower: then the step is accepted, and damping
+            # stays as it is.
             rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-            flat = (jnp.abs(model) <= rounding) & (after - before <= rounding)
-            lower = (flat | (after < before)) & jnp.isfinite(after)  # NaN is not lower
-            return jnp.where(flat, 0.5, (after - before) / model).astype(jnp.float32), lower
+            is_flat = (jnp.abs(model) <= rounding) & (after - before <= rounding)
+            is_lower = (is_flat | (after < before)) & jnp.isfinite(after)  # NaN is not lower
+            return jnp.where(is_flat, 0.5, ratio).astype(jnp.float32), is_lower
 
-        keep = lambda *_: (state.info.ratio, jnp.array(True))
-        due = state.count % every == 0
-        ratio, lower = refresh_if(due, trial, keep, updates, step, params, batch)
+        def no_trial(*operands: Any) -> tuple[Scalar, Array]:
+            return state.info.ratio, jnp.array(True)
+
+        is_due = state.count % every == 0
+        ratio, is_lower = refresh_if(is_due, trial, no_trial, updates, step, params, batch)
+
+        # Section 6.5: less damping for rho > 3/4, more for rho < 1/4, for NaN and for a step that
+        # is rejected.
         less, more = state.damping * factor**every, state.damping / factor**every
-        adapted = jnp.where(
-            ratio > 0.75, less, jnp.where(ratio >= 0.25, state.damping, more)
-        )  # NaN: more
-        adapted = jnp.where(lower, adapted, more)
-        strength = jnp.where(due, jnp.clip(adapted, *bounds), state.damping).astype(
-            state.damping.dtype
-        )
-        step = jax.tree.map(lambda s: jnp.where(lower, s, 0), step)
-        info = LevenbergMarquardtInfo(ratio, lower, state.info.num_rejected + ~lower)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return step, LevenbergMarquardtState(
-            count, strength, keep_unless(lower, inner_state, state.inner_state), info
-        )
+        by_ratio = jnp.where(ratio > 0.75, less, jnp.where(ratio >= 0.25, state.damping, more))
+        adapted = jnp.clip(jnp.where(is_lower, by_ratio, more), *bounds)
+        next_damping = jnp.where(is_due, adapted, state.damping).astype(state.damping.dtype)
 
-    return optax.GradientTransformationExtraArgs(
-        init, cast(optax.TransformUpdateExtraArgsFn, update)
-    )
+        step = jax.tree.map(lambda s: jnp.where(is_lower, s, 0), step)
+        info = LevenbergMarquardtInfo(ratio, is_lower, state.info.num_rejected + ~is_lower)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        inner_state = keep_unless(is_lower, inner_state, state.inner_state)
+        return step, LevenbergMarquardtState(count, next_damping, inner_state, info)
+
+    return transformation(init, update)
+
+
+def _curvature_along(
+    step: PyTree,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    matvec_of: Callable[..., Matvec] | None,
+) -> Scalar:
+    """Return `d' F d`; the Gauss-Newton matrix needs half a product, `(J d)' S (J d)`."""
+    if matvec_of is None:
+        return quadratic_form(objective, params, batch, [step])[0, 0]
+    return inner_product(step, matvec_of(objective, params, batch)(step))

@@ -18,16 +18,18 @@ T = TypeVar("T")
 def refresh_if(
     pred: Bool[Array, ""], fn: Callable[..., T], keep: Callable[..., T], *operands: object
 ) -> T:
-    """Return `fn(*operands)` where `pred` holds, else `keep(*operands)`, running `fn` only if it is asked for.
+    """Return `fn(*operands)` where `pred` holds, else `keep(*operands)`, under `vmap` too.
 
-    A `lax.cond` on a predicate that differs between the members of a `vmap` becomes a `select`, which runs both branches
-    every time. Here the condition is whether *some* member asks; then each member picks its own result.
+    A `lax.cond` on a predicate that differs between the members of a `vmap` becomes a `select`,
+    which runs both branches every time. Here the condition is whether *any* member asks; then each
+    member picks its result.
 
     Args:
-      pred: scalar bool.
+      pred: a scalar bool.
       fn: the costly branch.
-      keep: the cheap branch; under `pred` it is run too, for the members that do not ask.
-      *operands: passed to both; results must agree in structure, shapes and dtypes.
+      keep: the cheap branch. It runs under `pred` too, for the members that do not ask.
+      *operands: the arguments of both branches, whose results must agree in structure, shapes and
+        dtypes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -38,17 +40,19 @@ def refresh_if(
     """
 
     def refresh(*operands: object) -> T:
-        fresh, kept = fast_convs_in_loops(fn)(*operands), keep(*operands)
-        chosen: T = jax.tree.map(lambda a, b: jnp.where(pred, a, b), fresh, kept)
+        # Inside a `vmap` this branch runs for every member as soon as one asks; the others keep
+        # what they have.
+        fresh, old = fast_convs_in_loops(fn)(*operands), keep(*operands)
+        chosen: T = jax.tree.map(lambda new, old: jnp.where(pred, new, old), fresh, old)
         return chosen
 
-    chosen: T = lax.cond(_any_member(pred), refresh, keep, *operands)
-    return chosen
+    result: T = lax.cond(_any_member(pred), refresh, keep, *operands)
+    return result
 
 
 @jax.custom_batching.custom_vmap
 def _any_member(pred: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Identity; over the members of a `vmap`, one unbatched answer: does any hold?"""
+    """Return `pred`; over the members of a `vmap`, one unbatched answer: does it hold for any?"""
     return pred
 
 
@@ -57,4 +61,4 @@ def _(
     axis_size: int, in_batched: list[bool], preds: Bool[Array, " members"]
 ) -> tuple[Bool[Array, ""], bool]:
     del axis_size, in_batched
-    return _any_member(jnp.any(preds)), False  # asks again: there may be an outer vmap
+    return _any_member(jnp.any(preds)), False  # recursion, for there may be an outer vmap

@@ -13,8 +13,10 @@ from curvax._checks import check_at_least, check_decay, check_precision
 from curvax._types import Batch, Params, PRNGKey
 from curvax.estimate import gauss_newton_bartlett, hutchinson_diagonal
 from curvax.objective import Objective
-from curvax.optim._diagonal import scale_by_diagonal, with_decay_and_rate
+from curvax.optim._diagonal import ScaleByDiagonalState, leaf_average, scale_by_diagonal
 from curvax.optim._estimating import estimating
+from curvax.optim._finish import finish
+from curvax.optim._rule import StepContext, StepResult, resolve_schedule
 from curvax.products import hvp
 
 
@@ -22,9 +24,9 @@ class SophiaInfo(NamedTuple):
     """Diagnostics of the latest step.
 
     Attributes:
-      unclipped_fraction: fraction of entries with `|m| < gamma h`, the paper's win rate; tune gamma so that it lies in
-        0.1 to 0.5 (a larger gamma raises it).
-      num_nonfinite: steps so far whose gradient or curvature was not finite.
+      unclipped_fraction: the fraction of entries with `|m| < gamma h`, the paper's win rate. Tune
+        gamma so that it lies in 0.1 to 0.5 (a larger gamma raises it).
+      num_nonfinite: the number of steps so far whose gradient or curvature was not finite.
     """
 
     unclipped_fraction: Float[Array, ""]
@@ -41,54 +43,78 @@ def scale_by_sophia(
     h = b2 h + (1 - b2) c                 when update(..., curvature=c)
     u = clip(m / max(gamma h, eps), -1, 1)
     ```
-    Entries with h <= 0 take a step of momentum's sign. Before the first curvature the updates are zero.
+    Entries with h <= 0 take a step of momentum's sign. Before the first curvature the updates are
+    zero.
 
     Args:
       b1: decay of the gradient average.
-      b2: decay of the curvature average, once a refresh.
-      gamma: number or schedule of the step count; the fraction of unclipped entries grows with it.
+      b2: decay of the curvature average; it acts once a refresh.
+      gamma: a number, or a schedule of the step count; the fraction of unclipped entries grows with
+        it.
       eps: floor of the denominator.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`: `update(updates, state, params, *, curvature=None)`, curvature a tree like
-      params (leaves that the updates do not hold are ignored), or None to go on with what the state holds. A step with a
-      non-finite gradient emits NaN and leaves the state as it was; a non-finite curvature is not taken in; both are
-      counted in `state.info`.
+      `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *,
+      curvature=None)`. The curvature is a tree like params, of which leaves that the updates do not
+      have are ignored; with None the rule goes on with the average in the state.
+      `curvax.optim.curvature_rule` says what happens with numbers that are not finite. The state is
+      a `ScaleByDiagonalState`.
 
     Raises:
-      ValueError: at trace time: a curvature unlike the updates (naming the first differing path).
-      TypeError: a hyperparameter that arrives in 16 bits.
+      ValueError: At trace time, the curvature is unlike the updates (the message names the first
+        path that differs).
+      TypeError: A hyperparameter arrives in 16 bits.
 
     Cost: two trees like params of state, in at least float32.
 
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> tx = curvax.scale_by_sophia(b1=0.0, b2=0.0, gamma=1.0)
-      >>> updates, _ = tx.update(jnp.array([1.0, 9.0]), tx.init(jnp.zeros(2)), curvature=jnp.array([2.0, 3.0]))
+      >>> gradient, curvature = jnp.array([1.0, 9.0]), jnp.array([2.0, 3.0])
+      >>> updates, _ = tx.update(gradient, tx.init(jnp.zeros(2)), curvature=curvature)
       >>> updates.tolist()
       [0.5, 1.0]
 
-    References: Liu et al. (2023), Sophia, algorithm 3. Deviates: the batch factor of Gauss-Newton-Bartlett is in the
-    estimate, not in the denominator; curvature is taken in before its first use, not after.
+    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithm
+      3, https://arxiv.org/abs/2305.14342.
+
+    Deviates: the batch factor of Gauss-Newton-Bartlett is in the estimate, not in the denominator;
+      curvature is taken in before its first use, not after.
     """
     check_decay(b1=b1, b2=b2)
     check_at_least(0, eps=eps, gamma=gamma)
     check_precision(b1=b1, b2=b2, eps=eps, gamma=gamma)
+    average_of_curvature = leaf_average(b2)
 
-    def average(h: PyTree[Array], curvature: PyTree[Array]) -> PyTree[Array]:
-        return optax.tree.update_moment(curvature, h, b2, 1)
+    def average_curvature(h: PyTree[Array], curvature: PyTree[Array]) -> PyTree[Array]:
+        # Algorithm 3: h <- b2 h + (1 - b2) c.
+        return jax.tree.map(average_of_curvature, curvature, h)
 
     def step(
-        mu: PyTree[Array], h: PyTree[Array], count: Array, _: Array
-    ) -> tuple[PyTree[Array], Array]:
-        scale = gamma(count - 1) if callable(gamma) else gamma
-        steps = jax.tree.map(lambda m, h: jnp.clip(m / jnp.maximum(scale * h, eps), -1, 1), mu, h)
-        unclipped = optax.tree.sum(
-            jax.tree.map(lambda m, h: jnp.sum(jnp.abs(m) < scale * h), mu, h)
+        state: ScaleByDiagonalState, gradient: PyTree[Array], context: StepContext
+    ) -> StepResult:
+        del gradient, context
+        scale = resolve_schedule(gamma, state.count)
+        # Algorithm 3: u = clip(m / max(gamma h, eps), 1), entry by entry.
+        steps = jax.tree.map(
+            lambda m, h: _clipped_ratio(m, h, scale, eps), state.mu, state.curvature
         )
-        return steps, jnp.asarray(unclipped / max(optax.tree.size(mu), 1))
+        # The win rate: how many entries are not clipped.
+        counts = jax.tree.map(lambda m, h: _num_unclipped(m, h, scale), state.mu, state.curvature)
+        fraction = optax.tree.sum(counts) / max(optax.tree.size(state.mu), 1)
+        return StepResult(steps, state, info={"unclipped_fraction": fraction})
 
-    return scale_by_diagonal(b1, average, step, SophiaInfo)
+    return scale_by_diagonal(b1, average_curvature, step, SophiaInfo)
+
+
+@jax.jit
+def _clipped_ratio(m: Array, h: Array, gamma: Array, eps: Array) -> Array:
+    return jnp.clip(m / jnp.maximum(gamma * h, eps), -1, 1)
+
+
+@jax.jit
+def _num_unclipped(m: Array, h: Array, gamma: Array) -> Array:
+    return jnp.sum(jnp.abs(m) < gamma * h)
 
 
 def sophia_h(
@@ -103,53 +129,58 @@ def sophia_h(
 ) -> optax.GradientTransformationExtraArgs:
     """Sophia with Hutchinson's estimate of the Hessian diagonal.
 
-    Curvature: Hessian; structure: diagonal, by one Rademacher probe; refresh: every `curvature_every` steps.
-    `theta -= learning_rate (clip(m / max(gamma h, 1e-12), -1, 1) + weight_decay theta)`. The composition is
+    Curvature: Hessian; structure: diagonal, by one Rademacher probe; refresh: every
+    `curvature_every` steps. `theta -= learning_rate (clip(m / max(gamma h, 1e-12), -1, 1) +
+    weight_decay theta)`. The composition is
     ```
-    estimator = lambda params, batch, key: hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
+    def estimator(params, batch, key):
+        return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
+
     optax.chain(
         estimating(scale_by_sophia(b1, b2, gamma), estimator, curvature_every, seed),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
     ```
-    which is also how to get at anything else: more probes, another product, masks, groups.
+    Compose it by hand for anything else: more probes, another product, masks, groups.
 
     Args:
-      learning_rate: number or schedule; bounds the change of each entry in a step.
-      objective: a `curvax.Objective`.
+      learning_rate: a number or a schedule; it bounds the change of each entry in a step.
+      objective: the `curvax.Objective` that is minimized.
       b1: decay of the gradient average.
       b2: decay of the curvature average.
-      gamma: number or schedule; see `SophiaInfo.unclipped_fraction`.
-      weight_decay: decoupled, times the learning rate.
-      curvature_every: steps between refreshes.
-      seed: of the probes.
+      gamma: a number or a schedule; tune it by `SophiaInfo.unclipped_fraction`.
+      weight_decay: decoupled weight decay; it is multiplied by the learning rate.
+      curvature_every: number of steps between refreshes.
+      seed: the seed of the probes.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`: `update(grads, state, params, batch=batch)`.
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
 
     Raises:
-      ValueError: at trace time: no `batch=` or `params`; an interval below 1.
+      ValueError: An interval is below 1; or, at trace time, `batch=` or `params` is missing.
 
-    Cost: amortized, one gradient and a Hessian product (about 3 gradients with its building) / `curvature_every`.
+    Cost: amortized, one gradient and a Hessian product (about 3 gradients with its building) /
+      `curvature_every`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
-      >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())      # Hessian 1
+      >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())
       >>> tx = curvax.sophia_h(0.1, objective, b1=0.0, b2=0.0, gamma=1.0, weight_decay=0.0)
       >>> w, batch = jnp.array(0.5), (jnp.ones(2), jnp.zeros(2))
       >>> updates, state = tx.update(jax.grad(objective)(w, batch), tx.init(w), w, batch=batch)
       >>> round(updates.item(), 6), optax.tree.get(state, "info").unclipped_fraction.item()
       (-0.05, 1.0)
 
-    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithms 1 and 3.
+    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithms
+      1 and 3, https://arxiv.org/abs/2305.14342.
     """
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
         return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
 
     rule = estimating(scale_by_sophia(b1, b2, gamma), estimator, curvature_every, seed)
-    return with_decay_and_rate(rule, weight_decay, learning_rate)
+    return finish(rule, learning_rate, weight_decay=weight_decay)
 
 
 def sophia_g(
@@ -164,30 +195,31 @@ def sophia_g(
 ) -> optax.GradientTransformationExtraArgs:
     """Sophia with the Gauss-Newton-Bartlett estimate of the Gauss-Newton diagonal.
 
-    Curvature: Gauss-Newton, by sampled targets; structure: diagonal; refresh: every `curvature_every` steps. The same
-    composition as `sophia_h`, with
-    `estimator = lambda params, batch, key: gauss_newton_bartlett(objective, params, batch, key)`.
+    Curvature: Gauss-Newton, by sampled targets; structure: diagonal; refresh: every
+    `curvature_every` steps. The same composition as `sophia_h`, with `estimator = lambda params,
+    batch, key: gauss_newton_bartlett(objective, params, batch, key)`.
 
     Args:
-      learning_rate: number or schedule; bounds the change of each entry in a step.
-      objective: a `curvax.Objective` whose loss samples.
+      learning_rate: a number or a schedule; it bounds the change of each entry in a step.
+      objective: the `curvax.Objective` that is minimized; its loss must be able to sample.
       b1: decay of the gradient average.
       b2: decay of the curvature average.
-      gamma: number or schedule; see `SophiaInfo.unclipped_fraction`.
-      weight_decay: decoupled, times the learning rate.
-      curvature_every: steps between refreshes.
-      seed: of the sampled targets.
+      gamma: a number or a schedule; tune it by `SophiaInfo.unclipped_fraction`.
+      weight_decay: decoupled weight decay; it is multiplied by the learning rate.
+      curvature_every: number of steps between refreshes.
+      seed: the seed of the sampled targets.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`: `update(grads, state, params, batch=batch)`.
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
 
     Raises:
-      ValueError: at trace time: no `batch=` or `params`; an interval below 1.
-      TypeError: a loss that cannot sample.
+      ValueError: An interval is below 1; or, at trace time, `batch=` or `params` is missing.
+      TypeError: The loss cannot sample.
 
     Cost: amortized, `1 + 1 / curvature_every` gradients.
 
-    Deviates: from the reference code: the sampled gradient is not clipped before squaring (which would bias it low), and
+    Deviates: from the reference code, in that the sampled gradient is not clipped before squaring
+      (which would bias it low), and
     the curvature comes from the step's own batch, not from one more.
 
     Example:
@@ -199,11 +231,12 @@ def sophia_g(
       >>> bool((abs(updates) <= 0.1).all())
       True
 
-    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithms 2 and 3.
+    References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithms
+      2 and 3, https://arxiv.org/abs/2305.14342.
     """
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
         return gauss_newton_bartlett(objective, params, batch, key)
 
     rule = estimating(scale_by_sophia(b1, b2, gamma), estimator, curvature_every, seed)
-    return with_decay_and_rate(rule, weight_decay, learning_rate)
+    return finish(rule, learning_rate, weight_decay=weight_decay)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from curvax._checks import check_count, check_damping, check_like, check_params, describe
-from curvax._trees import add_scaled, all_finite, inner_product, norm, safe_divide
+from curvax._trees import add_scaled, all_finite, inner_product, norm
 from curvax._types import Matvec, Params, PRNGKey, Scalar, tree_at_least_float32
 from curvax.estimate._hutchinson import normal
 from curvax.solve._result import Result, SolveInfo, code_of
@@ -109,8 +109,8 @@ def finished(
     x = cast_like(x, b)
     r = add_scaled(wide, -1, apply(tree_at_least_float32(x)))
     # |b - (A + damping I) x| / |b|; where b = 0, x is 0 or the guess, and |r| itself is told
-    residual = safe_divide(norm(r), norm(wide))
-    measured = safe_divide(norm_of(r), norm_of(wide))
+    residual = _relative(norm(r), norm(wide))
+    measured = _relative(norm_of(r), norm_of(wide))
     failed = (code == Result.CONVERGED) & ~(measured <= tol)
     code = code_of(
         (failed & jnp.isfinite(residual), Result.STALLED),
@@ -164,3 +164,8 @@ def check_symmetric(
             f"the matrix is not symmetric: v'(A u) = {vAu:.6g}, u'(A v) = {uAv:.6g} for two random "
             "vectors. Solves and spectra are for symmetric matrices; J'J of a Jacobian J is one."
         )
+
+
+def _relative(residual: Scalar, size: Scalar) -> Scalar:
+    """Return `residual / size`, and the residual itself where size is 0."""
+    return residual / jnp.where(size > 0, size, 1)

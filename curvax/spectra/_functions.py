@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvax._checks import check_count, check_damping, check_params
-from curvax._trees import combine_rows, dimension, norm, safe_divide
+from curvax._trees import combine_rows, dimension, norm
 from curvax._types import Matvec, Params, Scalar, tree_at_least_float32
 from curvax.solve._damped import cast_like, checked
 from curvax.solve._result import Result, SolveInfo, code_of
@@ -75,7 +75,8 @@ def matrix_function(
     # The rows of V are orthonormal, so that coordinates have the norms of the vectors.
     last = coordinates(m)
     previous = jnp.pad(coordinates(m - 1), (0, 1)) if m > 1 else jnp.zeros_like(last)
-    change = safe_divide(jnp.linalg.norm(last - previous), jnp.linalg.norm(last))
+    size = jnp.linalg.norm(last)
+    change = jnp.linalg.norm(last - previous) / jnp.where(size > 0, size, 1)
     x = combine_rows(last, krylov.basis)
     x = jax.tree.map(lambda v: jnp.where(length > 0, v, 0), x)
     return cast_like(x, b), change
