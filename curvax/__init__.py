@@ -1,7 +1,8 @@
 """curvax: second-order optimization and curvature for JAX.
 
-This page is what a training loop or the first page of a notebook calls. Everything else is one level down, in
-`curvax.kron`, `curvax.solve`, `curvax.spectra`, `curvax.optim`, `curvax.apps`, `curvax.capture` and `curvax.plot`.
+This page is what a training loop or the first page of a notebook calls. Everything else is one
+level down, in `curvax.kron`, `curvax.solve`, `curvax.spectra`, `curvax.optim`, `curvax.apps`,
+`curvax.capture` and `curvax.plot`.
 """
 
 from curvax import apps, capture, estimate, kron, losses, optim, products, solve, spectra

@@ -85,12 +85,7 @@ def combine_rows(coefficients: Float[Array, " m"], rows: PyTree[Array]) -> Param
 def leaf_products(rows: Float[Array, "m ..."], v: Float[Array, "..."]) -> Float[Array, " m"]:
     """Do `row_products` for one leaf."""
     if rows.dtype == wide_dtype(rows):
-        return jnp.tensordot(
-            rows,
-            v.astype(rows.dtype),
-            v.ndim,
-            precision=lax.Precision.HIGHEST,
-        )
+        return jnp.tensordot(rows, v.astype(rows.dtype), v.ndim, precision=lax.Precision.HIGHEST)
     # A matrix product would first widen all rows in memory; a sum of products widens as it reads.
     entries = tuple(range(1, rows.ndim))
     products = at_least_float32(rows) * at_least_float32(v)

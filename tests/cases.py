@@ -1,4 +1,6 @@
-"""Small models with their objectives, params and batches, shared by all tests that compare with dense matrices."""
+"""Small models with their objectives, params and batches,
+shared by all tests that compare with dense matrices.
+"""
 
 import functools
 from typing import NamedTuple

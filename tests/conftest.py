@@ -10,7 +10,8 @@ os.environ.setdefault(
 import jax
 import pytest
 
-# Compiling is nearly all of the work, of programs that run once or twice: the simplest code that XLA can generate will do.
+# Compiling is nearly all of the work, of programs that run once or twice:
+# the simplest code that XLA can generate will do.
 # `XLA_FLAGS= pytest` has what users get, as the examples have; it takes three times as long.
 flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):  # a flag that XLA does not know any more would end the process

@@ -13,7 +13,9 @@ from curvax._shared import unwrap
 
 
 class Matrices(NamedTuple):
-    """Those of a case, in NumPy: `ggn = J' S J`, with J the jacobian and S the curvature of the loss in the outputs."""
+    """Those of a case, in NumPy: `ggn = J' S J`, with J the jacobian and S the curvature of the
+    loss in the outputs.
+    """
 
     outputs: object
     jacobian: np.ndarray
@@ -62,7 +64,9 @@ def jacobian(case):
 
 
 def output_curvature(case):
-    """[outputs, outputs]: the Hessian of the loss in its outputs; for gaussian the Fisher, written out."""
+    """[outputs, outputs]: the Hessian of the loss in its outputs;
+    for gaussian the Fisher, written out.
+    """
     if isinstance(outputs(case), tuple):
         mean, log_variance = outputs(case)
         return jnp.diag(

@@ -1,4 +1,6 @@
-"""Tiny models of many libraries, each with what is expected of its leaves: kron, or diagonal for a reason."""
+"""Tiny models of many libraries, each with what is expected of its leaves:
+kron, or diagonal for a reason.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -393,7 +395,8 @@ def custom_vjp_attention() -> Case:
 
 
 def input_gradient() -> Case:
-    """A network and its derivative in the inputs, which uses the kernels transposed and the biases as before.
+    """A network and its derivative in the inputs, which uses the kernels transposed and the
+    biases as before.
 
     The first product of the derivative is of `w2` and ones, which under vmap over examples have no axis of examples.
     """
@@ -470,7 +473,9 @@ def shuffled() -> Case:
 
 
 def overlapping() -> Case:
-    """Two leaves make a kernel as in `shuffled`, and then, split and stacked, another of the same entries."""
+    """Two leaves make a kernel as in `shuffled`, and then, split and stacked,
+    another of the same entries.
+    """
 
     def model(params: Any, x: Any) -> Any:
         a, b = params["a"], params["b"]
@@ -493,7 +498,9 @@ def two_uses() -> Case:
 
 
 def positions() -> Case:
-    """Tokens are looked up, positions are added; these are no bias, since they differ along the sequence."""
+    """Tokens are looked up, positions are added; these are no bias,
+    since they differ along the sequence.
+    """
 
     def model(params: Any, ids: Any) -> Any:
         return jnp.tanh(params["tokens"][ids] + params["positions"]) @ params["w"]
@@ -514,7 +521,9 @@ def _ids(seed: int, size: int, *shape: int) -> Any:
 
 
 def _shaken(params: Any) -> Any:
-    """Params in the default precision, moved off the zeros and ones that biases and scales start from."""
+    """Params in the default precision, moved off the zeros and ones that biases and
+    scales start from.
+    """
     moved = lambda p: jnp.asarray(
         np.asarray(p) + 0.1 * np.asarray(_normal(2, *p.shape)), jnp.result_type(float)
     )

@@ -229,14 +229,7 @@ def _through_scan(findings: Findings, step: Step) -> list[Holds]:
     )
     for result in results[num_carry:]:
         findings.refuse(result, "is returned by a `scan`")
-    after = [
-        value if same else None
-        for value, same in zip(
-            outer.carry,
-            unchanged,
-            strict=True,
-        )
-    ]
+    after = [value if same else None for value, same in zip(outer.carry, unchanged, strict=True)]
     return [*after, *[None] * (len(results) - num_carry)]
 
 

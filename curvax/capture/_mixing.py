@@ -125,14 +125,7 @@ def _through_scan(step: Step) -> list[Where]:
     for _ in range(2):
         arguments = [*consts, *carry, *slices]
         results = walk(eqn.params["jaxpr"], arguments, live, _RULES, step.place)
-        carry = [
-            _together(pair)
-            for pair in zip(
-                carry,
-                results[: len(carry)],
-                strict=True,
-            )
-        ]
+        carry = [_together(pair) for pair in zip(carry, results[: len(carry)], strict=True)]
     return [*carry, *(_shifted(where, 1) for where in results[len(carry) :])]
 
 
@@ -151,20 +144,11 @@ def _is_elementwise(eqn: Any) -> bool:
     return all(_fits(atom.aval.shape, shape) for atom in eqn.invars)
 
 
-def _fits(
-    shape: Sequence[int],
-    result: Sequence[int],
-) -> bool:
+def _fits(shape: Sequence[int], result: Sequence[int]) -> bool:
+    """Tell whether an operand of this shape is repeated, at most, to the shape of the result."""
     if not shape or len(shape) != len(result):
         return not shape
-    return all(
-        n in (1, m)
-        for n, m in zip(
-            shape,
-            result,
-            strict=True,
-        )
-    )
+    return all(n in (1, m) for n, m in zip(shape, result, strict=True))
 
 
 def _together(operands: Sequence[Where]) -> Where:

@@ -64,6 +64,7 @@ def _slice(
     view: View,
     hidden: int,
 ) -> list[View]:
+    """Cut a view at the equation's bounds; axes of loops around it stay whole."""
     starts, stops = eqn.params["start_indices"], eqn.params["limit_indices"]
     # JAX leaves the strides out where all are 1.
     strides = eqn.params["strides"] or (1,) * len(starts)
@@ -78,6 +79,7 @@ def _split(
     view: View,
     hidden: int,
 ) -> list[View]:
+    """Cut a view into consecutive parts along one axis."""
     axis, start = hidden + eqn.params["axis"], 0
     parts = []
     for size in map(int, eqn.params["sizes"]):
@@ -91,21 +93,14 @@ def _unstack(
     view: View,
     hidden: int,
 ) -> list[View]:
+    """Take the slices of a view along one axis, which is dropped."""
     axis = hidden + eqn.params["axis"]
     # Without the axis along which the parts lay.
     shape = (*view.shape[:axis], *view.shape[axis + 1 :])
-    return [
-        reshape(
-            _between(
-                view,
-                axis,
-                i,
-                i + 1,
-            ),
-            shape,
-        )
-        for i in range(view.shape[axis])
-    ]
+    parts = []
+    for i in range(view.shape[axis]):
+        parts.append(reshape(_between(view, axis, i, i + 1), shape))
+    return parts
 
 
 def _between(

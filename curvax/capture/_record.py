@@ -94,26 +94,12 @@ def _record_batch(plan: Plan, params: Params, inputs: Any) -> Capture:
         return _perturbed(plan, args, zeros)
 
     outputs, pull, raw_inputs = jax.vjp(forward, _zeros(plan, params), has_aux=True)
-    matrices = [
-        use.inputs(a)[None]
-        for use, a in zip(
-            plan.all_uses,
-            raw_inputs,
-            strict=True,
-        )
-    ]
+    matrices = [use.inputs(a)[None] for use, a in zip(plan.all_uses, raw_inputs, strict=True)]
 
     def pull_back(cotangent: Outputs) -> UseCotangents:
         # Cotangents of the zeros: g of every use, and the gradients of the leaves.
         (zeros,) = pull(cotangent)
-        flows = [
-            use.outputs(g)[None]
-            for use, g in zip(
-                plan.all_uses,
-                zeros.uses,
-                strict=True,
-            )
-        ]
+        flows = [use.outputs(g)[None] for use, g in zip(plan.all_uses, zeros.uses, strict=True)]
         gradients = {path: x[None] for path, x in zeros.leaves.items()}
         return UseCotangents(_by_kernel(plan, flows), gradients)
 
@@ -150,26 +136,12 @@ def _record_rows(plan: Plan, params: Params, inputs: Any) -> Capture:
     zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), zeros_of_row)
     outputs, pull, raw_inputs = jax.vjp(forward, zeros, has_aux=True)
     uses = plan.all_uses
-    matrices = [
-        jax.vmap(use.inputs)(a)
-        for use, a in zip(
-            uses,
-            raw_inputs,
-            strict=True,
-        )
-    ]
+    matrices = [jax.vmap(use.inputs)(a) for use, a in zip(uses, raw_inputs, strict=True)]
 
     def pull_back(cotangent: Outputs) -> UseCotangents:
         # Each row's cotangent is one of a batch of one.
         (zeros,) = pull(jax.tree.map(lambda x: x[:, None], cotangent))
-        flows = [
-            jax.vmap(use.outputs)(g)
-            for use, g in zip(
-                uses,
-                zeros.uses,
-                strict=True,
-            )
-        ]
+        flows = [jax.vmap(use.outputs)(g) for use, g in zip(uses, zeros.uses, strict=True)]
         return UseCotangents(_by_kernel(plan, flows), zeros.leaves)
 
     # From batches of one back to rows.
@@ -195,13 +167,8 @@ def _perturbed(
 def _run_plan(
     plan: Plan, args: Sequence[Array], zeros: _Perturbations
 ) -> tuple[Outputs, list[Array]]:
-    leaves = dict(
-        zip(
-            plan.paths,
-            args[: len(plan.paths)],
-            strict=True,
-        )
-    )
+    """Run the plan's program with perturbed leaves and uses; return outputs and raw inputs."""
+    leaves = dict(zip(plan.paths, args[: len(plan.paths)], strict=True))
     for path, z in zeros.leaves.items():
         leaves[path] = leaves[path] + z
     perturbed = [*leaves.values(), *args[len(plan.paths) :]]

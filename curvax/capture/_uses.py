@@ -279,16 +279,7 @@ class _Patches:
         )
         # 2. A slice for each place in the window.
         steps = zip(self.window, self.window_dilation, strict=True)
-        offsets = itertools.product(
-            *(
-                range(
-                    0,
-                    n * step,
-                    step,
-                )
-                for n, step in steps
-            )
-        )
+        offsets = itertools.product(*(range(0, n * step, step) for n, step in steps))
         patches = jnp.stack([self._slice(x, offset) for offset in offsets], axis=-2)
         # 3. [b, *out_space, window, groups, channels of a group] -> [s, t, i].
         patches = patches.reshape(*patches.shape[:-1], self.groups, -1)

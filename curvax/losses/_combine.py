@@ -120,10 +120,7 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
         return like(outputs, draws)
 
     sum_of_heads = from_function(
-        value,
-        curvature_product=curvature_product,
-        sample=sample,
-        pseudo_gradient=pseudo_gradient,
+        value, curvature_product=curvature_product, sample=sample, pseudo_gradient=pseudo_gradient
     )
     return dataclasses.replace(sum_of_heads, heads=parts)
 

@@ -111,8 +111,5 @@ def _scaled(loss: Loss, factors: PyTree[Scalar]) -> Loss:
         return times(jnp.sqrt(factors), loss.pseudo_gradient(key, outputs, targets))
 
     return dataclasses.replace(
-        loss,
-        value=value,
-        curvature_product=curvature_product,
-        pseudo_gradient=pseudo_gradient,
+        loss, value=value, curvature_product=curvature_product, pseudo_gradient=pseudo_gradient
     )

@@ -121,10 +121,7 @@ def softmax_cross_entropy(ignore_index: int | None = None, label_smoothing: floa
 
     # The pseudo-gradient is the score of the unsmoothed likelihood, from which labels are drawn.
     plain = from_function(
-        plain_value,
-        curvature_product=curvature_product,
-        sample=sample,
-        num_terms=num_terms,
+        plain_value, curvature_product=curvature_product, sample=sample, num_terms=num_terms
     )
     return dataclasses.replace(plain, value=smoothed_value)
 

@@ -282,9 +282,7 @@ def _sum_of_row_outer_products(r: Samples, u: Outputs) -> Outputs:
     """Apply `1/K sum_k blockdiag_b(r_kb r_kb')` to u, in at least float32."""
     r_leaves = jax.tree.leaves(r)
     contract = partial(
-        jnp.einsum,
-        precision="highest",
-        preferred_element_type=jnp.result_type(*r_leaves),
+        jnp.einsum, precision="highest", preferred_element_type=jnp.result_type(*r_leaves)
     )
     num_samples, size = r_leaves[0].shape[:2]
 

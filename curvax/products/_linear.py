@@ -117,8 +117,7 @@ def linearize(
     # JAX marks what it keeps by rounding it to its own precision, which hides from the compiler
     # that a gradient beside this linearization computes the same. Take the marks out.
     unmarked = replacing(
-        partial(jax.linearize, lean),
-        {"reduce_precision": _unless_to_its_precision},
+        partial(jax.linearize, lean), {"reduce_precision": _unless_to_its_precision}
     )
     refusal = (
         "this model contains a function with only a backward pass (jax.custom_vjp, as many "

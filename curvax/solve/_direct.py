@@ -104,9 +104,7 @@ def direct(
     good = all_finite(x)
     finite_system = all_finite((_trace(curvature[0]), b))
     code = code_of(
-        (good, Result.CONVERGED),
-        (finite_system, Result.NOT_DEFINITE),
-        otherwise=Result.NOT_FINITE,
+        (good, Result.CONVERGED), (finite_system, Result.NOT_DEFINITE), otherwise=Result.NOT_FINITE
     )
     x = jax.tree.map(lambda x: jnp.where(good, x, 0), x)
     return finished(matvec, x, b, jnp.int32(0), code, tol)

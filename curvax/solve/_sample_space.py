@@ -174,15 +174,7 @@ def _push(
     v: Params,
 ) -> Float[Array, " n"]:
     """Return `U'v = R'J v`."""
-    pushed = _flatten(
-        jacobian(
-            jax.tree.map(
-                lambda x, p: x.astype(p.dtype),
-                v,
-                params,
-            )
-        )
-    )
+    pushed = _flatten(jacobian(jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)))
     return jnp.einsum("bck,bc->kb", roots, pushed, precision=lax.Precision.HIGHEST).ravel()
 
 

@@ -1,4 +1,6 @@
-"""Hypergradients against closed forms, finite differences of solved problems, and unrolled training."""
+"""Hypergradients against closed forms, finite differences of solved problems,
+and unrolled training.
+"""
 
 import functools
 
@@ -201,7 +203,9 @@ HYPER = {"log_penalty": jnp.asarray(-3.0), "weights": jnp.linspace(-1.0, 1.0, 12
 
 @pytest.mark.parametrize("tilt", [0.0, 0.02])
 def test_finite_differences_of_the_solved_problem(tilt):
-    """Without a tilt, params are at the minimum of inner; with one, at that of `inner - g . params`."""
+    """Without a tilt, params are at the minimum of inner;
+    with one, at that of `inner - g . params`.
+    """
     hyper, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(jnp.float64), HYPER))
     tilts = tilt * jnp.arange(1.0, 6)
     w = minimize(unravel(hyper), tilts, jnp.zeros(5))

@@ -1,4 +1,6 @@
-"""Influence against dense matrices, in float64; and that it does not depend on how data are cut, ordered or placed."""
+"""Influence against dense matrices, in float64;
+and that it does not depend on how data are cut, ordered or placed.
+"""
 
 import functools
 
@@ -44,7 +46,9 @@ def size(batch):
 
 
 def indices(block, params):
-    """Which rows of dense matrices, in the order of `ravel_pytree`, are the entries of a block: `[stack, in, out]`."""
+    """Which rows of dense matrices, in the order of `ravel_pytree`, are the entries of a block:
+    `[stack, in, out]`.
+    """
     starts = np.cumsum([0, *[x.size for x in jax.tree.leaves(params)]])
     leaves = {
         keystr(path): np.arange(start, start + x.size).reshape(x.shape)
@@ -60,7 +64,9 @@ def indices(block, params):
 
 @functools.cache
 def gradients(name):
-    """Dense rows: the gradients of every example's own mean loss, and of its part of the mean over all."""
+    """Dense rows: the gradients of every example's own mean loss,
+    and of its part of the mean over all.
+    """
     case = CASES[name]()
     parts = jax.jit(lambda p, batch: curvax.per_example_grads(case.objective, p, batch))(
         case.params, case.batch
@@ -73,7 +79,9 @@ def gradients(name):
 
 
 def blockwise(name, damping, build):
-    """A dense inverse, `build(factors and basis of a block, dense block)` for each slice of a block."""
+    """A dense inverse, `build(factors and basis of a block, dense block)` for each
+    slice of a block.
+    """
     case, dense = CASES[name](), oracle.of(name).ggn
     diagonal = np.diag(dense)
     inverse = np.diag(1 / (diagonal + (0.1 if damping is None else damping)))
@@ -342,7 +350,9 @@ def test_nothing_depends_on_how_data_are_cut():
     [("multi_head", "mc"), ("multi_head", "exact"), ("masked_sequence", "empirical")],
 )
 def test_batches_with_other_shares_of_terms_add_up_to_the_whole(name, fisher):
-    """Heads that are masked in some examples, and the empirical Fisher of examples with different numbers of terms."""
+    """Heads that are masked in some examples, and the empirical Fisher of examples with different
+    numbers of terms.
+    """
     case, key = CASES[name](), jax.random.key(3)
     own = lambda batches: influence.fit(
         case.objective,
@@ -433,7 +443,9 @@ SHAPES = {
 
 @pytest.mark.parametrize("model", SHAPES, ids=lambda model: model.__name__)
 def test_every_kind_of_use(model):
-    """Scores are the products of dense gradients, and self-influence their diagonal, in whatever way kernels are used."""
+    """Scores are the products of dense gradients, and self-influence their diagonal,
+    in whatever way kernels are used.
+    """
     shapes, inputs, classes = SHAPES[model]
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
@@ -468,7 +480,9 @@ def test_every_kind_of_use(model):
 
 
 def check_solves_and_compression(objective, layout, fit, params, batch, own, parts):
-    """CG with a damping for each slice of a stack, and errors of compression beside a leaf in no block."""
+    """CG with a damping for each slice of a stack, and errors of compression beside a
+    leaf in no block.
+    """
     solver = functools.partial(curvax.cg, tol=1e-13, max_steps=200)
     result, info = influence.influence(
         fit, objective, params, batch, [batch], method="cg", solver=solver

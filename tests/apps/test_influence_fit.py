@@ -1,4 +1,6 @@
-"""Fits: interrupted and resumed, saved and read, merged, held fixed; and what is told when something does not fit."""
+"""Fits: interrupted and resumed, saved and read, merged, held fixed;
+and what is told when something does not fit.
+"""
 
 import dataclasses
 import functools
@@ -153,7 +155,10 @@ def test_a_fit_is_resumed_with_what_it_was_begun_with_only(tmp_path):
         begun(params=wider, layout=curvax.kron_layout(objective, wider, batches[0]))
     with refused("the pass over covariances that is saved began with another batch"):
         begun([batches[1], batches[0], *batches[2:]])
-    again = "was interrupted after 3 batches, 12 examples; the first 3 batches now are not the same, with 12 examples"
+    again = (
+        "was interrupted after 3 batches, 12 examples; "
+        "the first 3 batches now are not the same, with 12 examples"
+    )
     for changed in ([batches[0], batches[2], batches[1]], [batches[0], batches[2], batches[2]]):
         with refused(again):
             begun([*changed, batches[3]])
@@ -167,7 +172,8 @@ def test_a_fit_is_resumed_with_what_it_was_begun_with_only(tmp_path):
         begun(Failing(batches, 0, 2))
     for other in (batches[:3], [*batches[:2], batches[1], batches[3]]):
         with refused(
-            "the pass over eigenvalues went through .* the one before through 14 in 4, or through others"
+            "the pass over eigenvalues went through .* the one before through 14 in 4, "
+            "or through others"
         ):
             begun(other)
         shutil.rmtree(tmp_path / "eigenvalues")
@@ -257,7 +263,8 @@ def test_a_part_of_a_leaf_may_be_held_fixed():
             by="layer",
         )
         assert len(result.by_layer) == (1 if unmatched == "identity" else 2), result.by_layer
-        # each row of the kernel has curvature 1/3, its gradient in both outputs is 1/3; entries in no product have none
+        # each row of the kernel has curvature 1/3, its gradient in both outputs is 1/3;
+        # entries in no product have none
         np.testing.assert_allclose(
             result.change_if_removed, np.full((1, 3), 2 * (1 / 3) / (1 / 3 + 0.5)), rtol=1e-5
         )
@@ -341,7 +348,8 @@ def test_errors_say_what_and_where():
         )
         influence.influence(whole(), other, params, batches[0], batches, measurement=objective)
     with refused(
-        r"the measurement of one query, given as a batch of one, must return a real scalar, got float32\[1, 2\]",
+        "the measurement of one query, given as a batch of one, "
+        r"must return a real scalar, got float32\[1, 2\]",
         TypeError,
     ):
         run(measure=lambda p, query: objective.outputs(p, query[0]))
@@ -392,7 +400,8 @@ def test_errors_say_what_and_where():
     ):
         run(method="lissa")
     with refused(
-        "a fit of 'ekfac' serves 'ekfac', 'kfac', 'cg', 'identity'; 'diagonal' needs one of 'diagonal'"
+        "a fit of 'ekfac' serves 'ekfac', 'kfac', 'cg', 'identity'; "
+        "'diagonal' needs one of 'diagonal'"
     ):
         run(method="diagonal")
     with refused("self_influence goes by the methods .* got 'cg'"):

@@ -1,4 +1,6 @@
-"""Influence against retraining: linear and logistic regression, the linear datamodeling score, and the filter for texts."""
+"""Influence against retraining: linear and logistic regression, the linear datamodeling score,
+and the filter for texts.
+"""
 
 import functools
 import math
@@ -34,7 +36,9 @@ def regression(kind):
     )
 
     def train(key, there):
-        """Minimize the sum over the examples that are there, over the number of all, and the penalty, by Newton's steps."""
+        """Minimize the sum over the examples that are there, over the number of all,
+        and the penalty, by Newton's steps.
+        """
         del key
         own = lambda w, x, y: objective(w[:, None], (x[None], y[None]))
         value = lambda w: (
@@ -59,7 +63,8 @@ def test_scores_are_the_change_when_an_example_is_left_out(kind):
         objective, layout, params, [batch], jax.random.key(0), fisher="exact", progress=False
     )
     solver = functools.partial(curvax.cg, tol=1e-10)
-    # The Gauss-Newton matrix of both is the Hessian. In one block with one output EK-FAC is exact if its eigenvectors are.
+    # The Gauss-Newton matrix of both is the Hessian.
+    # In one block with one output EK-FAC is exact if its eigenvectors are.
     for method in ("cg", "ekfac")[: 1 + (kind == "linear")]:
         scores, _ = influence.influence(
             fit,

@@ -1,4 +1,6 @@
-"""Optimal brain surgeon against its identities on dense matrices; patterns; that pruning keeps a network's accuracy."""
+"""Optimal brain surgeon against its identities on dense matrices; patterns;
+that pruning keeps a network's accuracy.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""Quantizers by their definition; sensitivities against dense blocks and the true loss; allocation against brute force."""
+"""Quantizers by their definition; sensitivities against dense blocks and the true loss;
+allocation against brute force.
+"""
 
 import functools
 import itertools
@@ -175,7 +177,9 @@ def test_omega_ranks_assignments_of_widths_as_the_loss_does():
 
 
 def test_hawq_is_the_top_eigenvalue_by_number_of_weights():
-    """Of a layer of two leaves, with a bias left out; the model is linear, so its curvature is that of the inputs."""
+    """Of a layer of two leaves, with a bias left out;
+    the model is linear, so its curvature is that of the inputs.
+    """
     x = jnp.array([[2.0, 0, 0, 1], [0, 4, 0, 1], [0, 0, 1, 1]])
     params = {"w": jnp.array([[0.5], [-1.0]]), "u": jnp.array([[0.25]]), "b": jnp.ones(1)}
     model = lambda p, x: x @ jnp.concatenate([p["w"], p["u"], p["b"][None]])

@@ -39,7 +39,9 @@ def test_numbers_are_those_of_the_whole_data_set(size, x64):
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_threshold_of_sgd_is_where_its_second_moment_grows(size, x64):
-    """Orthogonal gradients of equal length: 0.95 of the reported rate contracts, 1.05 of it expands."""
+    """Orthogonal gradients of equal length: 0.95 of the reported rate contracts,
+    1.05 of it expands.
+    """
     n, s = 8, 3.0
     x = jnp.sqrt(s) * jnp.eye(n)
     objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -48,7 +50,9 @@ def test_the_threshold_of_sgd_is_where_its_second_moment_grows(size, x64):
     np.testing.assert_allclose(report.trace.mean, s, rtol=1e-12)
 
     def second_moment(share):
-        """Simulate one step from all ones, with many batches drawn with replacement: the mean of w_i^2."""
+        """Simulate one step from all ones, with many batches drawn with replacement:
+        the mean of w_i^2.
+        """
         rate = share * report.max_sgd
         draws = jax.random.randint(jax.random.key(0), (200_000, size), 0, n)
         counts = jax.vmap(lambda d: jnp.zeros(n).at[d].add(1))(draws)

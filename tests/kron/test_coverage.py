@@ -1,4 +1,6 @@
-"""Every leaf of every model is found, and its taps give the model's own gradients, example by example."""
+"""Every leaf of every model is found, and its taps give the model's own gradients,
+example by example.
+"""
 
 import functools
 
@@ -34,7 +36,9 @@ def by_path(tree):
 
 # e: examples, s: stack, n: positions, i: inputs, o: outputs
 def from_taps(block, inputs, cotangents):
-    """Gradients `[e, s, i, o]` and `[e, s, o]` of kernel and bias, from what the uses were given and their cotangents."""
+    """Gradients `[e, s, i, o]` and `[e, s, o]` of kernel and bias,
+    from what the uses were given and their cotangents.
+    """
     kernel, bias = [], []
     for member, a, g in zip(block.uses, inputs, cotangents, strict=True):
         if member.kind == "lookup":
@@ -58,7 +62,9 @@ def from_gradients(block, gradients):
 
 
 def check_taps(case, objective, layout, tolerance):
-    """Assert that taps of the whole batch, and of each example by itself, give the gradients of plain autodiff."""
+    """Assert that taps of the whole batch, and of each example by itself,
+    give the gradients of plain autodiff.
+    """
     outputs = jax.eval_shape(case.model, case.params, case.inputs)
     r = np.asarray(zoo._normal(5, *outputs.shape)).astype(outputs.dtype)
     of_row = np.eye(len(r), dtype=r.dtype).reshape(len(r), len(r), *[1] * (r.ndim - 1))
@@ -159,7 +165,9 @@ def in_the_carry(p, x):
 
 
 def scan_in_scan(p, x):
-    """Layers in groups; each of their kernels and biases belongs to a layer, to a group, or to all."""
+    """Layers in groups; each of their kernels and biases belongs to a layer,
+    to a group, or to all.
+    """
 
     def group(h, q):
         def layer(h, r):
@@ -370,7 +378,10 @@ def test_layout_by_choice():
         make(sharing={"['w']": "pool"})
     with pytest.raises(
         ValueError,
-        match=r"no leaf's path begins with \"\['q'\]\"; the paths are \['b'\], \['scale'\], \['w'\]",
+        match=(
+            r"no leaf's path begins with \"\['q'\]\"; the paths are \['b'\], "
+            r"\['scale'\], \['w'\]"
+        ),
     ):
         make(sharing={"['q']": "reduce"})
     with pytest.raises(ValueError, match="max_dim must be an integer of at least 1, got 0"):
@@ -403,7 +414,10 @@ def test_edited_layout():
         layout.edit("['q']", sharing="reduce")
     with pytest.raises(
         ValueError,
-        match=r"unknown change 'side'; valid: 'a_structure', 'g_structure', 'sharing', 'two_products', 'kind'",
+        match=(
+            "unknown change 'side'; valid: 'a_structure', 'g_structure', 'sharing', "
+            "'two_products', 'kind'"
+        ),
     ):
         layout.edit("['w']", side="full")
     with pytest.raises(

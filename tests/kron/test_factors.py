@@ -1,4 +1,6 @@
-"""Factors: equal to dense Gauss-Newton blocks where K-FAC is exact, else to sums written out; and how they add up."""
+"""Factors: equal to dense Gauss-Newton blocks where K-FAC is exact, else to sums written out;
+and how they add up.
+"""
 
 import functools
 
@@ -115,7 +117,9 @@ def network(setting, layer):
 
 
 def kronecker_and_dense(case, layout):
-    """For every block A x G of each slice, and the block of the Gauss-Newton matrix; rows (in, out) in order."""
+    """For every block A x G of each slice, and the block of the Gauss-Newton matrix;
+    rows (in, out) in order.
+    """
     _, unravel = ravel_pytree(case.params)
     J = jax.vmap(unravel)(oracle.jacobian(case))
     J = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(J)}
@@ -208,7 +212,9 @@ def test_exact_in_convolutions_and_lookups(kind, sharing):
 
 
 def sequences(mask=True):
-    """Two layers over positions that depend on those before; one leaf in no block; labels of which some are missing."""
+    """Two layers over positions that depend on those before; one leaf in no block;
+    labels of which some are missing.
+    """
 
     def model(p, x):
         h = jnp.tanh((x @ p["w"] + p["b"]) * p["scale"])
@@ -329,7 +335,9 @@ def test_shared_inputs_are_those_of_every_example():
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 def test_padding_counts_nowhere(fisher):
-    """As if it were not there: in each position a batch of its own (expand), in sums over each example (reduce)."""
+    """As if it were not there: in each position a batch of its own (expand),
+    in sums over each example (reduce).
+    """
     case = sequences()
     x, labels = case.batch
     params = {"w": case.params["w"], "b": case.params["b"]}
@@ -464,7 +472,9 @@ def test_inputs_of_a_table_are_the_frequencies_of_its_rows():
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_tied_table_has_factors_of_both_uses(biased):
-    """With a bias of the logits the kernel is the table's transpose, and it is the lookup that is transposed."""
+    """With a bias of the logits the kernel is the table's transpose,
+    and it is the lookup that is transposed.
+    """
     ids, labels = np.random.default_rng(0).integers(5, size=(2, 4, 3))
     params = {"table": normal(1, 5, 3)} | ({"bias": normal(2, 5)} if biased else {})
     model = lambda p, ids: jnp.tanh(p["table"][ids]) @ p["table"].T + p.get("bias", 0)

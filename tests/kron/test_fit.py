@@ -14,7 +14,7 @@ from cases import CASES
 import curvax
 from curvax._batch import batch_size, map_rows
 from curvax.apps import influence
-from curvax.kron._factors import PassOptions
+from curvax.kron._accumulate import PassOptions
 from curvax.kron._fit import fit_passes
 from curvax.kron._fit_passes import CovariancePass, EigenbasisPass, MomentPass, moment_passes
 

@@ -1,4 +1,6 @@
-"""Damped inverses and moments against dense matrices, made in NumPy from factors or from the Gauss-Newton matrix."""
+"""Damped inverses and moments against dense matrices,
+made in NumPy from factors or from the Gauss-Newton matrix.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -49,7 +51,9 @@ def draw(shapes):
 
 
 def indices(block, params):
-    """Which rows of dense matrices, in the order of `ravel_pytree`, are the entries of a block: `[stack, in, out]`."""
+    """Which rows of dense matrices, in the order of `ravel_pytree`, are the entries of a block:
+    `[stack, in, out]`.
+    """
     sizes = [x.size for x in jax.tree.leaves(params)]
     starts = np.cumsum([0, *sizes])
     leaves = {
@@ -103,7 +107,9 @@ def to_power(matrix, power):
 
 
 def damped_power(block, a, g, damping, power, scheme):
-    """A power of `A x G + damping I`, or of the product of damped sides; exact where the damping needs no splitting."""
+    """A power of `A x G + damping I`, or of the product of damped sides;
+    exact where the damping needs no splitting.
+    """
     n, m = len(a), len(g)
     if scheme == "exact" or 1 in (n, m) or "identity" in (block.a_structure, block.g_structure):
         return to_power(np.kron(a, g) + damping * np.eye(n * m), power)
@@ -203,7 +209,9 @@ def garden():
 
 
 def drawn_factors(layout, params):
-    """Factors with positive semidefinite sides, of which some are without full rank, and weights of all kinds."""
+    """Factors with positive semidefinite sides, of which some are without full rank,
+    and weights of all kinds.
+    """
     rng = np.random.default_rng(7)
 
     def side(factor):
@@ -328,7 +336,9 @@ def test_rank_deficient_factors_in_float32(scheme):
 
 @pytest.mark.parametrize("size", [1, 5, 64, 65, 200, 300])
 def test_inverse_of_a_side(size):
-    """Above 256 rows one triangle is computed and mirrored; below, it is one product, whose bits the backend decides."""
+    """Above 256 rows one triangle is computed and mirrored;
+    below, it is one product, whose bits the backend decides.
+    """
     x = np.random.default_rng(size).normal(size=(2, size, 2 * size))
     side = x @ x.swapaxes(1, 2) / size + np.eye(size) / 10
     invert = jax.jit(lambda x: Full(x).inverse().matrix)
@@ -350,13 +360,17 @@ def test_inverse_of_a_side(size):
 
 
 def rayleigh(matrix):
-    """The Rayleigh quotient of the column with the largest diagonal entry, which power iteration exceeds."""
+    """The Rayleigh quotient of the column with the largest diagonal entry,
+    which power iteration exceeds.
+    """
     column = matrix[:, np.argmax(np.diag(matrix))]
     return column @ matrix @ column / (column @ column)
 
 
 def test_inverses_and_extreme_eigenvalues_of_many_sides():
-    """Of some that are worked on together, padded; one that cannot be inverted does not spoil the others."""
+    """Of some that are worked on together, padded; one that cannot be inverted does not
+    spoil the others.
+    """
     rng, matrices = np.random.default_rng(0), []
     for stack, size in ((2, 5), (1, 5), (1, 70), (2, 100), (1, 128), (1, 129)):
         x = rng.normal(size=(stack, size, 2 * size))
@@ -439,7 +453,7 @@ def test_errors_say_what_and_where():
         matvec(params | {"more": jnp.zeros(4)})
 
 
-# -- EK-FAC --------------------------------------------------------------------------------------------------------------
+# -- EK-FAC ------------------------------------------------------------------------------------
 
 
 def of_case(name, **options):
@@ -483,7 +497,9 @@ def tied_lookup():
 
 
 def tied_lookup_with_bias():
-    """The same with a bias on the logits: the kernel is the table's transpose, and the lookup the transposed use."""
+    """The same with a bias on the logits: the kernel is the table's transpose,
+    and the lookup the transposed use.
+    """
     model = lambda p, ids: jnp.tanh(p["table"][ids]).sum(1) @ p["table"].T + p["b"]
     return with_labels(model, {"table": (4, 3), "b": (4,)}, jnp.arange(15).reshape(5, 3) % 4)
 
@@ -551,7 +567,9 @@ def rotations(block, basis):
 
 @pytest.mark.parametrize("name, fisher", EXACT_AND_EMPIRICAL)
 def test_moments_are_the_diagonal_of_the_fisher_in_the_eigenbasis(name, fisher, monkeypatch):
-    """And so EK-FAC has the Fisher's trace, and of all matrices diagonal there is nearest to it: nearer than K-FAC."""
+    """And so EK-FAC has the Fisher's trace, and of all matrices diagonal there is nearest to it:
+    nearer than K-FAC.
+    """
     problem = PROBLEMS[name]()
     objective, params, batch, _ = problem
     layout = problem.layout()

@@ -35,7 +35,9 @@ def adahessian(
 
 
 def sophia(theta, gradient, curvature, num_steps, *, lr, b1, b2, gamma, eps, weight_decay, every):
-    """The list of parameters after each Sophia step, the curvature refreshed first when t % every == 0."""
+    """The list of parameters after each Sophia step,
+    the curvature refreshed first when t % every == 0.
+    """
     theta, m, h, path = _copy(theta), _zeros(theta), _zeros(theta), []
     for t in range(num_steps):
         g, new = _copy(gradient(theta, t)), {}
@@ -67,7 +69,9 @@ def sophia_hutchinson(hvp, probes):
 
 
 def spatial_mean(name, d):
-    """The mean over a dense kernel's input axis or a convolution kernel's spatial axes (Flax layouts)."""
+    """The mean over a dense kernel's input axis or a convolution kernel's spatial axes
+    (Flax layouts).
+    """
     if d.ndim < 2:
         return d
     axes = 0 if d.ndim == 2 else tuple(range(d.ndim - 2))
@@ -75,7 +79,9 @@ def spatial_mean(name, d):
 
 
 def block_mean(size):
-    """The average(name, d) over consecutive row-major groups of `size` entries, the last possibly shorter."""
+    """The average(name, d) over consecutive row-major groups of `size` entries,
+    the last possibly shorter.
+    """
 
     def average(name, d):
         flat, out = d.reshape(-1), np.empty(d.size)
@@ -89,7 +95,8 @@ def block_mean(size):
 def levenberg_marquardt(
     theta, loss, gradient, curvature, step, num_steps, *, damping, every, factor
 ):
-    """The list of (theta, m, damping, rho, accepted) after each step; `step(g, m, damping)` gives d and the next m.
+    """The list of (theta, m, damping, rho, accepted) after each step;
+    `step(g, m, damping)` gives d and the next m.
 
     Steps between trials have rho None.
     """

@@ -1,4 +1,6 @@
-"""K-FAC and EK-FAC step by step against NumPy, and the wrappers that choose damping, rate, momentum and rows."""
+"""K-FAC and EK-FAC step by step against NumPy, and the wrappers that choose damping, rate,
+momentum and rows.
+"""
 
 import functools
 import itertools
@@ -129,7 +131,9 @@ def damped(a, g, damping, scheme):
 
 
 def rayleigh(matrix):
-    """The Rayleigh quotient of the column with the largest diagonal entry: the largest eigenvalue is above."""
+    """The Rayleigh quotient of the column with the largest diagonal entry:
+    the largest eigenvalue is above.
+    """
     column = matrix[:, np.argmax(np.diag(matrix))]
     return column @ matrix @ column / (column @ column)
 
@@ -221,7 +225,9 @@ def test_rows_of_ekfac_give_the_moments():
 
 
 def test_momentum_and_learning_rate():
-    """A sum of past steps that decays, times a rate that may be a schedule; without momentum, no buffer."""
+    """A sum of past steps that decays, times a rate that may be a schedule;
+    without momentum, no buffer.
+    """
     rate, batch = lambda count: 0.5**count, (normal(0, 9, 3), normal(1, 9, 2))
     build = functools.partial(
         curvax.kfac, objective=LINEAR, layout=LINEAR_LAYOUT, damping=DAMPING, max_kl=None, seed=3
@@ -243,7 +249,7 @@ def test_momentum_and_learning_rate():
     assert size(tx, params) - size(still, params) == 8
 
 
-# -- schedules, guards ---------------------------------------------------------------------------------------------------
+# -- schedules, guards -------------------------------------------------------------------------
 
 
 def test_stagger_inverts_all_at_first_and_then_each_share_in_its_turn():
@@ -335,7 +341,9 @@ def test_what_is_not_finite_stays_out_of_the_state(name):
 
 @every_rule
 def test_the_first_curvature_is_inverted_whenever_it_comes(name):
-    """Also if it comes late, or the one before was not finite: the updates are zero only while there is none."""
+    """Also if it comes late, or the one before was not finite:
+    the updates are zero only while there is none.
+    """
     rule = RULES[name](LAYOUT, DAMPING, inverse_every=10)
     update = jax.jit(rule.update)
     good = jax.jit(ESTIMATORS[name])(PARAMS, BATCHES[0], jax.random.key(0))
@@ -349,7 +357,9 @@ def test_the_first_curvature_is_inverted_whenever_it_comes(name):
 
 
 def linear_problem():
-    """Params of the linear model, which are the gradient too, a rule for it, and inverses to compare with."""
+    """Params of the linear model, which are the gradient too, a rule for it,
+    and inverses to compare with.
+    """
     params = {"w": normal(0, 3, 2), "b": normal(1, 2)}
     invert = jax.jit(
         lambda factors, damping: curvax.kron_inverse(LINEAR_LAYOUT, factors, damping)(params)
@@ -414,7 +424,7 @@ def test_fallback_for_leaves_in_no_block():
     assert optax.tree.get(state, "curvature").diagonal == {}  # nothing is held for what Adam has
 
 
-# -- what K-FAC is for ---------------------------------------------------------------------------------------------------
+# -- what K-FAC is for -------------------------------------------------------------------------
 
 
 def test_one_step_solves_a_linear_least_squares_problem():
@@ -436,7 +446,9 @@ def test_one_step_solves_a_linear_least_squares_problem():
 
 @pytest.mark.parametrize("scheme", ["factored", "exact"])
 def test_kfac_does_not_see_affine_maps_of_a_layers_inputs(scheme):
-    """Without damping. Each layer's inputs are mapped, and its initial weights so that the model is the same."""
+    """Without damping. Each layer's inputs are mapped,
+    and its initial weights so that the model is the same.
+    """
 
     def model(p, inputs):
         (t1, c1), (t2, c2) = inputs["maps"]
@@ -492,7 +504,7 @@ def test_ekfac_trains_a_sequence_model():
     assert info.num_nonfinite == 0 and not any(info.num_failures.values())
 
 
-# -- wrappers ------------------------------------------------------------------------------------------------------------
+# -- wrappers ----------------------------------------------------------------------------------
 
 
 def damped_descent():
@@ -664,7 +676,9 @@ def test_kl_clip_shortens_by_its_formula():
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_one_liner_limits_the_step_before_momentum(name):
-    """`max_kl` is `kl_clip` with the optimizer's own rate, a schedule too; the momentum comes after."""
+    """`max_kl` is `kl_clip` with the optimizer's own rate, a schedule too;
+    the momentum comes after.
+    """
     scale_by = {"kfac": curvax.scale_by_kfac, "ekfac": curvax.scale_by_ekfac}[name]
     rate = lambda count: 3.0 / (count + 1)
     one_liner = getattr(curvax, name)(
@@ -706,7 +720,7 @@ def test_on_fraction_takes_rows_at_equal_distances():
         assert got["all"].value.tolist() == list(range(5))
 
 
-# -- cost ----------------------------------------------------------------------------------------------------------------
+# -- cost --------------------------------------------------------------------------------------
 
 
 def size(tx, params):
@@ -732,7 +746,9 @@ def test_the_states_take_what_the_documentation_says():
 
 
 def test_at_interval_1_nothing_is_conditional_and_one_forward_pass_serves_both():
-    """Bound: the parts by themselves, less nearly all of a forward pass; each part has one of its own."""
+    """Bound: the parts by themselves, less nearly all of a forward pass;
+    each part has one of its own.
+    """
     with jax.enable_x64(False):
         shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
         params = [shape(32, 64), shape(64, 8)]
@@ -765,7 +781,7 @@ def test_at_interval_1_nothing_is_conditional_and_one_forward_pass_serves_both()
         assert "cond[" in text(curvature_every=2) and "cond[" in text(inverse_every=2)
 
 
-# -- errors --------------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale_by", [curvax.scale_by_kfac, curvax.scale_by_ekfac])

@@ -1,4 +1,6 @@
-"""M-FAC over steps: against the dense inverse, in optax wrappers, sharded, and in bounded memory."""
+"""M-FAC over steps: against the dense inverse, in optax wrappers, sharded,
+and in bounded memory.
+"""
 
 import functools
 
@@ -77,7 +79,9 @@ def test_every_step_is_the_dense_inverse_with_the_new_gradient_in_it(divisor, x6
 
 
 def test_a_small_damping_costs_no_digits_of_the_step():
-    """`v / damping` and its projection would cancel: in float32 at 1e-6 of the largest eigenvalue nothing would be left."""
+    """`v / damping` and its projection would cancel:
+    in float32 at 1e-6 of the largest eigenvalue nothing would be left.
+    """
     taken, _ = run(curvax.scale_by_mfac(SIZE, 1e-5), 6)
     want = expected([flat(gradient(i)) for i in range(6)], SIZE, 1e-5)
     np.testing.assert_allclose(taken[-1], want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
@@ -117,7 +121,9 @@ def test_schedules_of_damping_and_rate():
 
 
 def test_wrappers_of_optax():
-    """masked and partition see a window of their own leaves alone; MultiSteps one of averaged gradients."""
+    """masked and partition see a window of their own leaves alone;
+    MultiSteps one of averaged gradients.
+    """
     alone = UPDATE(gradient(0)["w"], RULE.init(PARAMS["w"]))[0]
     masked = optax.masked(RULE, {"w": True, "b": False})
     u, state = jax.jit(masked.update)(gradient(0), masked.init(PARAMS))
@@ -158,7 +164,9 @@ def test_scan_vmap_and_bfloat16():
 
 
 def test_eight_devices_equal_one_and_never_gather_the_window():
-    """Leaves sharded on different axes: the state is sharded as they are, and what crosses devices is m numbers."""
+    """Leaves sharded on different axes: the state is sharded as they are,
+    and what crosses devices is m numbers.
+    """
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     shardings = {"w": NamedSharding(mesh, P("x", "y")), "b": NamedSharding(mesh, P("y"))}
     params = jax.device_put(PARAMS, shardings)
@@ -187,7 +195,9 @@ def test_eight_devices_equal_one_and_never_gather_the_window():
 
 @pytest.mark.parametrize(("dtype", "bound"), [(None, 0.15), (jnp.bfloat16, 1.15)])
 def test_a_step_works_in_little_memory_beside_the_window(dtype, bound):
-    """With the state donated: no second copy of the m d numbers; of 16-bit ones, CPUs make one, but none in float32."""
+    """With the state donated: no second copy of the m d numbers;
+    of 16-bit ones, CPUs make one, but none in float32.
+    """
     params = {"w": jnp.zeros((500, 200)), "b": jnp.zeros(1000)}
     tx = curvax.scale_by_mfac(64, 1e-3, dtype=dtype)
     state = jax.eval_shape(tx.init, params)

@@ -1,4 +1,6 @@
-"""Methods that solve in every step: against dense steps in float64, at saddles, and in optax's wrappers."""
+"""Methods that solve in every step: against dense steps in float64, at saddles,
+and in optax's wrappers.
+"""
 
 import functools
 import itertools
@@ -84,7 +86,9 @@ COVERED += [
 
 @pytest.mark.parametrize(("name", "of"), COVERED)
 def test_step_equals_the_dense_one(name, of, x64):
-    """Softmax, several heads, squared error with aux, sigmoid; singular Gauss-Newton matrices and indefinite Hessians."""
+    """Softmax, several heads, squared error with aux, sigmoid;
+    singular Gauss-Newton matrices and indefinite Hessians.
+    """
     case, gradient, matrices = problem(of)
     build, product, absolute = METHODS[name]
     got, state = first_step(build(case.objective), case)
@@ -119,7 +123,9 @@ def saddle():
     "build", [curvax.saddle_free_newton, curvax.lazy_newton], ids=lambda f: f.__name__
 )
 def test_saddle_free_methods_escape(build, x64):
-    """`(x^2 - y^2) / 2` from (1, 1e-3), damping 1e-3: x goes to 0, y about doubles, to 4.1 after 12 steps."""
+    """`(x^2 - y^2) / 2` from (1, 1e-3), damping 1e-3:
+    x goes to 0, y about doubles, to 4.1 after 12 steps.
+    """
     case = saddle()
     tx = build(1.0, case.objective, damping=1e-3)
     params, state, step = case.params, tx.init(case.params), stepping(tx, case)
@@ -147,7 +153,9 @@ def test_lazy_newton_keeps_the_matrix_and_takes_fresh_gradients(x64):
 
 
 def test_levenberg_marquardt_rejects_and_leaves_all_as_it_was():
-    """A loss on which the full step overshoots: all stays bitwise, damping grows until a step is taken."""
+    """A loss on which the full step overshoots: all stays bitwise,
+    damping grows until a step is taken.
+    """
     case = bowl()
     objective = case.objective
     for inner in (
@@ -172,7 +180,9 @@ def test_levenberg_marquardt_rejects_and_leaves_all_as_it_was():
 
 
 def penalized():
-    """Regularized logistic regression: the penalty is a second head whose outputs are the parameters."""
+    """Regularized logistic regression: the penalty is a second head whose outputs are
+    the parameters.
+    """
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(200, 20)), rng.integers(0, 2, (200, 1))
     penalty = curvax.losses.from_function(lambda f, _: jnp.mean(jnp.sum(f**2, axis=-1)) / 2)
@@ -215,7 +225,9 @@ def bowl():
 
 
 def test_gradient_regularized_newton_rejects_what_it_cannot_lower():
-    """Too large a radius for the trials of one update: nothing moves but gamma, and the fresh Hessian is kept."""
+    """Too large a radius for the trials of one update:
+    nothing moves but gamma, and the fresh Hessian is kept.
+    """
     case = bowl()
     tx = curvax.gradient_regularized_newton(
         case.objective, gamma=1e4, max_trials=2, curvature_every=20

@@ -1,4 +1,6 @@
-"""Trajectories against NumPy transcriptions of the published algorithms, and what the methods promise by formula."""
+"""Trajectories against NumPy transcriptions of the published algorithms,
+and what the methods promise by formula.
+"""
 
 import functools
 import itertools
@@ -180,7 +182,9 @@ def test_sophias_clip_bound_fraction_and_unclipped_step():
 
 
 def test_curvature_every_counts_refreshes_in_the_bias_correction():
-    """With a constant curvature the held average, corrected, is that curvature whenever refreshed."""
+    """With a constant curvature the held average, corrected,
+    is that curvature whenever refreshed.
+    """
     rule = curvax.scale_by_adahessian(b1=0.0, b2=0.9, eps=0.0)
     state, update = rule.init(jnp.zeros(2)), jax.jit(rule.update)
     for curvature in (jnp.array([2.0, 4.0]), None, None, jnp.array([2.0, 4.0]), None):

@@ -1,4 +1,6 @@
-"""Optimizers as their docstrings call them, trained for a few hundred mini-batch steps: none may diverge."""
+"""Optimizers as their docstrings call them, trained for a few hundred mini-batch steps:
+none may diverge.
+"""
 
 import functools
 
@@ -49,7 +51,9 @@ def task(module):
 
 
 def train(tx, objective, params):
-    """Train on random mini-batches; return the loss of all data before and after, and that of every batch."""
+    """Train on random mini-batches; return the loss of all data before and after,
+    and that of every batch.
+    """
     images, labels = digits()
     drawn = np.random.default_rng(0).integers(0, len(labels), (NUM_STEPS, BATCH_SIZE))
 

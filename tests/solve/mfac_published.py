@@ -4,7 +4,9 @@ import numpy as np
 
 
 def static_inverse(G, damping, x):
-    """Apply the inverse by vectors `v_i = F_{i-1}^-1 g_i`, built one after another (the static algorithm)."""
+    """Apply the inverse by vectors `v_i = F_{i-1}^-1 g_i`,
+    built one after another (the static algorithm).
+    """
     m, v, q = len(G), [], []
     for g in G:
         u = g / damping
@@ -19,7 +21,9 @@ def static_inverse(G, damping, x):
 
 
 def dynamic_inverse(G, damping, x):
-    """Apply the inverse by the matrices D and B, which come from inner products alone (the dynamic algorithm)."""
+    """Apply the inverse by the matrices D and B, which come from inner products alone (the
+    dynamic algorithm).
+    """
     m, dtype = len(G), G.dtype
     S = G @ G.T
     U = m * np.eye(m, dtype=dtype) + S / dtype.type(damping)

@@ -1,4 +1,6 @@
-"""Elements, diagonals and blocks of the inverse against the dense inverse; collecting from a stream."""
+"""Elements, diagonals and blocks of the inverse against the dense inverse;
+collecting from a stream.
+"""
 
 import functools
 

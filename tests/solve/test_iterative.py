@@ -51,7 +51,8 @@ def test_solves_equal_dense_ones(solver, name, kind, x64):
     _, b, matrix = problem(name, kind)
     b = oracle.flat(b)
     lowest = np.linalg.eigvalsh(matrix)[0]
-    # definite for cg and neumann, whose number of terms grows with the condition; as it is for minres
+    # definite for cg and neumann, whose number of terms grows with the condition;
+    # as it is for minres
     damping = 1e-2 if solver is curvax.solve.minres else 0.3 - min(lowest, 0)
     x, info = solve(solver, matrix, b, damping)
     want = np.linalg.solve(matrix + damping * np.eye(len(matrix)), b)
@@ -310,7 +311,9 @@ def test_lineax_takes_our_products_and_we_take_its_operators(x64):
 
 
 def test_products_over_batches_on_the_host(x64):
-    """A data set in batches, the last one ragged: the same solution as that of the whole, by loops in Python."""
+    """A data set in batches, the last one ragged: the same solution as that of the whole,
+    by loops in Python.
+    """
     case = cases.masked_sequence()
     batches = [jax.tree.map(lambda x, i=i: x[i : i + 2], case.batch) for i in (0, 2, 4)]
     matvec = curvax.products.streamed(curvax.ggnvp, case.objective, case.params, batches)

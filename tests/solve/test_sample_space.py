@@ -1,4 +1,6 @@
-"""The Gauss-Newton matrix in sample space, and solves with it, against dense matrices in float64."""
+"""The Gauss-Newton matrix in sample space, and solves with it,
+against dense matrices in float64.
+"""
 
 import functools
 
@@ -124,7 +126,9 @@ def test_the_smaller_space_is_chosen(x64):
 
 
 def test_float32_solves_are_accurate_down_to_small_damping():
-    """Through the gradient's own coordinates; a difference divided by damping would lose all digits."""
+    """Through the gradient's own coordinates; a difference divided by damping would
+    lose all digits.
+    """
     x, w = (
         jax.random.normal(jax.random.key(0), (6, 40)),
         jax.random.normal(jax.random.key(1), (40, 3)),

@@ -106,7 +106,9 @@ def test_rows_in_bfloat16_are_those_that_the_gram_matrix_is_of():
 
 
 def test_damping_below_the_precision_is_raised_to_it():
-    """In float32, rows of rank 1 and next to no damping: still finite, and the same as with what it is raised to."""
+    """In float32, rows of rank 1 and next to no damping:
+    still finite, and the same as with what it is raised to.
+    """
     window = curvax.solve.window_of(
         jnp.ones((4, 3), jnp.float32) * jnp.arange(1.0, 5, dtype=jnp.float32)[:, None]
     )

@@ -199,7 +199,9 @@ def test_sharded_over_eight_devices_equals_one():
 
 
 def test_memory_is_one_basis_whatever_the_probes():
-    """80 steps with 10 probes in 85 copies of the params: a step more is a copy more, a probe more is none."""
+    """80 steps with 10 probes in 85 copies of the params:
+    a step more is a copy more, a probe more is none.
+    """
     like = {"w": jnp.ones((100, 80)), "v": jnp.ones((80, 50)), "b": jnp.ones(100)}
     size = sum(x.nbytes for x in jax.tree.leaves(like))
 
@@ -237,7 +239,10 @@ def test_errors_say_what_and_where():
         spectral_density(identity, params(), KEY)
     with pytest.raises(
         TypeError,
-        match=r"sampler must be a function \(key, params\) -> z, such as .*rademacher.*got 'normal'",
+        match=(
+            r"sampler must be a function \(key, params\) -> z, "
+            "such as .*rademacher.*got 'normal'"
+        ),
     ):
         spectral_density(identity, params(), KEY, 1, 4, sampler="normal")
     with pytest.raises(ValueError, match="damping must be positive, got -1"):

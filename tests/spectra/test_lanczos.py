@@ -108,7 +108,9 @@ def test_lanczos_relation_holds_on_an_orthonormal_basis(name, steps):
 
 
 def test_where_the_krylov_space_ends():
-    """Rank 4 with one repeated eigenvalue, and the kernel: four steps. Then random rows, or zero ones without a key."""
+    """Rank 4 with one repeated eigenvalue, and the kernel: four steps.
+    Then random rows, or zero ones without a key.
+    """
     A, start = MATRICES["low_rank"], jax.random.normal(KEY, (DIMENSION,))
     found, bare = run_lanczos(12)(A, start), run_lanczos(12, keyed=False)(A, start)
     assert found.off_diagonal[3] == 0 and (found.off_diagonal[:3] > 0.1).all()
@@ -146,7 +148,9 @@ def test_eigenpairs_equal_those_of_the_dense_matrix(name, which):
 
 
 def test_repeated_eigenvalues_come_as_often_as_they_occur_at_a_loose_tolerance_too():
-    """A Krylov space holds each but once, and rounding does not help before the tolerance is met."""
+    """A Krylov space holds each but once, and rounding does not help before the
+    tolerance is met.
+    """
     (values, _), info = run_eigsh("largest")(MATRICES["repeated"], KEY, 1e-3)
     np.testing.assert_allclose(values, [5, 5, 5, 4.5], atol=1e-4)
     assert info.converged
@@ -209,7 +213,9 @@ def test_how_it_ended():
 
 
 def test_float32_is_orthogonal_to_its_precision_where_one_entry_is_large():
-    """Sums of 200,000 terms after a large one: accumulated in a row they would leave angles of 3e-5."""
+    """Sums of 200,000 terms after a large one: accumulated in a row they would leave
+    angles of 3e-5.
+    """
     size = 200_000
     diagonal = jax.random.normal(KEY, (size,), jnp.float32) ** 5
     start = jax.random.normal(jax.random.key(1), (size,), jnp.float32)
@@ -332,7 +338,9 @@ def test_overlap_and_fraction_equal_dense_projections():
 
 
 def test_outliers_are_as_many_as_classes_and_hold_the_gradient():
-    """A mixture of ten Gaussians and a hidden layer, after 200 steps of gradient descent (Gur-Ari et al., 2018)."""
+    """A mixture of ten Gaussians and a hidden layer,
+    after 200 steps of gradient descent (Gur-Ari et al., 2018).
+    """
     rng, classes = np.random.default_rng(0), 10
     centres = rng.normal(size=(classes, 40))
     labels = np.arange(500) % classes

@@ -1,4 +1,6 @@
-"""Traces and top eigenvalues of layers' blocks against dense matrices; a stream of batches against one batch."""
+"""Traces and top eigenvalues of layers' blocks against dense matrices;
+a stream of batches against one batch.
+"""
 
 import functools
 from typing import NamedTuple
@@ -125,7 +127,9 @@ def test_top_eigenvalues_are_those_of_the_blocks():
 
 
 def test_the_product_with_a_block_does_not_depend_on_how_it_is_compiled():
-    """XLA on CPUs returns garbage where a constant enters a matrix product in a fusion like this one."""
+    """XLA on CPUs returns garbage where a constant enters a matrix product in a fusion
+    like this one.
+    """
     keys, single = jax.random.split(jax.random.key(0), 4), jnp.float32
     shapes = ((512, 64), (64, 64), (64, 10), (64, 64))
     x, a, b, v = (
@@ -174,7 +178,9 @@ def split(batch, *sizes):
     ],
 )
 def test_a_stream_of_batches_equals_their_concatenation(name, sizes, product):
-    """With numbers of terms that differ from batch to batch, and from head to head; some have none."""
+    """With numbers of terms that differ from batch to batch, and from head to head;
+    some have none.
+    """
     case = CASES[name]()
     estimate = functools.partial(
         traces_over, case.objective, case.params, key=jax.random.key(0), num_probes=4

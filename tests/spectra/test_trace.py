@@ -1,4 +1,6 @@
-"""Hutch++ and XTrace: unbiased, with honest errors, exact on low rank, and better than Hutchinson where they should be."""
+"""Hutch++ and XTrace: unbiased, with honest errors, exact on low rank,
+and better than Hutchinson where they should be.
+"""
 
 import functools
 
