@@ -395,10 +395,11 @@ def custom_vjp_attention() -> Case:
 
 
 def input_gradient() -> Case:
-    """A network and its derivative in the inputs, which uses the kernels transposed and the
-    biases as before.
+    """A network and its derivative in the inputs,
+    which uses the kernels transposed and the biases as before.
 
-    The first product of the derivative is of `w2` and ones, which under vmap over examples have no axis of examples.
+    The first product of the derivative is of `w2` and ones,
+    which under vmap over examples have no axis of examples.
     """
 
     def network(params: Any, x: Any) -> Any:

@@ -183,8 +183,10 @@ def factor_sums(layout: Layout) -> Reduction:
         del capture
         outputs = {}
         for block in layout.blocks:
+            # G = sum g h': u and v pulled back to the block's outputs, with h = g for v None.
             h = None if v is None else v.blocks[block.name]
             outputs[block.name] = output_moments(block, u.blocks[block.name], h)
+        # With exact, u is a unit vector for every example alike: only v = S u is 0 at masked terms.
         blocks = (u if v is None else v).blocks
         return outputs, diagonal_sums(u, v), jax.tree.map(counted_positions, blocks)
 
@@ -208,6 +210,7 @@ def make_factors(inputs: Any, outputs: Any, squares: Any, terms: TermCounts) -> 
     """
     blocks = {}
     for name, (a, transposed_a) in inputs.items():
+        # G carries the scale of the loss and A has none: A x G is curvature of the mean loss.
         g, *transposed_g = [terms.factor(moment) for moment in outputs[name]]
         transposed = None if transposed_a is None else (transposed_a, *transposed_g)
         blocks[name] = BlockFactors(a, g, transposed)
@@ -248,6 +251,7 @@ def _over_chunks(
     position: StreamPosition,
 ) -> tuple[PyTree[Array], TermCounts]:
     """Sum a reduction over the chunks of a batch, each with its share of the mean loss."""
+    # Draws by example depend on a row's number in the stream, not on how batches cut the stream.
     rows = with_index(batch, position.first)
     totals, num_examples = position.totals, position.examples
     if totals is None:
@@ -265,6 +269,7 @@ def _over_chunks(
         sums, terms = of_chunk(rows)
     else:
         sums, terms = sum_over_chunks(of_chunk, rows, options.microbatch)
+    # Heads of a weighted sum count their terms apart; together they are a batch's weight.
     of_mean, of_batch = (
         jnp.asarray(sum(jax.tree.leaves(counts)))
         for counts in (terms if totals is None else totals, terms)
@@ -292,8 +297,11 @@ def _over_rounds(
     capture = record(plan, params, inputs)
     loss, outputs = objective.loss, capture.outputs
     terms = term_counts(loss, outputs, targets)
+    # A chunk's share of the mean is its own mean times (its terms / all terms).
     if totals is not None:
         loss = share_of(loss, terms, totals)
+    # Martens and Grosse (2015), section 5: targets that the model samples give the Fisher, those of
+    # the data the empirical Fisher, which is another matrix.
     if options.fisher == "mc":
         if not options.by_example and options.microbatch is not None:
             key = jax.random.fold_in(key, index[0])  # chunks draw apart, as examples would
@@ -313,6 +321,7 @@ def _over_rounds(
 
     if rounds.number == 1:  # one round needs no loop
         return reduction.finish(capture, one_round(jnp.int32(0))), terms
+    # More rounds are a loop, so that memory is that of one round, and the program too.
     shapes = jax.eval_shape(lambda: one_round(jnp.int32(0)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     step = fast_convs_in_loops(one_round)

@@ -33,6 +33,7 @@ def block_matrices(layout: Layout, tree: Params) -> dict[str, Float[Array, "s i 
       {"['w']": [[[1.0], [1.0], [0.0]]]}
     """
     check_layout(layout, tree)
+    # A block that is masked out has no arrays to read.
     return _read(present(layout, tree), tree_at_least_float32(tree))
 
 

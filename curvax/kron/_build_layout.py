@@ -128,6 +128,7 @@ def kron_layout(
     covered = _covered(blocks, shapes)
     leaves = []
     for path, shape in shapes.items():
+        # A leaf that the trace never meets has no reason of its own.
         reason = reasons.get(path, "does not influence the outputs")
         leaves.append(_leaf(path, shape, covered[path], reason, choices.unmatched[path].value))
     _refuse_errors(leaves)
@@ -154,6 +155,7 @@ def _by_path(
     """Resolve a choice for every path; `allowed` is None for a positive integer."""
     by_key = choice if isinstance(choice, Mapping) else {"": choice}
     for key, value in by_key.items():
+        # A key that no path begins with is a slip, which would otherwise choose nothing, unseen.
         if not any(path.startswith(key) for path in shapes):
             raise ValueError(
                 f"{name}: no leaf's path begins with {key!r}; the paths are {', '.join(shapes)}."
@@ -164,6 +166,7 @@ def _by_path(
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
     resolved = {}
     for path in shapes:
+        # A longer key names a smaller part of the tree, and so overrides the shorter ones.
         matching = [key for key in by_key if path.startswith(key)]
         longest = max(matching, key=len, default=None)
         value = DEFAULTS[name] if longest is None else by_key[longest]
@@ -193,6 +196,7 @@ def _block(name: str, kernel: Kernel, choices: Choices) -> Block:
 
     max_dim = chosen(choices.max_dim)
 
+    # A full factor of n rows takes n^2 memory and about n^3 time: too much beyond max_dim.
     def structure(size: int) -> str:
         return "full" if size <= max_dim else "diagonal"
 
@@ -239,6 +243,7 @@ def _leaf(path: str, shape: tuple[int, ...], covered: int, reason: str, choice: 
     if covered == 0:
         return Leaf(path=path, shape=shape, kind=choice, reason=reason)
     if covered == size:
-        return Leaf(path, shape, "kron")
+        return Leaf(path=path, shape=shape, kind="kron")
+    # Slices that enter no linear map are treated as a leaf in no block would be.
     partial = f"{size - covered} of {size} entries are in no linear map"
     return Leaf(path=path, shape=shape, kind="kron", rest=choice, reason=partial)

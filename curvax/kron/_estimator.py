@@ -37,6 +37,7 @@ def estimator(
       >>> tx = curvax.estimating(curvax.scale_by_kfac(layout), exact)
     """
 
+    # Layout and options are closed over: `estimating` calls every estimator in the same way.
     def estimate_curvature(params: Params, batch: Batch, key: PRNGKey) -> Any:
         return estimate(objective, layout, params, batch, key, **options)
 

@@ -31,6 +31,7 @@ class WeightedMean(NamedTuple):
     def mean(self) -> Array:
         """The mean; where nothing has been counted (0/0), zeros."""
         weight = jnp.where(self.weight > 0, self.weight, 1)
+        # A weight for each slice stands before the other axes of the sum.
         trailing = [1] * (self.total.ndim - weight.ndim)
         return self.total / weight.reshape(*weight.shape, *trailing)
 
@@ -98,6 +99,7 @@ def _averaged(average: T, new: T, decay: Any, complement: Any) -> T:
 
 def init_factors(layout: Layout, params: Params) -> Factors:
     """Return factors of no data: zeros, in at least float32."""
+    # Of weight 0, so that a merge with them changes nothing, and an average forgets them at once.
     leaves = by_path(params)
     blocks = {block.name: _init_block(block, leaves) for block in layout.blocks}
     diagonal = {}

@@ -85,6 +85,8 @@ def kron_inverse(
     check_choice("damping_scheme", damping_scheme, DAMPING_SCHEMES)
     _check_dampings(layout, factors, damping, power)
     operator = kron_operator(layout, factors, damping, damping_scheme, power)
+    # A pytree and no closure: jit traces its arrays as arguments, not as constants of a program.
+    # Spectra play no part in the product, and are not carried along.
     return Partial(partial(apply, layout), operator._replace(spectra={}))
 
 
@@ -93,8 +95,10 @@ def _check_dampings(
 ) -> None:
     """Raise unless damping is positive, and there is one for all that is damped."""
     if not isinstance(damping, Mapping):
+        # A positive power of a singular matrix is finite, so that it needs no damping.
         check_damping(damping, allow_zero=power > 0)
         return
+    # Slices of a stack are matrices apart, each with a damping; a leaf's diagonal has one.
     stacks = {block.name: (block.shape[0],) for block in layout.blocks}
     names = [*stacks, *factors.diagonal]
     for name in names:

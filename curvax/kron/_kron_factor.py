@@ -216,6 +216,7 @@ class Full:
 
     def as_multiple(self) -> PerSlice | None:
         """See `KronFactor`."""
+        # By the shape alone: values are not known when this is traced.
         return self.matrix[:, 0, 0] if self.size == 1 else None
 
     def damped(self, amount: Any) -> Full:
@@ -277,6 +278,7 @@ class Full:
 
     def largest_eigenvalue(self) -> PerSlice:
         """See `KronFactor`."""
+        # Eigenvalues would be exact at about 10 n^3; a bound takes two products with vectors.
         multiply = partial(jnp.einsum, "sij,sj->si", self.matrix, precision=lax.Precision.HIGHEST)
         return lower_bound_of_largest(multiply, self.diagonal())
 
@@ -294,6 +296,7 @@ class Full:
 
     def padded(self, size: int) -> Full:
         """Enlarge to `size` rows by the mean eigenvalue, which keeps the extreme ones."""
+        # The inverse of blockdiag(F, c I) is blockdiag(F^-1, I / c), from which F^-1 is cut out.
         missing = size - self.size
         is_old = jnp.arange(size) < self.size
         filled = jnp.where(is_old, 0, self.mean_eigenvalue()[:, None])
@@ -326,6 +329,7 @@ class Diagonal:
     @staticmethod
     def moment_of_counts(counts: Vectors, with_one: bool) -> Array:
         """See `KronFactor`."""
+        # The 1 of a bias meets other inputs beside the diagonal only, and that is not kept.
         del with_one
         return counts
 
@@ -366,6 +370,7 @@ class Diagonal:
 
     def eigh(self) -> Eigen:
         """See `KronFactor`."""
+        # The basis is Q = I, which None stands for: no product with it is ever computed.
         return Eigen(jnp.maximum(self.entries, 0), None)
 
     def pencil(self, other: Diagonal) -> Pencil:
@@ -422,6 +427,7 @@ class Identity:
     def second_moment(x: Rows, y: Rows | None) -> Array:
         """See `KronFactor`."""
         del y
+        # Nothing is measured, yet merging and averaging need an array of this shape.
         return jnp.zeros((x.shape[0], x.shape[2]), x.dtype)
 
     @staticmethod
@@ -438,6 +444,7 @@ class Identity:
     @classmethod
     def from_moment(cls, mean: Array) -> Identity:
         """See `KronFactor`."""
+        # The factor is I, whatever the moment is, which gives the shape and dtype only.
         return cls(jnp.ones(mean.shape[:1], mean.dtype), mean.shape[1])
 
     def trace(self) -> PerSlice:
@@ -474,6 +481,7 @@ class Identity:
 
     def logdet(self) -> PerSlice:
         """See `KronFactor`."""
+        # det(c I) = c^n
         return self.size * jnp.log(self.scale)
 
     def largest_eigenvalue(self) -> PerSlice:
@@ -557,6 +565,7 @@ def eigh_all(factors: Sequence[KronFactor]) -> list[Eigen]:
 
 def _invert(factor: KronFactor) -> Inverted:
     inverse = factor.inverse()
+    # The smallest eigenvalue of F is 1 / the largest of F^-1, which power iteration can bound.
     return Inverted(inverse, factor.largest_eigenvalue(), 1 / inverse.largest_eigenvalue())
 
 
@@ -617,14 +626,19 @@ def lower_bound_of_largest(multiply: Callable[[Array], Array], diagonal: Array) 
       diagonal: the diagonal of S, with the stack's axis first.
     """
     axes = tuple(range(1, diagonal.ndim))
+    # Entries of a semidefinite S are at most its largest diagonal entry: with e divided by that,
+    # S e is of order 1, and the squares below are as large as S^2, where S^4 would overflow early.
     largest = jnp.max(diagonal, axis=axes, keepdims=True)
     x = multiply(jnp.where(diagonal == largest, 1 / largest, 0))
     y = multiply(x)
+    # The Rayleigh quotient of S at S^1/2 x: never above the largest eigenvalue.
     return jnp.sum(y * y, axis=axes) / jnp.sum(x * y, axis=axes)
 
 
 def matmul(x: Array, y: Array) -> Array:
     """Multiply matrices in full precision."""
+    # The default of accelerators rounds to bfloat16 or TensorFloat-32, with 3 digits: too few
+    # for the inverse of an ill-conditioned factor.
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
 
@@ -644,6 +658,7 @@ def _inverse_root(matrix: Squares) -> Squares:
     half = size // 2
     root1 = _inverse_root(matrix[:, :half, :half])
     b = matmul(matrix[:, half:, :half], _t(root1))
+    # The Schur complement S22 - S21 S11^-1 S12 = S22 - B B'.
     root2 = _inverse_root(matrix[:, half:, half:] - matmul(b, _t(b)))
     corner = -matmul(root2, matmul(b, root1))
     zeros = jnp.zeros_like(_t(corner))

@@ -27,6 +27,7 @@ CHANGES = {
     "g_structure": tuple(STRUCTURES),
     "sharing": SHARING,
     "two_products": TWO_PRODUCTS,
+    # A leaf that is taken out of its block by choice is no error.
     "kind": UNMATCHED[1:],
 }
 """What `Layout.edit` changes, with the choices."""
@@ -64,12 +65,14 @@ class Block:
     @property
     def leaves(self) -> tuple[str, ...]:
         """Paths of all leaves with entries in the block."""
+        # A leaf that holds kernel and bias in one array counts once.
         return tuple(dict.fromkeys((*self.kernel.leaves, *(self.bias.leaves if self.bias else ()))))
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Stack, rows (inputs, and one more for a bias) and columns (outputs)."""
         stack, rows, columns = self.kernel.shape
+        # A bias is the weight of one more input, 1: Martens and Grosse (2015), section 2.
         return stack, rows + (self.bias is not None), columns
 
     @property
@@ -145,6 +148,7 @@ class Layout:
     @cached_property
     def _uncovered(self) -> dict[str, np.ndarray]:
         """For every leaf which entries are in no block, from the numbers of entries in views."""
+        # In NumPy: what is cached under a trace of JAX would be its tracers, and leak.
         shapes = {leaf.path: leaf.shape for leaf in self.leaves}
         # Only leaves that lie in blocks in part need their entries numbered.
         masks = {}
@@ -200,6 +204,7 @@ class Layout:
                     f"{block.name} is never used transposed, so that its curvature is one "
                     'Kronecker product: two_products="exact" does not apply.'
                 )
+        # Structures and sharing move no entry in or out of a block: the leaves stay as they are.
         choices: dict[str, Any] = dict(changes)
         blocks = [
             dataclasses.replace(block, **choices) if block in edited else block
@@ -209,6 +214,7 @@ class Layout:
 
     def _without(self, path: str, edited: list[Block], kind: str) -> Layout:
         """Take blocks out, and give another kind to all leaves that were in them."""
+        # A block is one matrix: a leaf leaves it together with all others in it.
         removed = {path, *(other for block in edited for other in block.leaves)}
         blocks = tuple(block for block in self.blocks if not removed.intersection(block.leaves))
         # More blocks went than were meant, since a leaf of theirs went.
@@ -238,6 +244,7 @@ def check_layout(layout: Layout, tree: Any, name: str = "params") -> None:
     """
     expected = {leaf.path: leaf.shape for leaf in layout.leaves}
     got = leaf_shapes(tree)
+    # A masked leaf has no shape to compare, and counts as right.
     for path in _masked(tree, expected):
         got[path] = expected[path]
     for path in (*expected, *got):
@@ -274,8 +281,14 @@ def present(layout: Layout, tree: Any) -> Layout:
 
 def _masked(tree: Any, paths: Iterable[str]) -> list[str]:
     """Return those of the paths that lie in a masked part of the tree."""
+    # One masked node may stand for a subtree: it masks all paths below its own.
     nodes = []
     for path, x in jax.tree.leaves_with_path(tree, is_leaf=is_masked):
         if is_masked(x):
             nodes.append(keystr(path))
-    return [path for path in paths if any(path.startswith(node) for node in nodes)]
+
+    def is_in(node: str, path: str) -> bool:
+        # A further key begins with a bracket or a dot: `.w2` is not below `.w`.
+        return path == node or path.startswith((f"{node}[", f"{node}."))
+
+    return [path for path in paths if any(is_in(node, path) for node in nodes)]

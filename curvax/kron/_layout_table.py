@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+# The layout prints itself by this module, so that an import back is for types only.
 if TYPE_CHECKING:
     from curvax.kron._layout import Block, Layout, Leaf
 
@@ -50,8 +51,10 @@ def _row(layout: Layout, leaf: Leaf) -> tuple[str, ...]:
         if block not in described:
             role = "part of" if leaf.path in block.kernel.leaves else "bias of"
             notes.append(f"{role} {block.leaves[0]}")
+    # A leaf that is in blocks in part has a reason too, and a choice for the other entries.
     if leaf.reason:
         notes.append(f"{leaf.reason}: {leaf.rest}")
+    # A block's numbers stand beside its first leaf only, so that the column has each once.
     uses, memory = "", ""
     if described:
         uses = str(sum(len(block.uses) for block in described))

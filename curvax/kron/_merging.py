@@ -41,6 +41,7 @@ def merge(first: C, second: C) -> C:
     if isinstance(first, EigenCurvature):
         return _merge_rows(first, second)
     if isinstance(first, EigenFactors):
+        # Moments of one basis add up; the basis is common to both, and is no sum.
         moments, diagonal = _sum(
             (first.moments, first.diagonal),
             (second.moments, second.diagonal),
@@ -59,6 +60,7 @@ def _merge_rows(first: EigenCurvature, second: EigenCurvature) -> EigenCurvature
         root = jnp.sqrt(part.terms / terms)
         return jax.tree.map(lambda x: (root * x).astype(x.dtype), part.cotangents)
 
+    # A gradient is a g': scaling g scales it, and inputs stay as they are.
     return EigenCurvature(
         merge(first.factors, second.factors),
         jax.tree.map(_join, first.inputs, second.inputs),
@@ -69,6 +71,7 @@ def _merge_rows(first: EigenCurvature, second: EigenCurvature) -> EigenCurvature
 
 def _sum(first: Any, second: Any) -> Any:
     """Add sums and weights; the means are then those of both batches."""
+    # Addition would broadcast some shapes that differ, and answer wrongly.
     if jax.tree.map(jnp.shape, first) != jax.tree.map(jnp.shape, second):
         raise ValueError("these factors are of different layouts: their blocks or shapes differ.")
     return jax.tree.map(jnp.add, first, second)

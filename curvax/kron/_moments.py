@@ -129,6 +129,7 @@ def kron_moments(
     References: George et al. (2018), Fast approximate natural gradient descent in a
       Kronecker-factored eigenbasis, section 3, https://arxiv.org/abs/1806.03884.
     """
+    # Squares are of sums over one example's positions, so that examples must be told apart.
     options = PassOptions(fisher, num_samples, microbatch, by_example=True)
     reduction = moment_sums(layout, basis)
     sums, terms = accumulate(
@@ -154,6 +155,7 @@ def moment_sums(layout: Layout, basis: dict[str, Basis]) -> Reduction:
         return moments, diagonal_sums(u, v)
 
     def finish(capture: Capture, sums: PyTree[Array]) -> PyTree[Array]:
+        # No mean over positions is taken, unlike for A: the sums are final as they are.
         del capture
         return sums
 
@@ -164,6 +166,7 @@ def make_moments(
     sums: Any, terms: TermCounts
 ) -> tuple[dict[str, WeightedMean], dict[str, WeightedMean]]:
     """Turn sums over a batch into moments by block, and the diagonal by path."""
+    # Both are curvature of the mean loss, and so weigh as the batch has terms.
     moments, diagonal = jax.tree.map(terms.factor, sums)
     return moments, diagonal
 
@@ -215,6 +218,7 @@ def eigen_curvature(
         factor_parts, cotangents = sums
         return of_factors.finish(capture, factor_parts), capture.inputs, cotangents
 
+    # One sample and no microbatch: rounds and chunks add up, which rows must not.
     (factor_parts, inputs, cotangents), terms = accumulate(
         objective,
         layout,
@@ -238,6 +242,7 @@ def carried_moments(old: Basis, new: Basis, moments: WeightedMean) -> WeightedMe
     """
     # diag(R diag(m) R') = (R * R) m, and R = R_A x R_G acts on m by side.
     total = moments.total
+    # A diagonal factor has the basis I, in the old and in the new one: R = I.
     if old.a is not None and new.a is not None:
         rotation = matmul(new.a.swapaxes(1, 2), old.a)
         total = matmul(jnp.square(rotation), total)

@@ -140,6 +140,7 @@ def kron_operator(
       two products that the layout wants inverted exactly: see `_two_products.pencils`.
     """
     diagonal = diagonal_operator(factors.diagonal, damping, power)
+    # EK-FAC: second moments M stand where K-FAC has the products of eigenvalues d_A d_G'.
     if isinstance(factors, EigenFactors):
         blocks: dict[str, BlockOperator] = {}
         for block in layout.blocks:
@@ -213,6 +214,7 @@ def block_matrix(block: Block, leaves: Mapping[str, Array]) -> Float[Array, "s i
     kernel: Array = block.kernel.read(leaves)
     if block.bias is None:
         return kernel
+    # V = [kernel; bias], as inputs are [a; 1]: Martens and Grosse (2015), section 2.
     return jnp.concatenate([kernel, block.bias.read(leaves)[:, None]], axis=1)
 
 
@@ -248,6 +250,7 @@ def _factored_blocks(
     blocks: Sequence[Block], factors: Factors, damping: Any, power: float
 ) -> Built:
     """Raise both damped factors of every block to a power."""
+    # All factors in one list, so that off CPUs those of about equal size are one batch.
     damped, traces = [], []
     for block in blocks:
         of_block = factors.blocks[block.name]
@@ -256,6 +259,7 @@ def _factored_blocks(
         damped += [a, g]
         traces.append(trace)
     built: Built = {}
+    # An inverse needs no eigenvectors: Cholesky takes about n^3 where they take 10 n^3.
     if power == -1:
         inverses = iter(invert_all(damped))
         for block, trace in zip(blocks, traces, strict=True):
@@ -305,6 +309,7 @@ def _of_eigen(
     a: Eigen, g: Eigen, damping: Any, power: float
 ) -> tuple[EigenOperator, BlockSpectrum]:
     """Return `(A x G + damping I)^power`."""
+    # A x G + damping I has the eigenvalues d_A d_G' + damping, in the basis Q_A x Q_G.
     damped = _outer(a.values, g.values) + _by_slice(damping)
     operator = EigenOperator(a.vectors, g.vectors, damped**power)
     return operator, eigen_spectrum(a, g, damping)
@@ -326,6 +331,7 @@ def eigen_spectrum(a: Eigen, g: Eigen, damping: Any) -> BlockSpectrum:
 @partial(jax.jit, static_argnames="power")
 def _of_moments(basis: Basis, moments: WeightedMean, damping: Any, power: float) -> EigenOperator:
     """Raise a block that is diagonal in a Kronecker eigenbasis to a power."""
+    # M + damping in place of d_A d_G' + damping: George et al. (2018), section 3.
     damped = moments.mean + _by_slice(damping)
     return EigenOperator(basis.a, basis.g, damped**power)
 
@@ -367,12 +373,14 @@ def _invert_sum(
 
     # 3. Extreme eigenvalues of the sum and of its inverse, by power iteration.
     def damped_sum(v: Matrices) -> Matrices:
+        # (A1 x G1 + A2d x G2d) V = A1 V G1 + A2d V G2d
         return g1.right(a1.left(v)) + damped_g.right(damped_a.left(v))
 
     diagonal1 = _outer(a1.diagonal(), g1.diagonal())
     diagonal2 = _outer(damped_a.diagonal(), damped_g.diagonal())
     largest = lower_bound_of_largest(damped_sum, diagonal1 + diagonal2)
     largest_of_inverse = lower_bound_of_largest(inverse.times, inverse.diagonal())
+    # tr(A1 x G1 + A2 x G2), the trace of the sum without damping.
     trace1 = a1.trace() * g1.trace()
     trace2 = a2.trace() * g2.trace()
     spectrum = BlockSpectrum(

@@ -95,6 +95,8 @@ def scale_by_adahessian(
 
     @jax.jit
     def divide(m: Array, v: Array) -> Array:
+        # Algorithm 1: m / (v^(k / 2) + eps). The root of v is a curvature, so k = 1 is a Newton
+        # step; eps is outside the power.
         return m / (v ** (hessian_power / 2) + eps)
 
     def average_curvature(nu: PyTree[Array], curvature: PyTree[Array]) -> PyTree[Array]:
@@ -106,6 +108,7 @@ def scale_by_adahessian(
         state: ScaleByDiagonalState, gradient: PyTree[Array], context: StepContext
     ) -> StepResult:
         del gradient, context
+        # Algorithm 1: m / (1 - b1^t) after t steps, v / (1 - b2^r) after r refreshes.
         mu_hat = optax.tree.bias_correction(state.mu, b1, state.count + 1)
         # Before the first refresh nu is 0 and its correction 0 / 0; with one refresh in its place
         # nu stays 0.
@@ -113,9 +116,11 @@ def scale_by_adahessian(
         nu_hat = optax.tree.bias_correction(state.curvature, b2, num_refreshes)
         steps = jax.tree.map(divide, mu_hat, nu_hat)
 
+        # The mean over all entries of sqrt(v), in units of curvature.
         roots = optax.tree.sum(jax.tree.map(_sum_of_roots, nu_hat))
         mean_curvature = roots / max(optax.tree.size(nu_hat), 1)
-        return StepResult(steps, state, info={"mean_curvature": mean_curvature})
+        info = {"mean_curvature": mean_curvature}
+        return StepResult(updates=steps, state=state, info=info)
 
     return scale_by_diagonal(b1, average_curvature, step, AdaHessianInfo)
 
@@ -189,6 +194,7 @@ def adahessian(
     """
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
+        # Hutchinson: diag(H) = E[z * H z] for random signs z; one z is exact where H is diagonal.
         return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
 
     rule = scale_by_adahessian(b1, b2, eps, hessian_power)

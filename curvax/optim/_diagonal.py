@@ -55,6 +55,7 @@ def scale_by_diagonal(
 
     def init(params: Params) -> ScaleByDiagonalState:
         check_params(params)
+        # Averages start at zero. As published, AdaHessian corrects that bias and Sophia does not.
         return ScaleByDiagonalState(
             count=zero_count(),
             num_refreshes=zero_count(),
@@ -70,6 +71,7 @@ def scale_by_diagonal(
     def take_in(
         state: ScaleByDiagonalState, curvature: PyTree[Array], gradient: PyTree[Array]
     ) -> tuple[ScaleByDiagonalState, Array]:
+        # An estimate is of the whole model; under a mask this rule steps only a part of it.
         curvature = select_leaves(curvature, gradient)
         averages = average_curvature(state.curvature, curvature)
         return state._replace(curvature=averages), all_finite(curvature)
@@ -96,6 +98,7 @@ def select_leaves(curvature: PyTree, updates: PyTree) -> PyTree[Array]:
       ValueError: The two trees differ; the message names the first path where they do.
       TypeError: The curvature is an `Estimate` in place of its mean.
     """
+    # By its type, for the check below could only say that two trees differ.
     if isinstance(curvature, Estimate):
         raise TypeError(
             "curvature is an Estimate(mean, sem); pass its mean: "
@@ -108,6 +111,7 @@ def select_leaves(curvature: PyTree, updates: PyTree) -> PyTree[Array]:
 def select_unmasked(tree: PyTree, updates: PyTree) -> PyTree:
     """Return `tree` with a `MaskedNode` wherever `updates` has one, so that both map together."""
 
+    # A MaskedNode stands for a whole subtree of `tree`, so that it has to count as a leaf.
     def select(update: Any, subtree: Any) -> Any:
         return update if is_masked(update) else subtree
 

@@ -97,6 +97,8 @@ def scale_by_ekfac(
 
     Deviates: moments are carried into a new basis, where the paper starts them anew.
     """
+    # George et al. (2018), algorithm 1: the basis is costly and is kept for some steps; the moments
+    # are cheap and follow every curvature.
     method = KronRule(
         factors=_factors_of,
         init_block_state=_init_eigen,
@@ -169,6 +171,7 @@ def ekfac(
 
     References: George et al. (2018), https://arxiv.org/abs/1806.03884.
     """
+    # Moments need the gradients of single examples, so this curvature keeps inputs and cotangents.
     estimator = kron.estimator(objective, layout, kron.eigen_curvature)
     rule = scale_by_ekfac(layout, damping, inverse_every)
     estimated = estimating(rule, estimator, curvature_every, seed)
@@ -189,6 +192,7 @@ def _average_moments(
         # George et al. (2018), algorithm 1: M_new = sum_b (Q_A' D_b Q_G)^2, with D_b = a_b g_b'.
         inputs, cotangents = curvature.inputs[block.name], curvature.cotangents[block.name]
         of_batch = block_moments(block, basis, inputs, cotangents)
+        # Sum and weight decay alike and M is their ratio, which makes it free of bias.
         new = WeightedMean(curvature.terms * of_batch, curvature.terms)
         averages[block.name] = EigenBlockState(basis, moving_average(moments, new, decay))
     return averages
@@ -200,11 +204,13 @@ def _average_moments(
 def _init_eigen(layout: Layout, params: Params) -> BlockStates:
     """Return zeros in the shapes of the blocks' eigenbases and second moments."""
     factors = init_factors(layout, params)
+    # For the shapes alone: zeros have no eigenbasis worth computing.
     basis = jax.eval_shape(partial(kron_basis, layout), factors)
     states: BlockStates = {}
     for block in layout.blocks:
         dtype = factors.blocks[block.name].g.total.dtype
         vectors = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), basis[block.name])
+        # With weight 0, so that the first curvature's moments are the whole average.
         moments = WeightedMean(jnp.zeros(block.shape, dtype), jnp.zeros([], dtype))
         states[block.name] = EigenBlockState(vectors, moments)
     return states
@@ -218,8 +224,11 @@ def _refresh_basis(
     spectra = {}
     for name, (a, g) in decompose(layout.blocks, factors).items():
         old, basis = block_state[name], Basis(a.vectors, g.vectors)
+        # M <- (R_A * R_A) M (R_G * R_G)' with R = Q_new' Q_old: the same matrix, its diagonal in
+        # the new basis.
         moments = carried_moments(old.basis, basis, old.moments)
         states[name] = EigenBlockState(basis, moments)
+        # Diagnostics are of A x G, as in K-FAC: M goes on changing between refreshes.
         spectra[name] = eigen_spectrum(a, g, damping)
     return states, spectra
 
@@ -228,6 +237,8 @@ def _power(
     layout: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
 ) -> KronOperator:
     """Return the inverse to apply: `1 / (M + damping)` in each block's eigenbasis."""
+    # Algorithm 1: Q_A ((Q_A' V Q_G) / (M + damping)) Q_G'. Nothing is inverted in advance, so the
+    # damping of this step acts at once.
     basis, moments = {}, {}
     for block in layout.blocks:
         basis[block.name], moments[block.name] = block_state[block.name]

@@ -98,6 +98,7 @@ def estimating(
         "lambda params, batch, key: curvax.gauss_newton_bartlett(objective, params, batch, key)"
     )
     check_function("estimator", estimator, "(params, batch, key) -> curvature", example)
+    # A mere optax transformation, without curvature, is allowed too: it ignores the keywords.
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> EstimatingState:
@@ -115,6 +116,7 @@ def estimating(
         **extra: Any,
     ) -> tuple[PyTree, EstimatingState]:
         def go_on(grads: PyTree, inner_state: Any, curvature: PyTree | None) -> tuple[PyTree, Any]:
+            # The batch goes along for rules that evaluate the loss once more, such as a search.
             return inner.update(
                 grads, inner_state, params, batch=batch, curvature=curvature, **extra
             )
@@ -130,6 +132,7 @@ def estimating(
             fresh = estimator(whole_model, _present_batch(batch), key)
             return go_on(grads, inner_state, fresh)
 
+        # Whoever passes a curvature decides on its interval as well.
         if curvature is not None:
             updates, inner_state = go_on(updates, state.inner_state, curvature)
         elif isinstance(curvature_every, int) and curvature_every == 1:
@@ -152,6 +155,7 @@ def _whole_model(params: Params | None, model_params: Params | None) -> Params:
         raise ValueError(
             "the curvature estimate needs params: tx.update(grads, state, params, batch=batch)."
         )
+    # The objective is a function of all parameters, so a part of them gives no curvature.
     check_no_masked(chosen)
     check_params(chosen)
     return chosen

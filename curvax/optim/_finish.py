@@ -28,9 +28,14 @@ def finish(
       weight_decay: decoupled from the curvature; None leaves it out.
     """
     check_decay(momentum=momentum)
+    # Ba, Grosse and Martens (2017), section 5: the divergence is `lr^2 g.u`, of the gradient and
+    # its own step u, so the limit comes before older steps are mixed in.
     parts = [rule if max_kl is None else kl_clip(rule, learning_rate, max_kl)]
+    # Only the number 0 leaves out the buffer: whether a traced one is 0 is not known here.
     if not (isinstance(momentum, int | float) and momentum == 0):
         parts.append(optax.trace(momentum))
+    # Loshchilov and Hutter (2019), algorithm 2: after curvature and momentum, which have no part in
+    # it; and before the rate, which multiplies it.
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay))
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))

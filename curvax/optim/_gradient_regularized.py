@@ -132,7 +132,13 @@ def scale_by_gradient_regularized_newton(
             raise ValueError(
                 "a trial of the step needs both: tx.update(grads, state, params, batch=batch)."
             )
-        search = _Search(objective, params, batch, gradient, state.curvature)
+        search = _Search(
+            objective=objective,
+            params=params,
+            batch=batch,
+            gradient=gradient,
+            curvature=state.curvature,
+        )
         last = _search_step(search, state.gamma, max_trials, state.num_refreshes > 0)
 
         # A search that ended for rounding, or for want of a gradient, says nothing of how far the
@@ -146,7 +152,12 @@ def scale_by_gradient_regularized_newton(
             "num_rejected": state.info.num_rejected + ~last.accepted,
         }
         state = state._replace(gamma=next_gamma)
-        return StepResult(last.step, state, info, is_accepted=last.accepted)
+        return StepResult(
+            updates=last.step,
+            state=state,
+            info=info,
+            is_accepted=last.accepted,
+        )
 
     return curvature_rule(init, step, take_in=take_in)
 

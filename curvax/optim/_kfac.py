@@ -94,6 +94,7 @@ def scale_by_kfac(
       0.95)` at step k.
     """
     check_choice("damping_scheme", damping_scheme, DAMPING_SCHEMES)
+    # The averages of section 5 are all that K-FAC averages, and the inverse follows from them.
     method = KronRule(
         factors=_all_factors,
         init_block_state=partial(_init_inverse, damping_scheme),
@@ -178,12 +179,15 @@ def kfac(
     References: Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Ba, Grosse and Martens
       (2017) for the limit.
     """
+    # Martens and Grosse (2015), section 5: targets are sampled from the model, for with those of
+    # the data the factors would be those of the empirical Fisher matrix.
     rule = scale_by_kfac(layout, damping, inverse_every)
     estimated = estimating(rule, kron.estimator(objective, layout), curvature_every, seed)
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
 
 
 def _all_factors(curvature: Factors) -> Factors:
+    # EK-FAC's curvature holds more than factors; this one does not.
     return curvature
 
 
@@ -193,6 +197,7 @@ def _all_factors(curvature: Factors) -> Factors:
 def _init_inverse(damping_scheme: str, layout: Layout, params: Params) -> BlockStates:
     """Return zeros in the shapes of the blocks' inverses."""
 
+    # Only shapes are read from the result, so any damping will do.
     def invert(factors: Factors) -> BlockStates:
         return dict(kron_operator(layout, factors, 1.0, damping_scheme).blocks)
 
@@ -209,6 +214,8 @@ def _invert(
     damping: Scalar,
 ) -> Refreshed:
     """Return the damped inverse of every block, and what its spectrum is known to be."""
+    # Section 6.3: P = (A + pi sqrt(damping) I)^-1 and Q = (G + sqrt(damping) / pi I)^-1, where pi^2
+    # is the mean eigenvalue of A over that of G; or, by the scheme "exact", (A x G + damping I)^-1.
     del block_state
     inverse = kron_operator(layout, factors, damping, damping_scheme)
     return dict(inverse.blocks), dict(inverse.spectra)
@@ -218,5 +225,7 @@ def _power(
     layout: Layout, factors: Factors, block_state: BlockStates, damping: Scalar
 ) -> KronOperator:
     """Return the inverse to apply: that of the state, and `1 / (diagonal + damping)` elsewhere."""
+    # The blocks keep the damping of their refresh until the next one; a diagonal costs nothing to
+    # invert, so it has the damping of this step.
     del layout
     return KronOperator(block_state, diagonal_operator(factors.diagonal, damping))

@@ -121,6 +121,7 @@ def scale_by_kron(
     check_decay(decay=decay)
     check_integer(1, 2**31 - 1, inverse_every=inverse_every)
     if stagger:
+        # Blocks get their turns at trace time, so the period has to be known there.
         check_count(1, inverse_every=inverse_every)
 
     def init(params: Params) -> ScaleByKronState:
@@ -167,13 +168,19 @@ def scale_by_kron(
         # 3. The step itself: A^-1 V G^-1 for each block V of the gradient.
         inverse = method.power(unmasked, state.curvature, state.block_state, damping)
         steps = apply(unmasked, inverse, gradient)
-        return StepResult(steps, state, info={"damping": damping}, is_finite=moments_are_finite)
+        return StepResult(
+            updates=steps,
+            state=state,
+            info={"damping": damping},
+            is_finite=moments_are_finite,
+        )
 
     def refresh_due(
         state: ScaleByKronState, unmasked: Layout, context: StepContext, damping: Scalar
     ) -> ScaleByKronState:
         """Refresh the blocks that are due: by turns, or all at once by age."""
         is_finite = context.gradient_is_finite
+        # Before the first inversion there is nothing to apply, so all blocks take part in that one.
         is_first = context.curvature_is_new & (state.num_refreshes == 1)
         is_ready = is_finite & (state.num_refreshes > 0)
         if stagger:
@@ -211,6 +218,7 @@ def _init_info(layout: Layout) -> KronInfo:
 
 def _older(state: ScaleByKronState, is_finite: Bool[Array, ""]) -> ScaleByKronState:
     """Add one to the ages of all inverses, where the gradient is finite."""
+    # A gradient that is not finite must leave the whole state as it was, ages too.
     blocks = {}
     for name, block in state.info.blocks.items():
         blocks[name] = block._replace(age=block.age + is_finite)
@@ -235,6 +243,8 @@ def _refresh(
     damping: Scalar,
 ) -> ScaleByKronState:
     """Refresh blocks if that is due (None: always); one that fails keeps its last good state."""
+    # Only what a refresh changes is returned by its branches; the averages of factors, which are
+    # large, are operands alone.
     records = {}
     for block in layout.blocks:
         records[block.name] = _BlockRecord(
@@ -284,6 +294,7 @@ def _keep_records(
 
 def _info_of_block(spectrum: BlockSpectrum, old: BlockInfo) -> BlockInfo:
     """Return the diagnostics of a fresh block, in the dtypes of the old ones."""
+    # The damped block has no eigenvalue of zero, which its condition is divided by.
     fresh = BlockInfo(
         trace=spectrum.trace,
         largest=spectrum.largest,
@@ -297,6 +308,7 @@ def _info_of_block(spectrum: BlockSpectrum, old: BlockInfo) -> BlockInfo:
 
 def _parts_of_equal_work(layout: Layout, number: int) -> list[Layout]:
     """Divide the blocks into parts of equal work: the next largest goes to the smallest part."""
+    # Graham (1969): by this rule the largest part is at most 4/3 of what is possible.
     parts: list[list[Block]] = [[] for _ in range(number)]
     for block in sorted(layout.blocks, key=_work, reverse=True):
         least = min(parts, key=lambda part: sum(map(_work, part)))
@@ -322,6 +334,7 @@ def _factors_are_finite(factors: Factors) -> Bool[Array, ""]:
 
 def _matching(factors: Factors, averages: Factors) -> Factors:
     """Select the factors of which the state has averages; a mask may have removed some."""
+    # More factors than averages is a mask or a partition at work; fewer can only be a mistake.
     missing = averages.blocks.keys() - factors.blocks.keys()
     missing |= averages.diagonal.keys() - factors.diagonal.keys()
     if missing:

@@ -89,6 +89,7 @@ def scale_by_lazy_newton(
         state: ScaleByLazyNewtonState, curvature: Dense, gradient: PyTree[Array]
     ) -> tuple[ScaleByLazyNewtonState, Array]:
         del gradient
+        # Once for each Hessian: with V and lambda a step costs 2 d^2 for any damping.
         eigen, is_finite = decompose_if_finite(curvature, like=state.curvature)
         return state._replace(curvature=eigen), is_finite
 
@@ -99,7 +100,7 @@ def scale_by_lazy_newton(
         direction = absolute(state.curvature, gradient, damping=context.damping)
         values = state.curvature.values
         info = {"smallest": values[0], "largest": values[-1], "damping": context.damping}
-        return StepResult(direction, state, info)
+        return StepResult(updates=direction, state=state, info=info)
 
     return curvature_rule(init, step, take_in=take_in, damping=damping)
 
@@ -151,6 +152,8 @@ def lazy_newton(
     Deviates: absolute eigenvalues in place of cubic or quadratic regularization; with the latter:
       `curvax.gradient_regularized_newton(objective, curvature_every=...)`.
     """
+    # Doikov, Chayti and Jaggi (2023): step k uses its own gradient, and the Hessian of the point
+    # x_(k - k mod m), with m the interval.
     rule = scale_by_lazy_newton(damping)
     estimated = estimating(rule, matrix_of(objective, matvec_of), curvature_every)
     return finish(estimated, learning_rate)
@@ -162,6 +165,7 @@ def matrix_of(objective: Objective, matvec_of: Callable[..., Matvec]) -> Estimat
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> Dense:
         del key
         matvec = matvec_of(objective, params, batch)
+        # In chunks, for d products side by side would hold d linearized passes in memory.
         return Dense(to_dense(matvec, params, chunk_size=8))
 
     return estimator
@@ -169,6 +173,7 @@ def matrix_of(objective: Objective, matvec_of: Callable[..., Matvec]) -> Estimat
 
 def init_eigen(params: Params) -> EigenDecomposition:
     """Return the eigendecomposition of no curvature at all."""
+    # Of zeros: what it gives is never emitted, for the step is zero before the first curvature.
     size = dimension(params)
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
     return EigenDecomposition(jnp.zeros(size, dtype), jnp.zeros((size, size), dtype))

@@ -157,7 +157,12 @@ def scale_by_mfac(
             "damping": damping,
             "shrinkage": jnp.where(is_ready, damping * ratio, 0),
         }
-        return StepResult(direction, state._replace(curvature=window), info, is_ready=is_ready)
+        return StepResult(
+            updates=direction,
+            state=state._replace(curvature=window),
+            info=info,
+            is_ready=is_ready,
+        )
 
     return curvature_rule(init, step, take_in=take_in, damping=damping)
 

@@ -128,7 +128,12 @@ def scale_by_newton(
             "code": solved.code,
             "damping": context.damping,
         }
-        return StepResult(direction, state, info, is_finite=jnp.isfinite(solved.residual))
+        return StepResult(
+            updates=direction,
+            state=state,
+            info=info,
+            is_finite=jnp.isfinite(solved.residual),
+        )
 
     return curvature_rule(init, step, damping=damping)
 
@@ -186,8 +191,10 @@ def gauss_newton(
     """
 
     def matvec(params: Params, batch: Batch, key: PRNGKey) -> Matvec:
+        # Schraudolph (2002): F v = J' S J v, with S the Hessian of the loss in the outputs.
         return ggnvp(objective, params, batch, microbatch=microbatch)
 
+    # Martens (2010), section 4: F is that of one batch, so a solve to many digits is wasted.
     rule = scale_by_newton(partial(cg, tol=tol, max_steps=max_steps), damping)
     return finish(estimating(rule, matvec), learning_rate)
 
@@ -243,8 +250,10 @@ def newton_cg(
     """
 
     def matvec(params: Params, batch: Batch, key: PRNGKey) -> Matvec:
+        # Nocedal and Wright (2006), section 7.1: CG needs H only through its products H v.
         return hvp(objective, params, batch, microbatch=microbatch)
 
+    # H may be indefinite as it is: `cg` ends at negative curvature, as in Steihaug (1983).
     rule = scale_by_newton(partial(cg, tol=tol, max_steps=max_steps), damping)
     return finish(estimating(rule, matvec), learning_rate)
 
@@ -294,6 +303,8 @@ def egn(
     """
 
     def space(params: Params, batch: Batch, key: PRNGKey) -> Any:
+        # F = U U' has the nonzero eigenvalues of U'U, which is of the size of the batch's outputs,
+        # so the solve can be with the smaller of the two.
         return sample_space(objective, params, batch)
 
     return finish(estimating(scale_by_newton(direct, damping), space), learning_rate)
@@ -349,8 +360,11 @@ def saddle_free_newton(
     """
 
     def matvec(params: Params, batch: Batch, key: PRNGKey) -> Matvec:
+        # The Hessian: a Gauss-Newton matrix has no negative curvature by which to leave a saddle.
         return hvp(objective, params, batch, microbatch=microbatch)
 
+    # Dauphin et al. (2014), algorithm 1: u = V (|V' H V| + damping I)^-1 V' g, V a basis of the
+    # Krylov space of H and g. It holds g, so -u goes down.
     rule = scale_by_newton(partial(absolute_krylov, num_steps=num_steps), damping)
     return finish(estimating(rule, matvec), learning_rate)
 
@@ -363,6 +377,7 @@ def _check_curvature(curvature: Any, updates: PyTree) -> None:
             "curvature=matvec), or curvax.estimating(rule, estimator) with curvature_every=1. "
             "To use one curvature over several steps: curvax.lazy_newton."
         )
+    # The products are with trees like all of params, which a gradient with holes is not.
     for path, leaf in jax.tree.leaves_with_path(updates, is_leaf=is_masked):
         if is_masked(leaf):
             raise ValueError(

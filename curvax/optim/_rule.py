@@ -121,15 +121,15 @@ def curvature_rule(
       >>> import jax, jax.numpy as jnp
       >>> from typing import Any, NamedTuple
       >>> from curvax.optim import StepResult, curvature_rule, zero_count
-      >>> class SignInfo(NamedTuple):
+      >>> class Diagnostics(NamedTuple):
       ...     num_nonfinite: Any
-      >>> class SignState(NamedTuple):
+      >>> class Held(NamedTuple):
       ...     count: Any
-      ...     info: SignInfo
+      ...     info: Diagnostics
       >>> def step(state, gradient, context):
       ...     return StepResult(jax.tree.map(jnp.sign, gradient), state, info={})
       >>> def init(params):
-      ...     return SignState(zero_count(), SignInfo(zero_count()))
+      ...     return Held(zero_count(), Diagnostics(zero_count()))
       >>> rule = curvature_rule(init, step)
       >>> updates, state = rule.update(jnp.array([3.0, -2.0]), rule.init(jnp.zeros(2)))
       >>> updates.tolist(), state.count.item()
@@ -149,6 +149,7 @@ def curvature_rule(
         damping: Any = None,
         **extra: Any,
     ) -> tuple[PyTree, Any]:
+        # An outer transformation that adapts the damping goes before the schedule of the rule.
         if damping is None:
             damping = resolve_schedule(damping_of_rule, state.count)
         gradient_is_finite = all_finite(updates)
@@ -160,6 +161,7 @@ def curvature_rule(
             state = keep_changed(gradient_is_finite, average(state, updates), state)
         if take_in is not None and curvature is not None:
             fresh, curvature_is_finite = take_in(state, curvature, updates)
+            # A bad gradient turns away a good curvature too, so that the state stays as it was.
             is_finite = curvature_is_new = gradient_is_finite & curvature_is_finite
             state = keep_changed(curvature_is_new, fresh, state)
             state = state._replace(num_refreshes=state.num_refreshes + curvature_is_new)
@@ -178,6 +180,7 @@ def curvature_rule(
         # rejected.
         is_ready = result.is_ready
         if is_ready is None:
+            # Before the first curvature nothing says how far to step.
             is_ready = True if take_in is None else state.num_refreshes > 0
         is_emitted = gradient_is_finite & is_ready & result.is_accepted
         emitted = _emit(is_emitted, gradient_is_finite, result.updates, updates)
@@ -187,6 +190,7 @@ def curvature_rule(
         info = result.state.info
         latest = {name: _cast_to(new, getattr(info, name)) for name, new in result.info.items()}
         info = keep_changed(gradient_is_finite, info._replace(**latest), info)
+        # After the selection, for it is the one number that a bad gradient does change.
         info = info._replace(num_nonfinite=num_nonfinite + ~(is_finite & result.is_finite))
         count = jnp.where(is_counted, optax.safe_increment(count), count)
         return emitted, result.state._replace(count=count, info=info)
@@ -220,6 +224,7 @@ def zero_number() -> Array:
 
 def keep_changed(pred: Flag, new: T, old: T) -> T:
     """Return `new` where `pred` holds, else `old`; arrays that are in both are not selected."""
+    # Identity is known at trace time: what a method left alone, a window or a basis, is not copied.
     chosen: T = jax.tree.map(lambda n, o: o if n is o else _select(pred, n, o), new, old)
     return chosen
 
@@ -235,6 +240,7 @@ def _emit_leaf(is_emitted: Array, filler: Array, step: Array, gradient: Array) -
 
 def _emit(is_emitted: Flag, gradient_is_finite: Array, steps: PyTree, gradient: PyTree) -> PyTree:
     """Return the steps in the gradient's dtypes, or zeros, or NaN."""
+    # NaN, for zeros would hide the bad gradient from `optax.apply_if_finite`.
     filler = jnp.where(gradient_is_finite, 0.0, jnp.nan)
     return jax.tree.map(lambda s, g: _emit_leaf(is_emitted, filler, s, g), steps, gradient)
 

@@ -102,18 +102,20 @@ def scale_by_sophia(
         # The win rate: how many entries are not clipped.
         counts = jax.tree.map(lambda m, h: _num_unclipped(m, h, scale), state.mu, state.curvature)
         fraction = optax.tree.sum(counts) / max(optax.tree.size(state.mu), 1)
-        return StepResult(steps, state, info={"unclipped_fraction": fraction})
+        return StepResult(updates=steps, state=state, info={"unclipped_fraction": fraction})
 
     return scale_by_diagonal(b1, average_curvature, step, SophiaInfo)
 
 
 @jax.jit
 def _clipped_ratio(m: Array, h: Array, gamma: Array, eps: Array) -> Array:
+    # Where h <= 0 the floor makes the ratio huge, and the clip leaves a step of momentum's sign.
     return jnp.clip(m / jnp.maximum(gamma * h, eps), -1, 1)
 
 
 @jax.jit
 def _num_unclipped(m: Array, h: Array, gamma: Array) -> Array:
+    # Without the floor eps: an entry with h <= 0 is counted as clipped, as it should be.
     return jnp.sum(jnp.abs(m) < gamma * h)
 
 
@@ -177,6 +179,7 @@ def sophia_h(
     """
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
+        # Algorithm 1: z * H z, which may be negative; the clip guards against that.
         return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
 
     rule = estimating(scale_by_sophia(b1, b2, gamma), estimator, curvature_every, seed)
@@ -236,6 +239,7 @@ def sophia_g(
     """
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
+        # Algorithm 2: B ghat * ghat, with ghat the gradient for targets sampled from the model.
         return gauss_newton_bartlett(objective, params, batch, key)
 
     rule = estimating(scale_by_sophia(b1, b2, gamma), estimator, curvature_every, seed)

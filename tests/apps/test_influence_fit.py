@@ -329,13 +329,19 @@ def test_damping_of_each_block_is_a_tenth_of_its_mean_eigenvalue():
 
 def test_errors_say_what_and_where():
     objective, params, batches, layout = problem()
-    run = (
-        lambda fitted=None, measure=objective, params=params, queries=batches[0], train=batches, **options: (
-            influence.influence(
-                fitted or whole(), objective, params, queries, train, measurement=measure, **options
-            )
+
+    def run(
+        fitted=None,
+        measure=objective,
+        params=params,
+        queries=batches[0],
+        train=batches,
+        **options,
+    ):
+        return influence.influence(
+            fitted or whole(), objective, params, queries, train, measurement=measure, **options
         )
-    )
+
     refused = lambda text, error=ValueError: pytest.raises(error, match=text)
     with refused(r"the layout is of other params: \['b'\] is \[4\] there, in params \[5\]"):
         run(params=params | {"b": jnp.ones(5)})

@@ -134,13 +134,16 @@ def test_neither_the_model_nor_its_arrays_are_kept():
         def __call__(self, params, x):
             return x @ self.array @ params
 
-    model = Frozen()
-    objective = curvax.Objective(model, curvax.losses.squared_error())
-    params, batch = jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.zeros((4, 2)))
-    layout = curvax.kron_layout(objective, params, batch)
-    jax.jit(lambda p: curvax.kron_factors(objective, layout, p, batch, jax.random.key(0)))(params)
-    gone = weakref.ref(model)
-    del model, objective
+    def use_once():
+        model = Frozen()
+        objective = curvax.Objective(model, curvax.losses.squared_error())
+        params, batch = jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.zeros((4, 2)))
+        layout = curvax.kron_layout(objective, params, batch)
+        key = jax.random.key(0)
+        jax.jit(lambda p: curvax.kron_factors(objective, layout, p, batch, key))(params)
+        return weakref.ref(model)
+
+    gone = use_once()
     gc.collect()
     assert gone() is None
 

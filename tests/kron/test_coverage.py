@@ -3,11 +3,13 @@ example by example.
 """
 
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import zoo
 from jax import lax
@@ -17,6 +19,7 @@ import curvax
 from curvax import losses
 from curvax.capture import record
 from curvax.kron._factors import init_factors
+from curvax.kron._layout import present
 from curvax.kron._plan import layout_plan
 
 BFLOAT16 = [name for name in zoo.CASES if name.startswith("bf16")]
@@ -465,3 +468,15 @@ def test_a_layout_is_of_one_model():
         factors(batch=case.inputs)
     with pytest.raises(TypeError, match=r"int32\[2\] at params\['n'\]"):
         curvax.kron_layout(objective, {"n": jnp.ones(2, int)}, batch)
+
+
+def test_a_masked_leaf_does_not_mask_one_whose_name_begins_alike():
+    class Params(NamedTuple):
+        w: object
+        w2: object
+
+    params = Params(jnp.ones((3, 4)), jnp.ones((4, 2)))
+    objective = curvax.Objective(lambda p, x: x @ p.w @ p.w2, losses.squared_error())
+    layout = curvax.kron_layout(objective, params, (jnp.ones((5, 3)), jnp.ones((5, 2))))
+    masked = Params(optax.MaskedNode(), params.w2)
+    assert [block.name for block in present(layout, masked).blocks] == [".w2"]
