@@ -1,6 +1,9 @@
 """Eight host devices for every test; float64 where a module asks for it."""
 
+import gc
+import itertools
 import os
+import pathlib
 import tempfile
 
 os.environ.setdefault(
@@ -30,3 +33,21 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+# Every compiled program keeps some memory mappings, of which Linux gives a process 65,530; past
+# that XLA fails with "Failed to materialize symbols", and no thread can be started any more.
+MAX_MAPPINGS, TESTS_BETWEEN_COUNTS = 40_000, 20
+MAPPINGS = pathlib.Path("/proc/self/maps")
+tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+    """Forget compiled programs before they take all mappings of the process."""
+    yield
+    if next(tests_run) % TESTS_BETWEEN_COUNTS or not MAPPINGS.exists():
+        return
+    if MAPPINGS.read_bytes().count(b"\n") > MAX_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
