@@ -112,13 +112,23 @@ def count(module):
             case ast.Expr(value=ast.Constant(value=str())):
                 docstring_lines.update(range(node.lineno, node.end_lineno + 1))
     tokens, comments, lines = 0, 0, set()
-    for token in tokenize.generate_tokens(io.StringIO(module.text).readline):
+    for token in with_whole_f_strings(module.text):
         if token.type == tokenize.COMMENT:
             comments += 1
         elif token.type not in LAYOUT_TOKENS and token.start[0] not in docstring_lines:
             tokens += 1
             lines.add(token.start[0])
     return Count(tokens, len(lines), comments)
+
+
+def with_whole_f_strings(text):
+    """Yield tokens; an f-string is one token on every Python, as it was before Python 3.12."""
+    start, end = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)
+    depth = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if depth == 0:
+            yield token
+        depth += (token.type == start) - (token.type == end)
 
 
 def count_all(group):
