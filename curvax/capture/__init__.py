@@ -13,7 +13,6 @@ from curvax.capture._gradient_pairs import (
     GradientPair,
     LookupPair,
     gradient_pairs,
-    known_rows,
 )
 from curvax.capture._gram import gram
 from curvax.capture._kernels import Kernel, UseKind
@@ -39,6 +38,5 @@ __all__ = [
     "GradientPair",
     "DensePair",
     "LookupPair",
-    "known_rows",
     "gram",
 ]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from curvax._trees import out_of_range_if_negative
 from curvax._types import at_least_float32
 from curvax.capture._kernels import Kernel
 from curvax.capture._record import PerUseArray
@@ -91,7 +92,7 @@ class LookupPair:
             return jnp.zeros(shape[1:], g.dtype).at[rows].add(g, mode="drop")
 
         # Rows out of range are dropped, as the model's own lookup drops them.
-        rows = known_rows(self.rows, shape[1])
+        rows = out_of_range_if_negative(self.rows, shape[1])
         gradients: Float[Array, "b s i o"] = jax.vmap(jax.vmap(of_slice))(rows, self.g)
         return gradients
 
@@ -108,7 +109,7 @@ class LookupPair:
             return v.at[rows].get(mode="fill", fill_value=0)
 
         # Rows out of range have a zero input, and so a zero product.
-        rows = known_rows(self.rows, v.shape[1])
+        rows = out_of_range_if_negative(self.rows, v.shape[1])
         products: Float[Array, "b s t o"] = jax.vmap(
             of_slice,
             (0, 1),
@@ -128,14 +129,6 @@ class LookupPair:
 
 GradientPair: TypeAlias = DensePair | LookupPair
 """What the gradient of one use is the sum of outer products of."""
-
-
-def known_rows(
-    rows: Int[Array, "..."],
-    size: int,
-) -> Int[Array, "..."]:
-    """Move negative row numbers out of range: indexing would count them from the end."""
-    return jnp.where(rows < 0, size, rows)
 
 
 def gradient_pairs(

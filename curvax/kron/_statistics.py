@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from curvax._trees import out_of_range_if_negative
 from curvax._types import at_least_float32
 from curvax.capture import PerUseArray, UseCotangents, UseKind
 from curvax.kron._factors import WeightedMean
@@ -178,7 +179,7 @@ def _count_rows(ids: Array, m: Float[Array, "s t"], size: int) -> Float[Array, "
 
     Row numbers out of range count nowhere.
     """
-    known = jnp.where(ids < 0, size, ids)  # indexing would count negative numbers from the end
+    known = out_of_range_if_negative(ids, size)
 
     def count(ids: Array, m: Array) -> Array:
         return jnp.zeros(size, m.dtype).at[ids].add(m, mode="drop")

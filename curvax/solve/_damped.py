@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from curvax._checks import check_count, check_damping, check_like, check_params, describe
-from curvax._trees import add_scaled, all_finite, inner_product, norm
+from curvax._trees import add_scaled, all_finite, cast_like, inner_product, norm
 from curvax._types import Matvec, Params, PRNGKey, Scalar, tree_at_least_float32
 from curvax.estimate._hutchinson import normal
 from curvax.solve._result import Result, SolveInfo, code_of
@@ -40,11 +40,6 @@ def damped_preconditioner(preconditioner: Matvec | None, like: Params) -> Matvec
     if preconditioner is None:
         return lambda v: v
     return damped(preconditioner, 0.0, like, "preconditioner")
-
-
-def cast_like(v: Params, like: Params) -> Params:
-    """Return v in the dtypes of another tree."""
-    return jax.tree.map(lambda x, p: x.astype(p.dtype), v, like)
 
 
 def checked(

@@ -13,9 +13,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from curvax._checks import check_damping, check_like, describe
-from curvax._trees import add_scaled, all_finite, inner_product, norm, safe_divide
+from curvax._trees import add_scaled, all_finite, cast_like, inner_product, norm, safe_divide
 from curvax._types import Matvec, Params, Scalar, at_least_float32, tree_at_least_float32
-from curvax.solve._damped import cast_like, check_system, finished
+from curvax.solve._damped import check_system, finished
 from curvax.solve._result import Result, SolveInfo, code_of
 
 # n: rows of U'; d: parameters

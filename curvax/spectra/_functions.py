@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvax._checks import check_count, check_damping, check_params
-from curvax._trees import combine_rows, dimension, norm
+from curvax._trees import cast_like, combine_rows, dimension, norm
 from curvax._types import Matvec, Params, Scalar, tree_at_least_float32
-from curvax.solve._damped import cast_like, checked
+from curvax.solve._damped import checked
 from curvax.solve._result import Result, SolveInfo, code_of
 from curvax.spectra._lanczos import lanczos
 
