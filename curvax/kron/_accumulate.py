@@ -61,12 +61,15 @@ class PassOptions(NamedTuple):
       num_samples: number of samples for each term, with "mc".
       microbatch: rows worked on at a time, or None for all.
       by_example: whether to tell the examples apart.
+      stack_rounds: whether the reduction finishes with the contributions of all rounds, on a new
+        leading axis, and not with their sum.
     """
 
     fisher: str
     num_samples: int
     microbatch: int | None
     by_example: bool
+    stack_rounds: bool = False
 
 
 class StreamPosition(NamedTuple):
@@ -320,11 +323,17 @@ def _over_rounds(
         return reduction.contribution(capture, capture.pull(u), pulled_v)
 
     if rounds.number == 1:  # one round needs no loop
-        return reduction.finish(capture, one_round(jnp.int32(0))), terms
+        total = one_round(jnp.int32(0))
+        if options.stack_rounds:
+            total = jax.tree.map(lambda x: x[None], total)
+        return reduction.finish(capture, total), terms
     # More rounds are a loop, so that memory is that of one round, and the program too.
+    step = fast_convs_in_loops(one_round)
+    if options.stack_rounds:
+        by_round = lax.map(step, jnp.arange(rounds.number))
+        return reduction.finish(capture, by_round), terms
     shapes = jax.eval_shape(lambda: one_round(jnp.int32(0)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    step = fast_convs_in_loops(one_round)
 
     def add_round(total: PyTree[Array], k: Array) -> tuple[PyTree[Array], None]:
         return jax.tree.map(jnp.add, total, step(k)), None
