@@ -18,9 +18,9 @@ def merge(first: C, second: C) -> C:
     """Combine the curvature of two batches into that of both together.
 
     With it factors stream over a data set, `factors = merge(factors, kron_factors(...))`, and
-    resume from a checkpoint. It is exact for `fisher="exact"` and, in expectation, "mc"; for
-    "empirical" if both batches have as many terms for each example; for a `weighted_sum` of losses
-    if each of its heads has the same share of the terms in both.
+    resume from a checkpoint. It is exact for `fisher="exact"` and "empirical" and, in expectation,
+    for what samples; for a `weighted_sum` of losses if each of its heads has the same share of the
+    terms in both.
 
     Args:
       first: `Factors`, `EigenFactors` (in one basis), or `EigenCurvature`.

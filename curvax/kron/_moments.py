@@ -129,6 +129,7 @@ def kron_moments(
     References: George et al. (2018), Fast approximate natural gradient descent in a
       Kronecker-factored eigenbasis, section 3, https://arxiv.org/abs/1806.03884.
     """
+    _check_examples(objective)
     # Squares are of sums over one example's positions, so that examples must be told apart.
     options = PassOptions(fisher, num_samples, microbatch, by_example=True)
     reduction = moment_sums(layout, basis)
@@ -220,6 +221,7 @@ def eigen_curvature(
     Cost: as `kron_factors`. Memory: inputs and cotangents of all uses; with "exact" once for every
       entry of one example's outputs.
     """
+    _check_examples(objective)
     of_factors = factor_sums(layout)
 
     def contribution(capture: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
@@ -252,6 +254,16 @@ def eigen_curvature(
     a, g, squares = factor_parts
     factors = make_factors(a, g, squares, terms)
     return EigenCurvature(factors, inputs, cotangents, terms.of_batch, paired)
+
+
+def _check_examples(objective: Objective) -> None:
+    """Raise if the loss compares examples, whose gradients then are no sum over examples."""
+    if objective.loss.couples_examples:
+        raise TypeError(
+            "this loss compares the examples of a batch with each other, so that the Fisher is no "
+            "sum over examples, of which EK-FAC takes second moments; use curvax.kfac "
+            "(kron_factors, scale_by_kfac)."
+        )
 
 
 def carried_moments(old: Basis, new: Basis, moments: WeightedMean) -> WeightedMean:
