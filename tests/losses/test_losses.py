@@ -1,5 +1,6 @@
 """Losses: values and curvature against formulas and autodiff, the law of pseudo-gradients."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -528,3 +529,23 @@ def test_factors_of_what_compares_examples(name):
     np.testing.assert_allclose(exact, want, atol=1e-12)
     sem = draws.std(axis=0) / len(draws) ** 0.5
     assert np.abs((draws.mean(axis=0) - want) / sem).max() < 4.5
+
+
+@pytest.mark.parametrize("name", ["contrastive", "variance"])
+def test_what_compares_examples_does_so_across_eight_devices(name):
+    """Factors and products of a batch that lies on eight devices are those of the whole batch."""
+    loss = losses.variance() if name == "variance" else losses.contrastive(0.7)
+    model = (lambda w, x: (x @ w, x)) if name == "contrastive" else (lambda w, x: x @ w)
+    objective, w = curvax.Objective(model, loss), jax.random.normal(key(1), (3, 3))
+    x = jax.random.normal(key(2), (8, 3))
+    layout = curvax.kron_layout(objective, w, (x, None))
+
+    @jax.jit
+    def compute(w, x):
+        problem = objective, layout, w, (x, None), key(0)
+        factors = [curvax.kron_factors(*problem, fisher=fisher) for fisher in ("mc", "exact")]
+        return factors, curvax.ggnvp(objective, w, (x, None))(w)
+
+    mesh = jax.make_mesh((8,), ("batch",), (jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("batch")))
+    chex.assert_trees_all_close(compute(w, sharded), compute(w, x), atol=1e-12)
