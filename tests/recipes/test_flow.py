@@ -7,6 +7,7 @@ flow, for which the same factors are estimated on a batch of draws.
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.scipy.stats import norm
 from loop import dense, mlp, train
 
@@ -77,5 +78,7 @@ def test_a_flow_trains_with_the_fisher_of_its_own_draws():
         return curvax.kron_factors(objective, layout, params, draws, key, fisher="empirical")
 
     rule = curvax.estimating(curvax.scale_by_kfac(layout, damping=1e-2), fisher)
-    tx = curvax.kl_clip(rule, learning_rate=0.1)
+    limited = curvax.kl_clip(rule, learning_rate=0.1)
+    # What `curvax.kfac` is: the limited rule, momentum, and the learning rate.
+    tx = optax.chain(limited, optax.trace(0.9), optax.scale_by_learning_rate(0.1))
     check(train(tx, objective, params, batch_of, 60)[1])
