@@ -29,6 +29,7 @@ from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
 from curvax.optim._kronecker import BlockStates, KronRule, Refreshed, scale_by_kron
+from curvax.optim._refresh import Interval, growing_interval
 
 
 class EigenBlockState(NamedTuple):
@@ -46,7 +47,7 @@ class EigenBlockState(NamedTuple):
 def scale_by_ekfac(
     layout: Layout,
     damping: optax.ScalarOrSchedule = 1e-3,
-    inverse_every: int | Int[Array, ""] = 1,
+    inverse_every: Interval = 1,
     decay: float | Float[Array, ""] = 0.95,
     stagger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -114,8 +115,8 @@ def ekfac(
     objective: Objective,
     layout: Layout,
     damping: optax.ScalarOrSchedule = 1e-3,
-    curvature_every: int | Int[Array, ""] = 1,
-    inverse_every: int | Int[Array, ""] = 1,
+    curvature_every: Interval = 1,
+    inverse_every: Interval = 1,
     momentum: float | Float[Array, ""] = 0.9,
     max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
@@ -173,8 +174,8 @@ def ekfac(
     """
     # Moments need the gradients of single examples, so this curvature keeps inputs and cotangents.
     estimator = kron.estimator(objective, layout, kron.eigen_curvature)
-    rule = scale_by_ekfac(layout, damping, inverse_every)
-    estimated = estimating(rule, estimator, curvature_every, seed)
+    rule = scale_by_ekfac(layout, damping, growing_interval(inverse_every))
+    estimated = estimating(rule, estimator, growing_interval(curvature_every), seed)
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
 
 

@@ -24,12 +24,13 @@ from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
 from curvax.optim._kronecker import BlockStates, KronRule, Refreshed, scale_by_kron
+from curvax.optim._refresh import Interval, growing_interval
 
 
 def scale_by_kfac(
     layout: Layout,
     damping: optax.ScalarOrSchedule = 1e-3,
-    inverse_every: int | Int[Array, ""] = 1,
+    inverse_every: Interval = 1,
     decay: float | Float[Array, ""] = 0.95,
     damping_scheme: str = "factored",
     stagger: bool = False,
@@ -110,8 +111,8 @@ def kfac(
     objective: Objective,
     layout: Layout,
     damping: optax.ScalarOrSchedule = 1e-3,
-    curvature_every: int | Int[Array, ""] = 1,
-    inverse_every: int | Int[Array, ""] = 1,
+    curvature_every: Interval = 1,
+    inverse_every: Interval = 1,
     momentum: float | Float[Array, ""] = 0.9,
     max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
@@ -181,8 +182,10 @@ def kfac(
     """
     # Martens and Grosse (2015), section 5: targets are sampled from the model, for with those of
     # the data the factors would be those of the empirical Fisher matrix.
-    rule = scale_by_kfac(layout, damping, inverse_every)
-    estimated = estimating(rule, kron.estimator(objective, layout), curvature_every, seed)
+    rule = scale_by_kfac(layout, damping, growing_interval(inverse_every))
+    estimated = estimating(
+        rule, kron.estimator(objective, layout), growing_interval(curvature_every), seed
+    )
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
 
 

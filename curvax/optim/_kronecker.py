@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import check_count, check_decay, check_integer, check_precision
+from curvax._checks import check_count, check_decay, check_precision
 from curvax._trees import all_finite
 from curvax._types import Count, Params, Scalar
 from curvax.kron._factors import Factors, init_factors, moving_average
 from curvax.kron._layout import Block, Layout, check_layout, present
 from curvax.kron._operator import BlockSpectrum, KronOperator, apply
-from curvax.optim._refresh import refresh_if
+from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._rule import (
     StepContext,
     StepResult,
     curvature_rule,
     keep_changed,
+    resolve_schedule,
     zero_count,
     zero_number,
 )
@@ -112,17 +113,17 @@ def scale_by_kron(
     layout: Layout,
     method: KronRule,
     damping: optax.ScalarOrSchedule,
-    inverse_every: int | Int[Array, ""],
+    inverse_every: Interval,
     decay: float | Array,
     stagger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Build a rule from a `KronRule`; the arguments are those of `scale_by_kfac`."""
     check_precision(decay=decay)
     check_decay(decay=decay)
-    check_integer(1, 2**31 - 1, inverse_every=inverse_every)
+    check_interval(inverse_every=inverse_every)
     if stagger:
         # Blocks get their turns at trace time, so the period has to be known there.
-        check_count(1, inverse_every=inverse_every)
+        check_count(1, inverse_every=inverse_every)  # raises for a schedule
 
     def init(params: Params) -> ScaleByKronState:
         check_layout(layout, params)
@@ -194,7 +195,8 @@ def scale_by_kron(
         if isinstance(inverse_every, int) and inverse_every == 1:  # nothing is conditional
             state = _refresh(method, unmasked, None, is_finite, state, damping)
             return state._replace(inverse_age=jnp.where(is_finite, 0, state.inverse_age))
-        is_due = is_ready & (is_first | (state.inverse_age >= inverse_every))
+        interval = resolve_schedule(inverse_every, state.count)
+        is_due = is_ready & (is_first | (state.inverse_age >= interval))
         state = _refresh(method, unmasked, is_due, is_finite, state, damping)
         return state._replace(inverse_age=jnp.where(is_due, 0, state.inverse_age))
 
