@@ -264,7 +264,7 @@ def _refresh(
         for name, old in records.items():
             # The one selection of these arrays: a failure and a gradient that is not finite
             # together.
-            is_good = all_finite(fresh[name])
+            is_good = _is_finite(spectra[name])
             new = fresh[name], _info_of_block(spectra[name], old.info)
             block_state, info = keep_changed(is_usable & is_good, new, (old.block_state, old.info))
             num_failures = old.num_failures + (is_usable & ~is_good)
@@ -284,6 +284,14 @@ def _refresh(
         num_failures[name] = record.num_failures
     info = state.info._replace(blocks=blocks, num_failures=num_failures)
     return state._replace(block_state=block_state, info=info)
+
+
+def _is_finite(spectrum: BlockSpectrum) -> Bool[Array, ""]:
+    """Tell whether an inverse or eigenbasis is finite, by what is known of its spectrum."""
+    # A factorization that fails is NaN throughout, and so are its eigenvalues. Of an inverse X the
+    # entries are at most its largest diagonal entry, |X_ij|^2 <= X_ii X_jj, from which the power
+    # iteration for the smallest eigenvalue starts.
+    return all_finite((spectrum.largest, spectrum.smallest))
 
 
 def _keep_records(
