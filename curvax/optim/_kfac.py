@@ -128,8 +128,9 @@ def kfac(
       objective: the `curvax.Objective` that is minimized.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       damping: a number or a schedule, in units of an eigenvalue of the curvature.
-      curvature_every: number of steps between estimates of factors; step 0 estimates.
-      inverse_every: number of steps between inversions; step 0 inverts.
+      curvature_every: number of steps between estimates of factors. They begin with one in each
+        step and get rarer, see `curvax.optim.growing_interval`; a schedule is used as it is.
+      inverse_every: number of steps between inversions, likewise.
       momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the
         buffer.
       max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see
