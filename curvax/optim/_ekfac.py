@@ -133,8 +133,9 @@ def ekfac(
       objective: the `curvax.Objective` that is minimized; its model must not mix examples.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       damping: a number or a schedule, in units of an eigenvalue of the curvature.
-      curvature_every: number of steps between estimates of factors and moments. They begin with one in
-        each step and get rarer, see `curvax.optim.growing_interval`; a schedule is used as it is.
+      curvature_every: number of steps between estimates of factors and moments. They begin with
+        one in each step and get rarer, see `curvax.optim.growing_interval`; a schedule is used as
+        it is.
       inverse_every: number of steps between eigendecompositions, likewise.
       momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the
         buffer.

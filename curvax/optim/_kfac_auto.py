@@ -72,8 +72,8 @@ def kfac_auto(
       >>> bool(objective(params, batch) < 1e-3)
       True
 
-    References: Martens and Grosse (2015), https://arxiv.org/abs/1503.05671, sections 6.4 (rate), 6.5
-      (damping) and 7 (momentum).
+    References: Martens and Grosse (2015), https://arxiv.org/abs/1503.05671, sections 6.4 (rate),
+      6.5 (damping) and 7 (momentum).
 
     Deviates: one damping serves the quadratic model and the Kronecker factors, where section 6.6
       adapts a separate gamma for the factors.

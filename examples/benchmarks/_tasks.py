@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.scipy.stats import norm
 from sklearn.datasets import load_digits, make_moons
 
 import curvax
@@ -31,19 +32,21 @@ class Task(NamedTuple):
       name: one word.
       objective: what is minimized.
       init: `key -> params`.
-      inputs: rows of inputs.
-      targets: rows of targets.
-      batch_size: rows of a mini-batch.
+      draw: `key -> batch`, a random mini-batch.
       fisher: which Fisher matrix exists for this loss.
     """
 
     name: str
     objective: curvax.Objective
     init: Callable[[jax.Array], Any]
-    inputs: jax.Array
-    targets: jax.Array
-    batch_size: int = 256
+    draw: Callable[[jax.Array], Any]
     fisher: str = "mc"
+
+    def layout(self) -> curvax.kron.Layout:
+        """Its layout, from shapes alone."""
+        key = jax.random.key(0)
+        params, batch = jax.eval_shape(lambda key: (self.init(key), self.draw(key)), key)
+        return curvax.kron_layout(self.objective, params, batch)
 
 
 class Classifier(nn.Module):
@@ -103,6 +106,35 @@ class Autoencoder(nn.Module):
         return nn.Dense(64)(x)
 
 
+class Vae(nn.Module):
+    """An encoder to a Gaussian over codes, and a decoder from one draw of it."""
+
+    code: int = 4
+
+    @nn.compact
+    def __call__(self, inputs):
+        h = nn.tanh(nn.Dense(32)(inputs["x"]))
+        mean, log_variance = jnp.split(nn.Dense(2 * self.code)(h), 2, axis=1)
+        code = mean + jnp.exp(log_variance / 2) * inputs["noise"]
+        pixels = nn.Dense(64)(nn.tanh(nn.Dense(32)(code)))
+        return {"pixels": pixels, "kl": (mean, log_variance)}
+
+
+class Flow(nn.Module):
+    """Four coupling layers in two dimensions, which begin as the identity."""
+
+    @nn.compact
+    def __call__(self, x):
+        log_det = 0.0
+        for _ in range(4):
+            h = nn.tanh(nn.Dense(16)(x[:, :1]))
+            h = nn.Dense(2, kernel_init=nn.initializers.zeros)(h)
+            log_scale, shift = jnp.tanh(h[:, 0]), h[:, 1]
+            x = jnp.stack([x[:, 1] * jnp.exp(log_scale) + shift, x[:, 0]], axis=1)
+            log_det += log_scale
+        return norm.logpdf(x).sum(axis=1) + log_det
+
+
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     images, labels = load_digits(return_X_y=True)
@@ -119,11 +151,20 @@ def _windows_of_text() -> np.ndarray:
     return codes[: num_windows * (LENGTH + 1)].reshape(num_windows, LENGTH + 1)
 
 
-def _supervised(name: str, module: nn.Module, loss: Any, inputs: Any, targets: Any, **options: Any):
+def _supervised(
+    name: str, module: nn.Module, loss: Any, inputs: Any, targets: Any, batch_size: int = 256
+) -> Task:
+    """A network with a loss, on rows of data that are drawn with replacement."""
     inputs, targets = jnp.asarray(inputs), jnp.asarray(targets)
-    objective = curvax.Objective(module.apply, loss)
-    init = lambda key: module.init(key, inputs[:2])
-    return Task(name, objective, init, inputs, targets, **options)
+
+    def init(key: jax.Array) -> Any:
+        return module.init(key, inputs[:2])
+
+    def draw(key: jax.Array) -> Any:
+        rows = jax.random.randint(key, (batch_size,), 0, len(inputs))
+        return inputs[rows], targets[rows]
+
+    return Task(name, curvax.Objective(module.apply, loss), init, draw)
 
 
 def classifier() -> Task:
@@ -144,7 +185,7 @@ def zero_head() -> Task:
 
 def resnet() -> Task:
     loss = curvax.losses.softmax_cross_entropy()
-    return _supervised("resnet", ResNet(), loss, *_digits(), batch_size=128)
+    return _supervised("resnet", ResNet(), loss, *_digits(), batch_size=64)
 
 
 def char_transformer() -> Task:
@@ -158,6 +199,50 @@ def autoencoder() -> Task:
     images, _ = _digits()
     loss = curvax.losses.sigmoid_cross_entropy()
     return _supervised("autoencoder", Autoencoder(), loss, images, images)
+
+
+def vae() -> Task:
+    """The ELBO: a likelihood and a divergence, two heads of one model whose noise is an input."""
+    images = jnp.asarray(_digits()[0])
+    kinds = {"pixels": curvax.losses.sigmoid_cross_entropy(), "kl": curvax.losses.gaussian_kl()}
+    loss = curvax.losses.weighted_sum({name: (1.0, kind) for name, kind in kinds.items()})
+
+    def draw(key: jax.Array) -> Any:
+        key_rows, key_noise = jax.random.split(key)
+        x = images[jax.random.randint(key_rows, (256,), 0, len(images))]
+        noise = jax.random.normal(key_noise, (256, Vae.code))
+        return {"x": x, "noise": noise}, {"pixels": x, "kl": None}
+
+    def init(key: jax.Array) -> Any:
+        return Vae().init(key, draw(key)[0])
+
+    return Task("vae", curvax.Objective(Vae().apply, loss), init, draw)
+
+
+def flow() -> Task:
+    """Log densities of points about two half circles."""
+    points = make_moons(2048, noise=0.1, random_state=0)[0].astype(np.float32)
+
+    def draw(key: jax.Array) -> Any:
+        return jnp.asarray(points)[jax.random.randint(key, (256,), 0, len(points))], None
+
+    def init(key: jax.Array) -> Any:
+        return Flow().init(key, draw(key)[0])
+
+    objective = curvax.Objective(Flow().apply, curvax.losses.negative_log_density())
+    return Task("flow", objective, init, draw, fisher="empirical")
+
+
+TASKS = {
+    "classifier": classifier,
+    "deep": deep_classifier,
+    "zero-head": zero_head,
+    "resnet": resnet,
+    "characters": char_transformer,
+    "autoencoder": autoencoder,
+    "vae": vae,
+    "flow": flow,
+}
 
 
 class Run(NamedTuple):
@@ -182,25 +267,26 @@ def train(
     num_steps: int,
 ) -> Run:
     """Train every pair of a rate and a seed, all of them in one compiled program."""
-    num_eval = min(len(task.inputs), 1024)
-    data = task.inputs[:num_eval], task.targets[:num_eval]
+    data = [task.draw(jax.random.key(-1 - i)) for i in range(4)]
 
-    def run(rate: jax.Array, seed: jax.Array):
-        key_params, key_rows = jax.random.split(jax.random.key(seed))
+    def evaluate(params: Any) -> jax.Array:
+        return sum(task.objective(params, batch) for batch in data) / len(data)
+
+    def run(rate: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        key_params, key_batches = jax.random.split(jax.random.key(seed))
         params = task.init(key_params)
         tx = optax.with_extra_args_support(build(rate))
-        shape = num_steps, task.batch_size
-        rows = jax.random.randint(key_rows, shape, 0, len(task.inputs))
 
-        def step(carry, drawn):
+        def step(carry: Any, key: jax.Array) -> Any:
             params, state = carry
-            batch = task.inputs[drawn], task.targets[drawn]
+            batch = task.draw(key)
             loss, grads = jax.value_and_grad(task.objective)(params, batch)
             updates, state = tx.update(grads, state, params, batch=batch)
             return (optax.apply_updates(params, updates), state), loss
 
-        (trained, _), batches = jax.lax.scan(step, (params, tx.init(params)), rows)
-        return task.objective(params, data), task.objective(trained, data), batches
+        keys = jax.random.split(key_batches, num_steps)
+        (trained, _), batches = jax.lax.scan(step, (params, tx.init(params)), keys)
+        return evaluate(params), evaluate(trained), batches
 
     pairs = [(rate, seed) for rate in rates for seed in seeds]
     rate, seed = (jnp.asarray(column) for column in zip(*pairs, strict=True))
