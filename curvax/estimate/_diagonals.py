@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
@@ -14,7 +16,7 @@ from curvax._trees import cast_like
 from curvax._types import Batch, Outputs, Params, PRNGKey, at_least_float32, tree_at_least_float32
 from curvax.estimate._per_example import gradient_shares
 from curvax.losses import pseudo_gradient
-from curvax.objective import Objective, scaled_to_share, total_terms
+from curvax.objective import Objective, scaled_to_share, sum_over_parts, total_terms
 
 
 def gauss_newton_bartlett(
@@ -58,6 +60,8 @@ def gauss_newton_bartlett(
       language model pre-training, algorithm 2, https://arxiv.org/abs/2305.14342.
     """
     check_params(params)
+    if objective.parts:
+        return sum_over_parts(gauss_newton_bartlett, objective, params, batch, key)
     check_batch(batch)
     inputs, targets = batch
 
@@ -107,6 +111,9 @@ def ggn_diagonal(
       [0.5, 4.5]
     """
     check_params(params)
+    if objective.parts:
+        of_part = partial(ggn_diagonal, microbatch=microbatch)
+        return sum_over_parts(of_part, objective, params, batch)
     check_batch(batch)
     check_count(1, microbatch=microbatch)
     totals = total_terms(objective, params, batch, microbatch)
@@ -181,6 +188,9 @@ def empirical_fisher_diagonal(
       [2.0, 4.5]
     """
     check_params(params)
+    if objective.parts:
+        of_part = partial(empirical_fisher_diagonal, microbatch=microbatch)
+        return sum_over_parts(of_part, objective, params, batch)
     check_batch(batch)
     check_count(1, microbatch=microbatch)
     size = batch_size(batch)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from curvax._types import Batch, Params, PRNGKey
 from curvax.capture import Capture, PerUseArray, UseCotangents
@@ -24,9 +25,17 @@ from curvax.kron._factors import Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis, block_moments
 from curvax.kron._kron_factor import Eigen, eigh_all, matmul
 from curvax.kron._layout import Block, Layout
+from curvax.kron._parts import (
+    by_part,
+    join_rows,
+    mean_of_block,
+    shifted,
+    sum_of_diagonals,
+    sum_of_factors,
+)
 from curvax.kron._statistics import diagonal_sums
 from curvax.kron._two_products import combined_factors
-from curvax.objective import Objective
+from curvax.objective import Objective, Part, penalty_diagonal
 
 
 class EigenFactors(NamedTuple):
@@ -129,6 +138,16 @@ def kron_moments(
     References: George et al. (2018), Fast approximate natural gradient descent in a
       Kronecker-factored eigenbasis, section 3, https://arxiv.org/abs/1806.03884.
     """
+    if objective.parts:
+        estimate = partial(
+            kron_moments,
+            basis=basis,
+            fisher=fisher,
+            num_samples=num_samples,
+            microbatch=microbatch,
+        )
+        results = by_part(estimate, objective, layout, params, batch, key)
+        return _sum_of_moments(layout, basis, results, penalty_diagonal(objective, params))
     # Squares are of sums over one example's positions, so that examples must be told apart.
     options = PassOptions(fisher, num_samples, microbatch, by_example=True)
     reduction = moment_sums(layout, basis)
@@ -136,6 +155,23 @@ def kron_moments(
         objective, layout, params, batch, key, reduction=reduction, options=options
     )
     return EigenFactors(basis, *make_moments(sums, terms))
+
+
+def _sum_of_moments(
+    layout: Layout,
+    basis: dict[str, Basis],
+    results: Sequence[tuple[Part, EigenFactors]],
+    penalties: PyTree[Array] | None,
+) -> EigenFactors:
+    """Add the second moments of the parts of an objective: all are diagonals in one basis."""
+    moments = sum_of_diagonals([(part.weight, x.moments) for part, x in results], None)
+    diagonal = sum_of_diagonals([(part.weight, x.diagonal) for part, x in results], penalties)
+    if penalties is not None:
+        # c I is c I in every basis.
+        for block in layout.blocks:
+            shift = mean_of_block(block, penalties)
+            moments[block.name] = shifted(moments[block.name], shift[:, None, None])
+    return EigenFactors(basis, moments, diagonal)
 
 
 def moment_sums(layout: Layout, basis: dict[str, Basis]) -> Reduction:
@@ -209,6 +245,9 @@ def eigen_curvature(
 
     Cost: as `kron_factors`.
     """
+    if objective.parts:
+        results = by_part(eigen_curvature, objective, layout, params, batch, key)
+        return _joined(layout, results, penalty_diagonal(objective, params))
     of_factors = factor_sums(layout)
 
     def contribution(capture: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
@@ -231,6 +270,29 @@ def eigen_curvature(
     a, g, squares = factor_parts
     factors = make_factors(a, g, squares, terms)
     return EigenCurvature(factors, inputs, cotangents, terms.of_batch)
+
+
+def _joined(
+    layout: Layout,
+    results: Sequence[tuple[Part, EigenCurvature]],
+    penalties: PyTree[Array] | None,
+) -> EigenCurvature:
+    """Join the curvature of the parts of an objective, with the rows of all their examples."""
+    of_factors = [(part, curvature.factors) for part, curvature in results]
+    factors = sum_of_factors(layout, of_factors, penalties)
+    inputs, cotangents = join_rows(layout, results)
+    terms = jnp.asarray(sum(curvature.terms for _, curvature in results))
+    return EigenCurvature(factors, inputs, cotangents, terms)
+
+
+def moments_in(block: Block, basis: Basis, curvature: EigenCurvature) -> Float[Array, "s i o"]:
+    """Return the second moments of a block that the rows of a curvature have in a basis."""
+    inputs, cotangents = curvature.inputs[block.name], curvature.cotangents[block.name]
+    # George et al. (2018), algorithm 1: M = sum_b (Q_A' D_b Q_G)^2, with D_b = a_b g_b'.
+    moments = block_moments(block, basis, inputs, cotangents)
+    shift = curvature.factors.blocks[block.name].shift
+    # The c I of a penalty is c I in every basis.
+    return moments if shift is None else moments + shift.mean[:, None, None]
 
 
 def carried_moments(old: Basis, new: Basis, moments: WeightedMean) -> WeightedMean:

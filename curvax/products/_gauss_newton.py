@@ -19,7 +19,7 @@ from curvax._types import Batch, Matvec, Outputs, Params, PRNGKey, Targets, tree
 from curvax.losses import Loss
 from curvax.losses._shares import pseudo_gradient_by_example
 from curvax.objective import Objective
-from curvax.products._linear import linearize, over_batch
+from curvax.products._linear import linearize, over_batch, product_of_parts
 
 Samples: TypeAlias = PyTree[Float[Array, "samples batch ..."]]
 OutputMatvec: TypeAlias = Callable[[Outputs], Outputs]
@@ -74,6 +74,9 @@ def ggnvp(
       descent; Martens (2020), New insights and perspectives on the natural gradient method,
       section 8, https://arxiv.org/abs/1412.1193.
     """
+    if objective.parts:
+        of_part = partial(ggnvp, microbatch=microbatch)
+        return product_of_parts(of_part, objective, params, batch)
 
     # M = S
     def curvature(
@@ -142,6 +145,9 @@ def fishervp(
       section 5, https://arxiv.org/abs/1412.1193.
     """
     check_count(1, num_samples=num_samples)
+    if objective.parts:
+        of_part = partial(fishervp, num_samples=num_samples, microbatch=microbatch)
+        return product_of_parts(of_part, objective, params, batch, key)
 
     # M = 1/K sum_k blockdiag_b(r_bk r_bk')
     def curvature(
@@ -208,6 +214,9 @@ def empirical_fishervp(
     References: Kunstner, Balles and Hennig (2019), Limitations of the empirical Fisher
       approximation for natural gradient descent, https://arxiv.org/abs/1905.12558.
     """
+    if objective.parts:
+        of_part = partial(empirical_fishervp, microbatch=microbatch)
+        return product_of_parts(of_part, objective, params, batch)
     root = batch_size(batch) ** 0.5
 
     # With e_b = grad_{f_b} L, row b of the gradient of the mean loss, g_b = B J_b' e_b, so

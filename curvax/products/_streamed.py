@@ -5,6 +5,7 @@ All batches of one shape run the same compiled program.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeAlias
@@ -13,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from curvax._batch import batch_size
 from curvax._checks import check_like, check_params
 from curvax._host import OnHost
 from curvax._stream import check_rereadable, on_device
 from curvax._trees import wide_dtype
 from curvax._types import Batch, Matvec, Params, PRNGKey, Scalar
-from curvax.objective import Objective, scaled_to_share, total_terms
+from curvax.objective import Objective, num_rows, reweighted, scaled_to_share, total_terms
 from curvax.products._gauss_newton import empirical_fishervp, fishervp, ggnvp
 from curvax.products._hessian import hvp
 from curvax.products._linear import in_dtype_of
@@ -90,11 +90,13 @@ def streamed(
     check_rereadable(batches)
 
     # N, the terms of all batches, before the first product: every share is a part of it.
-    totals, rows, number = None, 0, 0
+    totals, rows, number = None, None, 0
     for batch in on_device(batches):
-        rows += batch_size(batch)
+        # Floats, which are operands of one program, whatever the rows of a batch.
+        batch_rows = jax.tree.map(float, num_rows(objective, batch))
         number += 1
         counts = _count(objective, params, batch)
+        rows = batch_rows if rows is None else jax.tree.map(operator.add, rows, batch_rows)
         totals = counts if totals is None else jax.tree.map(jnp.add, totals, counts)
     if totals is None:
         raise ValueError("batches is empty; give at least one (inputs, targets).")
@@ -102,7 +104,7 @@ def streamed(
     # The key differs from batch to batch, and is an operand; what is static makes one program.
     key = options.pop("key", None)
     builder = (matvec_of, objective, tuple(sorted(options.items())))
-    size = (totals, float(rows))
+    size = (totals, rows)
 
     # C v = sum_c C_c v, with C_c the curvature of the share of batch c in the mean.
     def matvec(v: Params) -> Params:
@@ -139,7 +141,7 @@ def _add(
     params: Params,
     batch: Batch,
     key: PRNGKey | None,
-    size: tuple[PyTree[Scalar], float],
+    size: tuple[PyTree[Scalar], PyTree[float]],
     v: Params,
 ) -> PyTree[Array]:
     """Add the share of a batch in the product; `size` holds the terms and rows of all batches."""
@@ -149,9 +151,15 @@ def _add(
     if key is not None:
         options["key"] = key
     share = scaled_to_share(objective, params, batch, totals)
-    part = matvec_of(share, params, batch, **options)(v)
 
     # Of all products the empirical Fisher is quadratic in the loss. On the share of the mean it
     # gives B_c sum_b e_b e_b' with the B_c rows of the batch, where the whole has B sum_b e_b e_b'.
-    factor = rows / batch_size(batch) if matvec_of is empirical_fishervp else 1
+    factor = 1
+    if matvec_of is empirical_fishervp:
+        factors = jax.tree.map(operator.truediv, rows, num_rows(objective, batch))
+        if objective.parts:
+            share = reweighted(share, factors)
+        else:
+            factor = factors
+    part = matvec_of(share, params, batch, **options)(v)
     return jax.tree.map(lambda t, x: t + (factor * x).astype(t.dtype), total, part)

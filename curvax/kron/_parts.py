@@ -1,0 +1,215 @@
+"""Kronecker curvature of an objective of several parts, from that of each part.
+
+The curvature of a block is `C = sum_p w_p A_p x G_p` over the parts p with a use of it. Where one
+product has to stand for the sum it is the one with the same partial traces,
+
+    A x G = (tr_o C x tr_i C) / tr C,    tr_o C = sum_p w_p tr(G_p) A_p,  tr_i C = sum_p w_p tr(A_p) G_p,
+
+so that it is exact where all A_p are multiples of each other, or all G_p, and has the trace of C.
+Kept as a mean A of inputs and a sum G of cotangents it reads, with `tr A` the trace of that mean,
+
+    A = sum_p c_p A_p,  c_p = w_p tr G_p / sum_q w_q tr G_q,    G = sum_p w_p (tr A_p / tr A) G_p.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from curvax._trees import by_path
+from curvax._types import Batch, Params, PRNGKey, at_least_float32
+from curvax.capture import PerUseArray, join_examples
+from curvax.kron._factors import BlockFactors, Factors, WeightedMean
+from curvax.kron._kron_factor import STRUCTURES
+from curvax.kron._layout import Block, Layout, check_layout
+from curvax.objective import Objective, Part, of_parts
+
+
+class Product(NamedTuple):
+    """One Kronecker product in the curvature of a block.
+
+    Attributes:
+      weight: w_p, the weight of its part.
+      a: A_p, the factor on the inputs' side.
+      g: G_p, the factor on the outputs' side.
+    """
+
+    weight: Any
+    a: WeightedMean
+    g: WeightedMean
+
+
+def by_part(
+    estimate: Callable[..., Any],
+    objective: Objective,
+    layout: Layout,
+    params: Params,
+    batch: Any,
+    key: PRNGKey,
+) -> list[tuple[Part, Any]]:
+    """Return each part but penalties with what `estimate` finds for it, in the part's layout."""
+    check_layout(layout, params)
+
+    def of_part(part: Part, params: Params, rows: Batch, part_key: PRNGKey) -> Any:
+        of_layout = layout.of_part(part.name)
+        return estimate(part.objective, of_layout, params=params, batch=rows, key=part_key)
+
+    return of_parts(of_part, objective, params, batch, key)
+
+
+def sum_of_factors(
+    layout: Layout, results: Sequence[tuple[Part, Factors]], penalties: PyTree[Array] | None
+) -> Factors:
+    """Add the factors of the parts of an objective, and the diagonal of its penalties.
+
+    Args:
+      layout: the layout of the whole objective.
+      results: each part with its factors, which are of `layout.of_part(name)`.
+      penalties: the diagonal curvature of penalties on params, a tree like them, or None.
+    """
+    blocks = {}
+    for block in layout.blocks:
+        of_block = []
+        for part, factors in results:
+            if block.name in factors.blocks:
+                of_block.append((part, factors.blocks[block.name]))
+        shift = None if penalties is None else mean_of_block(block, penalties)
+        blocks[block.name] = _sum_of_block(block, of_block, shift)
+    diagonals = [(part.weight, factors.diagonal) for part, factors in results]
+    return Factors(blocks, sum_of_diagonals(diagonals, penalties))
+
+
+def sum_of_diagonals(
+    terms: Sequence[tuple[Any, dict[str, WeightedMean]]], penalties: PyTree[Array] | None
+) -> dict[str, WeightedMean]:
+    """Add the diagonals of the parts, by path or by block, and those of penalties by path."""
+    of_penalties = {} if penalties is None else by_path(penalties)
+    # A block has moments in those parts only that have a use of it.
+    names = dict.fromkeys(name for _, diagonal in terms for name in diagonal)
+    total = {}
+    for name in names:
+        present = [(weight, diagonal[name]) for weight, diagonal in terms if name in diagonal]
+        mean = sum_of_means(present)
+        if name in of_penalties:
+            mean = shifted(mean, of_penalties[name])
+        total[name] = mean
+    return total
+
+
+def sum_of_means(terms: Sequence[tuple[Any, WeightedMean]]) -> WeightedMean:
+    """Return `sum_p w_p x_p` of means x_p; it weighs as much as all of them have terms."""
+    weight = _sum(x.weight for _, x in terms)
+    mean = _sum(w * x.mean for w, x in terms)
+    return WeightedMean(weight * mean, weight)
+
+
+def shifted(mean: WeightedMean, amount: Array) -> WeightedMean:
+    """Add to a mean."""
+    return WeightedMean(mean.total + mean.weight * amount, mean.weight)
+
+
+def _sum_of_block(
+    block: Block, of_block: Sequence[tuple[Part, BlockFactors]], shift: Array | None
+) -> BlockFactors:
+    """Add the Kronecker products of a block, into one or into the two that are kept apart."""
+    # Uses as they are, and those of the transpose, are products apart in every part.
+    straight, transposed = [], []
+    uses_of = dict(block.parts)
+    for part, factors in of_block:
+        if not all(use.transposed for use in uses_of[part.name]):
+            straight.append(Product(part.weight, factors.a, factors.g))
+        if factors.second is not None:
+            transposed.append(Product(part.weight, *factors.second))
+    if block.two_products == "exact":
+        first, second = (_as_one(block, [product]) for product in (*straight, *transposed))
+    else:
+        first = _as_one(block, straight)
+        second = _as_one(block, transposed) if transposed else None
+    weight = first[1].weight
+    mean_shift = None if shift is None else WeightedMean(weight * shift, weight)
+    return BlockFactors(*first, second=second, shift=mean_shift)
+
+
+def _as_one(block: Block, products: Sequence[Product]) -> tuple[WeightedMean, WeightedMean]:
+    """Return A and G with the partial traces of a sum of products; see the head of this module."""
+    a_structure, g_structure = (STRUCTURES[name] for name in block.structures)
+    traces_a = [a_structure.from_moment(a.mean).trace() for _, a, _ in products]
+    traces_g = [w * g_structure.from_moment(g.mean).trace() for w, _, g in products]
+    weight_a = _sum(a.weight for _, a, _ in products)
+    weight_g = _sum(g.weight for _, _, g in products)
+
+    # c_p = w_p tr G_p / sum_q w_q tr G_q; where all G vanish (0/0), as many shares as positions.
+    all_g = _sum(traces_g)
+    shares = []
+    for (_, a, _), trace in zip(products, traces_g, strict=True):
+        by_positions = _divide(a.weight, weight_a)
+        shares.append(jnp.where(all_g > 0, _divide(trace, all_g), by_positions))
+    mean_a = _sum(_by_slice(c, a.mean) for c, (_, a, _) in zip(shares, products, strict=True))
+
+    # tr A = sum_p c_p tr A_p, and G = sum_p w_p (tr A_p / tr A) G_p
+    trace_of_mean = _sum(c * trace for c, trace in zip(shares, traces_a, strict=True))
+    scaled = []
+    for (w, _, g), trace in zip(products, traces_a, strict=True):
+        scaled.append(_by_slice(w * _divide(trace, trace_of_mean), g.mean))
+    a = WeightedMean(_by_slice(weight_a, mean_a), weight_a)
+    return a, WeightedMean(_by_slice(weight_g, _sum(scaled)), weight_g)
+
+
+def join_rows(
+    layout: Layout, results: Sequence[tuple[Part, Any]]
+) -> tuple[dict[str, list[PerUseArray]], dict[str, list[PerUseArray]]]:
+    """Join the inputs and cotangents of the parts of an objective to those of all their examples.
+
+    Every part has uses of its own, which have zero cotangents in the rows of the others: there the
+    gradient `sum a g'` of an example gets nothing from them. Cotangents of a part are scaled by the
+    root of its weight, for second moments are squares of theirs.
+
+    Args:
+      layout: the layout of the whole objective.
+      results: each part with its `EigenCurvature`.
+    """
+    # A part without a use of any block has no examples here.
+    arrays = [jax.tree.leaves(rows.inputs) for _, rows in results]
+    sizes = [len(of_part[0]) if of_part else 0 for of_part in arrays]
+    names = [block.name for block in layout.blocks]
+    cotangents = []
+    for part, rows in results:
+        cotangents.append(_scaled(jnp.sqrt(part.weight), rows.cotangents))
+    return (
+        join_examples([rows.inputs for _, rows in results], sizes, names),
+        join_examples(cotangents, sizes, names),
+    )
+
+
+def _scaled(factor: Array, tree: PyTree[Array]) -> Any:
+    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
+
+
+def mean_of_block(block: Block, tree: PyTree[Array]) -> Array:
+    """Return the mean over the entries of a block, kernel and bias, for every slice."""
+    leaves = by_path(tree)
+    views = [block.kernel] if block.bias is None else [block.kernel, block.bias]
+    entries = [at_least_float32(view.read(leaves)) for view in views]
+    stack, rows, columns = block.shape
+    total = _sum(jnp.sum(x.reshape(stack, -1), axis=1) for x in entries)
+    return total / (rows * columns)
+
+
+def _by_slice(factor: Array, x: Array) -> Array:
+    """Multiply each slice of a stack by a number."""
+    return factor.reshape(-1, *[1] * (x.ndim - 1)) * x
+
+
+def _divide(x: Array, y: Array) -> Array:
+    """Divide; a block without curvature, or a slice without positions (0/0), gets 0."""
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
+
+
+def _sum(arrays: Any) -> Array:
+    total: Array = functools.reduce(jnp.add, arrays)
+    return total
