@@ -30,6 +30,7 @@ import curvax
 from curvax import losses
 from curvax.optim._quadratic_model import quadratic_form
 
+
 def dense_of(matvec_of):
     """The dense matrix of the total, and the weighted sum of those of the parts."""
 
@@ -226,9 +227,9 @@ def test_errors_name_the_part():
         curvax.total({})
     with pytest.raises(ValueError, match="one part with a batch, got decay"):
         curvax.total({"decay": DECAY})
-    with pytest.raises(ValueError, match="'inner' is a curvax.total itself"):
+    with pytest.raises(ValueError, match=r"'inner' is a curvax\.total itself"):
         curvax.total({"inner": TOTAL})
-    with pytest.raises(TypeError, match="part 'f' must be a curvax.Objective, got function"):
+    with pytest.raises(TypeError, match=r"part 'f' must be a curvax\.Objective, got function"):
         curvax.total({"f": net})
     user = curvax.Objective(BOUNDARY.model, lambda f, y: jnp.mean((f - y) ** 4))
     objective = curvax.total({"interior": INTERIOR, "boundary": user})
@@ -238,8 +239,8 @@ def test_errors_name_the_part():
     vector = curvax.Objective(BOUNDARY.model, lambda f, y: (f - y) ** 2)
     with pytest.raises(TypeError, match=r"scalar, got float32\[3, 1\]") as raised:
         curvax.total({"interior": INTERIOR, "boundary": vector})(params, batch)
-    assert "'boundary'" in raised.value.__notes__[0]
+    assert any("'boundary'" in note for note in raised.value.__notes__)
     bad = curvax.total({"interior": INTERIOR, "decay": curvax.penalty(lambda w: jnp.ones(2) * w)})
     with pytest.raises(TypeError, match="a penalty must return a real scalar") as raised:
         bad(params, {"interior": batch["interior"]})
-    assert "'decay'" in raised.value.__notes__[0]
+    assert any("'decay'" in note for note in raised.value.__notes__)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from parts import (
     BOUNDARY,
@@ -128,7 +127,9 @@ def test_two_products_are_inverted_exactly(x64):
     state = rule.init(params)
     updates, state = jax.jit(rule.update)(v, state, params, curvature=factors)
     close(updates["last"], got)
-    with pytest.raises(ValueError, match="sum of 2 Kronecker products has no Kronecker eigenbasis|"):
+    with pytest.raises(
+        ValueError, match="sum of 2 Kronecker products has no Kronecker eigenbasis|"
+    ):
         kron_basis(layout, factors)
 
 
@@ -201,9 +202,7 @@ def test_rows_of_the_parts_have_the_second_moments_of_their_samples(x64):
         moments = kron_moments(TOTAL, layout, basis, params, batch, KEY)
         rows = {}
         for block in layout.blocks:
-            rows[block.name] = curvax.kron._moments.moments_in(
-                block, basis[block.name], curvature
-            )
+            rows[block.name] = curvax.kron._moments.moments_in(block, basis[block.name], curvature)
         return rows, {name: x.mean for name, x in moments.moments.items()}
 
     close(*compute(params, batch))
