@@ -224,13 +224,13 @@ def total(
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
-      >>> residual = lambda w, x: jax.vmap(jax.grad(lambda t: w[0] + w[1] * t**2))(x)  # u' = 2 w_1 t
-      >>> value = lambda w, x: w[0] + w[1] * x**2
+      >>> u = lambda w, t: w[0] + w[1] * t**2
+      >>> slope = lambda w, t: jax.vmap(jax.grad(u, argnums=1), (None, 0))(w, t)   # u' = 2 w_1 t
       >>> error = curvax.losses.squared_error()
-      >>> parts = {"interior": curvax.Objective(residual, error),
-      ...     "boundary": curvax.Objective(value, error)}
+      >>> parts = {"interior": curvax.Objective(slope, error),
+      ...     "boundary": curvax.Objective(u, error)}
       >>> objective = curvax.total(parts, weights={"boundary": 10.0})
-      >>> interior = jnp.array([0.5, 1.0]), jnp.array([1.0, 2.0])          # u' = 2 t
+      >>> interior = jnp.array([0.5, 1.0]), jnp.array([1.0, 2.0])                  # u' = 2 t
       >>> batch = {"interior": interior, "boundary": (jnp.zeros(1), jnp.ones(1))}
       >>> objective(jnp.zeros(2), batch).item()                          # 5/4 + 10 * 1/2
       6.25
@@ -254,7 +254,7 @@ def total(
         return (outputs, aux) if has_aux else outputs
 
     loss = weighted_sum({name: (weight, part.loss) for name, weight, part in with_batch})
-    return Objective(model, loss, has_aux, tuple(members))
+    return Objective(model=model, loss=loss, has_aux=has_aux, parts=tuple(members))
 
 
 def penalty(
@@ -323,7 +323,7 @@ def penalty(
         return jnp.ones([])
 
     loss = from_function(value, curvature_product=curvature_product, num_terms=num_terms)
-    return Objective(_params_alone, loss, is_penalty=True)
+    return Objective(model=_params_alone, loss=loss, is_penalty=True)
 
 
 def of_parts(

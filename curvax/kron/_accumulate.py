@@ -232,6 +232,15 @@ def make_factors(inputs: Any, outputs: Any, squares: Any, terms: TermCounts) -> 
     return Factors(blocks, {path: terms.factor(x) for path, x in squares.items()})
 
 
+def check_one_part(objective: Objective) -> None:
+    """Raise if an objective has several parts, where work goes over one batch."""
+    if objective.parts:
+        raise TypeError(
+            "a curvax.total has a batch for each part, which streaming fits and influence do not "
+            "take: fit each part by itself, with layout.of_part(name)."
+        )
+
+
 def accumulate(
     objective: Objective,
     layout: Layout,
@@ -244,11 +253,7 @@ def accumulate(
     position: StreamPosition | None = None,
 ) -> tuple[PyTree[Array], TermCounts]:
     """Sum a reduction over rounds of cotangents and chunks of a batch, which may be of a stream."""
-    if objective.parts:
-        raise TypeError(
-            "a curvax.total has a batch for each part, which streaming fits and influence do not "
-            "take: fit each part by itself, with layout.of_part(name)."
-        )
+    check_one_part(objective)
     position = StreamPosition(0) if position is None else position
     check_params(params)
     check_layout(layout, params)

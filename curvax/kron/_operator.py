@@ -180,7 +180,7 @@ def damping_of(damping: Any, name: str) -> Any:
 
 
 def shifted_damping(damping: Any, name: str, factors: Factors) -> Any:
-    """Return the damping of a block, and what penalties on params add: `A x G + (c + damping) I`."""
+    """Return the damping of a block with what penalties add, `A x G + (c + damping) I`."""
     shift = factors.blocks[name].shift
     amount = damping_of(damping, name)
     return amount if shift is None else amount + shift.mean

@@ -3,7 +3,8 @@
 The curvature of a block is `C = sum_p w_p A_p x G_p` over the parts p with a use of it. Where one
 product has to stand for the sum it is the one with the same partial traces,
 
-    A x G = (tr_o C x tr_i C) / tr C,    tr_o C = sum_p w_p tr(G_p) A_p,  tr_i C = sum_p w_p tr(A_p) G_p,
+    A x G = (tr_o C x tr_i C) / tr C,
+    tr_o C = sum_p w_p tr(G_p) A_p,    tr_i C = sum_p w_p tr(A_p) G_p,
 
 so that it is exact where all A_p are multiples of each other, or all G_p, and has the trace of C.
 Kept as a mean A of inputs and a sum G of cotangents it reads, with `tr A` the trace of that mean,
@@ -125,14 +126,13 @@ def _sum_of_block(
             straight.append(Product(part.weight, factors.a, factors.g))
         if factors.second is not None:
             transposed.append(Product(part.weight, *factors.second))
+    groups = [straight, transposed] if transposed else [straight]
+    # What is to be inverted exactly is two products: each is by itself.
     if block.two_products == "exact":
-        first, second = (_as_one(block, [product]) for product in (*straight, *transposed))
-    else:
-        first = _as_one(block, straight)
-        second = _as_one(block, transposed) if transposed else None
-    weight = first[1].weight
-    mean_shift = None if shift is None else WeightedMean(weight * shift, weight)
-    return BlockFactors(*first, second=second, shift=mean_shift)
+        groups = [[product] for product in (*straight, *transposed)]
+    (a, g), *others = (_as_one(block, group) for group in groups)
+    mean_shift = None if shift is None else WeightedMean(g.weight * shift, g.weight)
+    return BlockFactors(a=a, g=g, second=others[0] if others else None, shift=mean_shift)
 
 
 def _as_one(block: Block, products: Sequence[Product]) -> tuple[WeightedMean, WeightedMean]:

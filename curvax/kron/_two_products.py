@@ -1,8 +1,9 @@
 """A block's curvature as one Kronecker product, or as the sum of two.
 
-Two there are where weights are tied, and in an objective of two parts. Uses that multiply by the kernel's transpose have their input on the outputs' side. With `A1 x G1`
-of the uses and `A2 x G2` of those of the transpose (A2 from output-cotangents, G2 from inputs) the
-block is `A1 x G1 + A2 x G2`.
+Two there are where weights are tied, and in an objective of two parts. Uses that multiply by the
+kernel's transpose have their input on the outputs' side. With `A1 x G1` of the uses and `A2 x G2`
+of those of the transpose (A2 from output-cotangents, G2 from inputs) the block is
+`A1 x G1 + A2 x G2`.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_uses_of_all_parts_are_one_block_with_the_bias_of_any():
         assert sum((uses for _, uses in block.parts), ()) == block.uses
     # the bias of the last layer has no influence on second derivatives
     interior = curvax.kron_layout(INTERIOR, params, batch["interior"])
-    assert dict((block.name, block.bias) for block in interior.blocks)[LAST] is None
+    assert {block.name: block.bias for block in interior.blocks}[LAST] is None
     assert "in interior, boundary" in str(layout)
     assert hash(layout) == hash(curvax.kron_layout(TWO, params, batch))
 
@@ -110,7 +110,6 @@ def test_two_products_are_inverted_exactly(x64):
     params, batch, layout, _, parts = of_two()
     layout = layout.edit(LAST, two_products="exact")
     block = next(block for block in layout.blocks if block.name == LAST)
-    # of the interior there may be transposed uses too, which are a product of their own
     assert block.num_products == 2
     factors = curvax.kron_factors(TWO, layout, params, batch, KEY, fisher="exact")
     inverse = curvax.kron_inverse(layout, factors, damping=0.3)
@@ -127,9 +126,7 @@ def test_two_products_are_inverted_exactly(x64):
     state = rule.init(params)
     updates, state = jax.jit(rule.update)(v, state, params, curvature=factors)
     close(updates["last"], got)
-    with pytest.raises(
-        ValueError, match="sum of 2 Kronecker products has no Kronecker eigenbasis|"
-    ):
+    with pytest.raises(ValueError, match="a sum of two Kronecker products has no"):
         kron_basis(layout, factors)
 
 
@@ -316,8 +313,7 @@ def test_every_method_lowers_an_objective_of_several_parts_in_a_scan(name):
 def test_kfac_solves_a_boundary_value_problem():
     """u'' = f on 64 points inside of [0, 1], u = sin(pi t) at 16 points of its boundary."""
     u = lambda t: jnp.sin(jnp.pi * t)
-    second = lambda p, x: laplacian(p, x)
-    interior = curvax.Objective(second, losses.squared_error())
+    interior = curvax.Objective(laplacian, losses.squared_error())
     boundary = curvax.Objective(net, losses.squared_error())
     objective = curvax.total({"interior": interior, "boundary": boundary}, {"boundary": 10.0})
     params = {
@@ -328,7 +324,7 @@ def test_kfac_solves_a_boundary_value_problem():
     ends = jnp.tile(jnp.array([[0.0], [1.0]]), (8, 1))
     batch = {"interior": (points, -(jnp.pi**2) * u(points)), "boundary": (ends, u(ends))}
     layout = curvax.kron_layout(objective, params, batch)
-    tx = curvax.kfac(0.3, objective, layout, damping=1e-3, max_kl=1e-1)
+    tx = curvax.kfac(0.03, objective, layout, damping=1e-2)
 
     @jax.jit
     def train(params):
@@ -344,4 +340,4 @@ def test_kfac_solves_a_boundary_value_problem():
     trained, values = train(params)
     assert values[-1] < 1e-2 * values[0]
     grid = jnp.linspace(0, 1, 11)[:, None]
-    assert jnp.abs(net(trained, grid) - u(grid)).max() < 0.2
+    assert jnp.abs(net(trained, grid) - u(grid)).max() < 0.05
