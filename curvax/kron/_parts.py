@@ -64,7 +64,9 @@ def by_part(
 
 
 def sum_of_factors(
-    layout: Layout, results: Sequence[tuple[Part, Factors]], penalties: PyTree[Array] | None
+    layout: Layout,
+    results: Sequence[tuple[Part, Factors]],
+    penalties: PyTree[Array] | None,
 ) -> Factors:
     """Add the factors of the parts of an objective, and the diagonal of its penalties.
 
@@ -75,31 +77,36 @@ def sum_of_factors(
     """
     blocks = {}
     for block in layout.blocks:
+        shift = None
+        # A penalty adds c I where its curvature is c throughout; else c is its mean.
+        if penalties is not None:
+            shift = mean_of_block(block, penalties)
         of_block = []
         for part, factors in results:
             if block.name in factors.blocks:
                 of_block.append((part, factors.blocks[block.name]))
-        shift = None if penalties is None else mean_of_block(block, penalties)
         blocks[block.name] = _sum_of_block(block, of_block, shift)
-    diagonals = [(part.weight, factors.diagonal) for part, factors in results]
+    diagonals = []
+    for part, factors in results:
+        diagonals.append((part.weight, factors.diagonal))
     return Factors(blocks, sum_of_diagonals(diagonals, penalties))
 
 
 def sum_of_diagonals(
-    terms: Sequence[tuple[Any, dict[str, WeightedMean]]], penalties: PyTree[Array] | None
+    terms: Sequence[tuple[Any, dict[str, WeightedMean]]],
+    penalties: PyTree[Array] | None,
 ) -> dict[str, WeightedMean]:
     """Add the diagonals of the parts, by path or by block, and those of penalties by path."""
-    of_penalties = {} if penalties is None else by_path(penalties)
-    # A block has moments in those parts only that have a use of it.
-    names = dict.fromkeys(name for _, diagonal in terms for name in diagonal)
-    total = {}
-    for name in names:
-        present = [(weight, diagonal[name]) for weight, diagonal in terms if name in diagonal]
-        mean = sum_of_means(present)
-        if name in of_penalties:
-            mean = shifted(mean, of_penalties[name])
-        total[name] = mean
-    return total
+    by_name: dict[str, list[tuple[Any, WeightedMean]]] = {}
+    for weight, diagonal in terms:
+        # A block has moments in those parts only that have a use of it.
+        for name, mean in diagonal.items():
+            by_name.setdefault(name, []).append((weight, mean))
+    total = {name: sum_of_means(means) for name, means in by_name.items()}
+    if penalties is None:
+        return total
+    of_penalties = by_path(penalties)
+    return {name: shifted(mean, of_penalties[name]) for name, mean in total.items()}
 
 
 def sum_of_means(terms: Sequence[tuple[Any, WeightedMean]]) -> WeightedMean:
@@ -135,29 +142,44 @@ def _sum_of_block(
     return BlockFactors(a=a, g=g, second=others[0] if others else None, shift=mean_shift)
 
 
-def _as_one(block: Block, products: Sequence[Product]) -> tuple[WeightedMean, WeightedMean]:
+def _as_one(
+    block: Block,
+    products: Sequence[Product],
+) -> tuple[WeightedMean, WeightedMean]:
     """Return A and G with the partial traces of a sum of products; see the head of this module."""
     a_structure, g_structure = (STRUCTURES[name] for name in block.structures)
-    traces_a = [a_structure.from_moment(a.mean).trace() for _, a, _ in products]
-    traces_g = [w * g_structure.from_moment(g.mean).trace() for w, _, g in products]
-    weight_a = _sum(a.weight for _, a, _ in products)
-    weight_g = _sum(g.weight for _, _, g in products)
+    traces_a, traces_g = [], []
+    for w, a, g in products:
+        trace_a = a_structure.from_moment(a.mean).trace()
+        trace_g = g_structure.from_moment(g.mean).trace()
+        traces_a.append(trace_a)
+        traces_g.append(w * trace_g)
+    weight_a = _sum(product.a.weight for product in products)
+    weight_g = _sum(product.g.weight for product in products)
 
-    # c_p = w_p tr G_p / sum_q w_q tr G_q; where all G vanish (0/0), as many shares as positions.
-    all_g = _sum(traces_g)
-    shares = []
-    for (_, a, _), trace in zip(products, traces_g, strict=True):
+    # A = sum_p c_p A_p and tr A = sum_p c_p tr A_p, with c_p = w_p tr G_p / sum_q w_q tr G_q
+    sum_of_traces_g = _sum(traces_g)
+    terms_of_a, terms_of_trace = [], []
+    for (_, a, _), trace_a, trace_g in zip(products, traces_a, traces_g, strict=True):
+        by_trace = _divide(trace_g, sum_of_traces_g)
+        # Where all G vanish (0/0), a part has as large a share as it has positions.
         by_positions = _divide(a.weight, weight_a)
-        shares.append(jnp.where(all_g > 0, _divide(trace, all_g), by_positions))
-    mean_a = _sum(_by_slice(c, a.mean) for c, (_, a, _) in zip(shares, products, strict=True))
+        share = jnp.where(sum_of_traces_g > 0, by_trace, by_positions)
+        terms_of_a.append(_by_slice(share, a.mean))
+        terms_of_trace.append(share * trace_a)
+    mean_a = _sum(terms_of_a)
+    trace_of_a = _sum(terms_of_trace)
 
-    # tr A = sum_p c_p tr A_p, and G = sum_p w_p (tr A_p / tr A) G_p
-    trace_of_mean = _sum(c * trace for c, trace in zip(shares, traces_a, strict=True))
-    scaled = []
-    for (w, _, g), trace in zip(products, traces_a, strict=True):
-        scaled.append(_by_slice(w * _divide(trace, trace_of_mean), g.mean))
-    a = WeightedMean(_by_slice(weight_a, mean_a), weight_a)
-    return a, WeightedMean(_by_slice(weight_g, _sum(scaled)), weight_g)
+    # G = sum_p w_p (tr A_p / tr A) G_p
+    terms_of_g = []
+    for (w, _, g), trace_a in zip(products, traces_a, strict=True):
+        relative = _divide(trace_a, trace_of_a)
+        terms_of_g.append(_by_slice(w * relative, g.mean))
+    mean_g = _sum(terms_of_g)
+    return (
+        WeightedMean(_by_slice(weight_a, mean_a), weight_a),
+        WeightedMean(_by_slice(weight_g, mean_g), weight_g),
+    )
 
 
 def join_rows(
@@ -173,15 +195,16 @@ def join_rows(
       layout: the layout of the whole objective.
       results: each part with its `EigenCurvature`.
     """
-    # A part without a use of any block has no examples here.
-    arrays = [jax.tree.leaves(rows.inputs) for _, rows in results]
-    sizes = [len(of_part[0]) if of_part else 0 for of_part in arrays]
     names = [block.name for block in layout.blocks]
-    cotangents = []
+    inputs, cotangents, sizes = [], [], []
     for part, rows in results:
+        inputs.append(rows.inputs)
         cotangents.append(_scaled(jnp.sqrt(part.weight), rows.cotangents))
+        # A part without a use of any block has no examples here.
+        arrays = jax.tree.leaves(rows.inputs)
+        sizes.append(len(arrays[0]) if arrays else 0)
     return (
-        join_examples([rows.inputs for _, rows in results], sizes, names),
+        join_examples(inputs, sizes, names),
         join_examples(cotangents, sizes, names),
     )
 
@@ -193,11 +216,15 @@ def _scaled(factor: Array, tree: PyTree[Array]) -> Any:
 def mean_of_block(block: Block, tree: PyTree[Array]) -> Array:
     """Return the mean over the entries of a block, kernel and bias, for every slice."""
     leaves = by_path(tree)
-    views = [block.kernel] if block.bias is None else [block.kernel, block.bias]
-    entries = [at_least_float32(view.read(leaves)) for view in views]
+    views = [block.kernel]
+    if block.bias is not None:
+        views.append(block.bias)
     stack, rows, columns = block.shape
-    total = _sum(jnp.sum(x.reshape(stack, -1), axis=1) for x in entries)
-    return total / (rows * columns)
+    sums = []
+    for view in views:
+        entries = at_least_float32(view.read(leaves))
+        sums.append(jnp.sum(entries.reshape(stack, -1), axis=1))
+    return _sum(sums) / (rows * columns)
 
 
 def _by_slice(factor: Array, x: Array) -> Array:

@@ -113,7 +113,7 @@ def test_two_products_are_inverted_exactly(x64):
     assert block.num_products == 2
     factors = curvax.kron_factors(TWO, layout, params, batch, KEY, fisher="exact")
     inverse = curvax.kron_inverse(layout, factors, damping=0.3)
-    (a1, g1), (a2, g2) = (sides(of_part.blocks[LAST]) for of_part in parts.values())
+    (a1, g1), (a2, g2) = (sides(parts[name].blocks[LAST]) for name in DATA)
     g1, g2 = WEIGHTS["interior"] * g1, WEIGHTS["boundary"] * g2
     # G has one row, and so takes none of the damping: (A2 g2 + damping I) x 1
     matrix = np.kron(a1[0], g1[0]) + np.kron(a2[0], g2[0]) + 0.3 * np.eye(4)
