@@ -79,6 +79,10 @@ def test_value_gradient_and_gauss_newton_matrix_against_dense_ones(x64):
         ggn += WEIGHTS[name] * oracle.ggn(case)
     np.testing.assert_allclose(value, want, rtol=1e-12)
     close(oracle.flat(gradient), want_gradient)
+    # a matvec is a pytree, also that of several parts
+    matvec = jax.jit(lambda p, b: curvax.ggnvp(TOTAL, p, b))(params, batch)
+    product = jax.jit(lambda matvec, v: matvec(v))(matvec, params)
+    close(oracle.flat(product), ggn @ flat_params)
     got, diagonal, form = jax.jit(
         lambda p, b: (
             curvax.to_dense(curvax.ggnvp(TOTAL, p, b), p),
@@ -179,16 +183,18 @@ def test_aux_and_shared_inputs_by_part(x64):
 
 def test_a_batch_on_eight_devices():
     params, batch = problem(16, 8)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.device_put(batch, NamedSharding(mesh, P("data")))
-    params = jax.device_put(params, NamedSharding(mesh, P()))
+    mesh = jax.make_mesh((8,), ("data",))
 
     @jax.jit
     def compute(params, batch):
         product = curvax.ggnvp(TOTAL, params, batch, microbatch=8)(params)
-        return jax.grad(TOTAL)(params, batch), product, curvax.ggn_diagonal(TOTAL, params, batch)
+        sampled = curvax.fishervp(TOTAL, params, batch, KEY)(params)
+        return jax.grad(TOTAL)(params, batch), product, sampled
 
-    close(compute(params, sharded), compute(params, batch), 1e-4)
+    alone = jax.device_get(compute(params, batch))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(batch, NamedSharding(mesh, P("data")))
+        close(jax.device_get(compute(params, sharded)), alone, 1e-4)
 
 
 def test_bfloat16_params_get_products_in_their_dtype():

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from parts import (
     BOUNDARY,
     INTERIOR,
@@ -253,6 +255,23 @@ def test_a_leaf_that_one_part_uses_otherwise_is_in_no_block_and_says_where():
         lambda p, b: curvax.kron_factors(objective, layout, p, b, KEY), params, batch
     )
     assert set(factors.blocks) == {FIRST} and LAST in factors.diagonal
+
+
+def test_factors_and_rows_of_a_batch_on_eight_devices():
+    params, batch = problem(16, 8)
+    layout = curvax.kron_layout(TOTAL, params, batch)
+    mesh = jax.make_mesh((8,), ("data",))
+
+    @jax.jit
+    def compute(params, batch):
+        factors = curvax.kron_factors(TOTAL, layout, params, batch, KEY, fisher="exact")
+        curvature = curvax.kron.eigen_curvature(TOTAL, layout, params, batch, KEY)
+        return factors, curvature.factors.diagonal, curvature.cotangents
+
+    alone = jax.device_get(compute(params, batch))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(batch, NamedSharding(mesh, P("data")))
+        close(jax.device_get(compute(params, sharded)), alone, 1e-4)
 
 
 def test_fits_and_foreign_layouts_are_refused(x64):
