@@ -17,7 +17,7 @@ from curvax.estimate import (
     per_example_grads,
 )
 from curvax.kron import kron_factors, kron_inverse, kron_layout
-from curvax.objective import Objective
+from curvax.objective import Objective, penalty, total
 from curvax.optim import (
     adahessian,
     egn,
@@ -55,6 +55,8 @@ __version__ = "0.1.0"
 __all__ = [
     # Objectives
     "Objective",
+    "total",
+    "penalty",
     "Shared",
     "losses",
     # Products: `v -> C v`, linearized once

@@ -22,8 +22,7 @@ from curvax.kron import (
     moving_average,
 )
 from curvax.kron._factors import init_factors
-from curvax.kron._gradient_pairs import block_moments
-from curvax.kron._moments import EigenFactors, carried_moments, decompose
+from curvax.kron._moments import EigenFactors, carried_moments, decompose, moments_in
 from curvax.kron._operator import KronOperator, eigen_spectrum, kron_operator
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
@@ -196,10 +195,7 @@ def _average_moments(
     for block in layout.blocks:
         basis, moments = block_state[block.name]
         # George et al. (2018), algorithm 1: M_new = sum_b (Q_A' D_b Q_G)^2, with D_b = a_b g_b'.
-        inputs, g = curvature.inputs[block.name], curvature.cotangents[block.name]
-        # Where the pairs of cotangents are not symmetric: (Q_A' D_b Q_G) * (Q_A' E_b Q_G).
-        h = None if curvature.paired is None else curvature.paired[block.name]
-        of_batch = block_moments(block, basis, inputs, g, h)
+        of_batch = moments_in(block, basis, curvature)
         # Sum and weight decay alike and M is their ratio, which makes it free of bias.
         new = WeightedMean(curvature.terms * of_batch, curvature.terms)
         averages[block.name] = EigenBlockState(basis, moving_average(moments, new, decay))
