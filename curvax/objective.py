@@ -24,7 +24,9 @@ whole exactly, for any partition down to single examples:
 
 What is not linear in the loss needs a factor of its own, which its function states. With `s_b` the
 gradient of the share of example b, per-example gradients are `g_b = B s_b`, so that their mean is
-the gradient, and the empirical Fisher is `1/B sum_b g_b g_b' = B sum_b s_b s_b'`.
+the gradient. The empirical Fisher is `1/N sum_b (grad L_b)(grad L_b)' = N sum_b s_b s_b'`, L_b the
+sum over the terms of example b: a pseudo-gradient at the targets of the data, `sqrt(N) s_b` by
+example, which takes `sqrt(share_c)` on a chunk as every other one does.
 
 An objective of several parts
 -----------------------------
@@ -38,7 +40,6 @@ parts: it calls itself on each (`of_parts`), and adds. Nothing below it knows of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from curvax._batch import batch_size, check_batch, sum_over_chunks
+from curvax._batch import check_batch, sum_over_chunks
 from curvax._checks import check_scalar, describe
 from curvax._shared import unwrap
 from curvax._types import Batch, Outputs, Params, PRNGKey, Scalar, at_least_float32
@@ -422,22 +423,6 @@ def checked_inputs(objective: Objective, batch: Any) -> Any:
     return inputs
 
 
-def num_rows(objective: Objective, batch: Any) -> PyTree[int]:
-    """Return the number of rows of a batch; of several parts, a dict by part, without penalties."""
-    if not objective.parts:
-        return batch_size(batch)
-    batches = batches_of_parts(objective, batch)
-    return {name: batch_size(rows) for name, rows in batches.items() if rows is not None}
-
-
-def reweighted(objective: Objective, factors: Mapping[str, Any]) -> Objective:
-    """Multiply the weights of parts of an objective; those that have no factor stay."""
-    parts = {part.name: part.objective for part in objective.parts}
-    weights = {part.name: factors.get(part.name, 1) * part.weight for part in objective.parts}
-    return total(parts, weights)
-
-
-@contextmanager
 def naming_part(name: str) -> Iterator[None]:
     """Say in errors from within which part they are of."""
     try:

@@ -148,8 +148,11 @@ def kron_moments(
         )
         results = by_part(estimate, objective, layout, params, batch, key)
         return _sum_of_moments(layout, basis, results, penalty_diagonal(objective, params))
+    _check_examples(objective)
     # Squares are of sums over one example's positions, so that examples must be told apart.
-    options = PassOptions(fisher, num_samples, microbatch, by_example=True)
+    options = PassOptions(
+        fisher=fisher, num_samples=num_samples, microbatch=microbatch, by_example=True
+    )
     reduction = moment_sums(layout, basis)
     sums, terms = accumulate(
         objective, layout, params, batch, key, reduction=reduction, options=options
@@ -218,18 +221,27 @@ class EigenCurvature(NamedTuple):
       inputs: for each block the inputs of its uses, `[examples, stack, positions, in]`.
       cotangents: for each block the cotangents of its uses, `[examples, stack, positions, out]`.
       terms: number of terms of the mean.
+      paired: with "exact" the second cotangents of the pairs (u, v), whose first are `cotangents`;
+        None where both are equal.
     """
 
     factors: Factors
     inputs: dict[str, list[PerUseArray]]
     cotangents: dict[str, list[PerUseArray]]
     terms: Array
+    paired: dict[str, list[PerUseArray]] | None = None
 
 
 def eigen_curvature(
-    objective: Objective, layout: Layout, params: Params, batch: Batch, key: PRNGKey
+    objective: Objective,
+    layout: Layout,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    *,
+    fisher: str = "mc",
 ) -> EigenCurvature:
-    """Sample what EK-FAC needs of a batch.
+    """Estimate what EK-FAC needs of a batch.
 
     That is `kron_factors` (of one sample), and what `kron_moments` is made of.
 
@@ -238,38 +250,70 @@ def eigen_curvature(
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       params: pytree of float arrays.
       batch: `(inputs, targets)`.
-      key: JAX key.
+      key: JAX key, for "mc".
+      fisher: "mc", "exact" or "empirical", as in `kron_factors`.
 
     Raises:
       As `kron_moments`.
 
-    Cost: as `kron_factors`.
+    Cost: as `kron_factors`. Memory: inputs and cotangents of all uses; with "exact" once for every
+      entry of one example's outputs.
     """
     if objective.parts:
-        results = by_part(eigen_curvature, objective, layout, params, batch, key)
+        estimate = partial(eigen_curvature, fisher=fisher)
+        results = by_part(estimate, objective, layout, params, batch, key)
         return _joined(layout, results, penalty_diagonal(objective, params))
+    _check_examples(objective)
     of_factors = factor_sums(layout)
 
     def contribution(capture: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
-        return of_factors.contribution(capture, u, v), u.blocks
+        return of_factors.contribution(capture, u, v), (u.blocks, None if v is None else v.blocks)
 
-    def finish(capture: Capture, sums: PyTree[Array]) -> PyTree[Array]:
-        factor_parts, cotangents = sums
-        return of_factors.finish(capture, factor_parts), capture.inputs, cotangents
+    # k: rounds, b: examples
+    def finish(capture: Capture, by_round: PyTree[Array]) -> PyTree[Array]:
+        factor_parts, cotangents = by_round
+        sums = jax.tree.map(lambda x: x.sum(axis=0), factor_parts)
+        # A round is to moments what more examples are: [k, b, ...] to [k b, ...].
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cotangents)
+        num_rounds = jax.tree.leaves(cotangents)[0].shape[0]
 
-    # One sample and no microbatch: rounds and chunks add up, which rows must not.
-    (factor_parts, inputs, cotangents), terms = accumulate(
+        def for_every_round(x: Array) -> Array:
+            return jnp.tile(x, (num_rounds, *(1,) * (x.ndim - 1)))
+
+        inputs = jax.tree.map(for_every_round, capture.inputs)
+        return of_factors.finish(capture, sums), inputs, rows
+
+    # No microbatch: chunks add up, which rows must not.
+    (factor_parts, inputs, (cotangents, paired)), terms = accumulate(
         objective,
         layout,
         params,
         batch,
         key,
         reduction=Reduction(Partial(contribution), Partial(finish)),
-        options=PassOptions("mc", 1, None, by_example=True),
+        options=PassOptions(
+            fisher=fisher, num_samples=1, microbatch=None, by_example=True, stack_rounds=True
+        ),
     )
     a, g, squares = factor_parts
     factors = make_factors(a, g, squares, terms)
-    return EigenCurvature(factors, inputs, cotangents, terms.of_batch)
+    return EigenCurvature(
+        factors=factors,
+        inputs=inputs,
+        cotangents=cotangents,
+        terms=terms.of_batch,
+        paired=paired,
+    )
+
+
+def _check_examples(objective: Objective) -> None:
+    """Raise if the loss compares examples, whose gradients then are no sum over examples."""
+    if objective.loss.couples_examples:
+        raise TypeError(
+            "this loss compares the examples of a batch with each other, so that the Fisher is no "
+            "sum over examples, of which EK-FAC takes second moments; use curvax.kfac "
+            "(kron_factors, scale_by_kfac)."
+        )
 
 
 def _joined(
@@ -280,16 +324,24 @@ def _joined(
     """Join the curvature of the parts of an objective, with the rows of all their examples."""
     of_factors = [(part, curvature.factors) for part, curvature in results]
     factors = sum_of_factors(layout, of_factors, penalties)
-    inputs, cotangents = join_rows(layout, results)
+    inputs, cotangents, paired = join_rows(layout, results)
     terms = jnp.asarray(sum(curvature.terms for _, curvature in results))
-    return EigenCurvature(factors, inputs, cotangents, terms)
+    return EigenCurvature(
+        factors=factors,
+        inputs=inputs,
+        cotangents=cotangents,
+        terms=terms,
+        paired=paired,
+    )
 
 
 def moments_in(block: Block, basis: Basis, curvature: EigenCurvature) -> Float[Array, "s i o"]:
     """Return the second moments of a block that the rows of a curvature have in a basis."""
-    inputs, cotangents = curvature.inputs[block.name], curvature.cotangents[block.name]
+    inputs, g = curvature.inputs[block.name], curvature.cotangents[block.name]
+    # Where the pairs of cotangents are not symmetric: (Q_A' D_b Q_G) * (Q_A' E_b Q_G).
+    h = None if curvature.paired is None else curvature.paired[block.name]
     # George et al. (2018), algorithm 1: M = sum_b (Q_A' D_b Q_G)^2, with D_b = a_b g_b'.
-    moments = block_moments(block, basis, inputs, cotangents)
+    moments = block_moments(block, basis, inputs, g, h)
     shift = curvature.factors.blocks[block.name].shift
     # The c I of a penalty is c I in every basis.
     return moments if shift is None else moments + shift.mean[:, None, None]

@@ -187,8 +187,12 @@ def _as_one(
 
 def join_rows(
     layout: Layout, results: Sequence[tuple[Part, Any]]
-) -> tuple[dict[str, list[PerUseArray]], dict[str, list[PerUseArray]]]:
+) -> tuple[
+    dict[str, list[PerUseArray]], dict[str, list[PerUseArray]], dict[str, list[PerUseArray]] | None
+]:
     """Join the inputs and cotangents of the parts of an objective to those of all their examples.
+
+    The last are the second cotangents of pairs, or None where no part has pairs.
 
     Every part has uses of its own, which have zero cotangents in the rows of the others: there the
     gradient `sum a g'` of an example gets nothing from them. Cotangents of a part are scaled by the
@@ -199,16 +203,22 @@ def join_rows(
       results: each part with its `EigenCurvature`.
     """
     names = [block.name for block in layout.blocks]
-    inputs, cotangents, sizes = [], [], []
+    inputs, cotangents, paired, sizes = [], [], [], []
     for part, rows in results:
         inputs.append(rows.inputs)
-        cotangents.append(_scaled(jnp.sqrt(part.weight), rows.cotangents))
+        root = jnp.sqrt(part.weight)
+        cotangents.append(_scaled(root, rows.cotangents))
+        # Without pairs, u u' is the pair of a cotangent with itself.
+        partners = rows.cotangents if rows.paired is None else rows.paired
+        paired.append(_scaled(root, partners))
         # A part without a use of any block has no examples here.
         arrays = jax.tree.leaves(rows.inputs)
         sizes.append(len(arrays[0]) if arrays else 0)
+    has_pairs = any(rows.paired is not None for _, rows in results)
     return (
         join_examples(inputs, sizes, names),
         join_examples(cotangents, sizes, names),
+        join_examples(paired, sizes, names) if has_pairs else None,
     )
 
 

@@ -28,6 +28,7 @@ from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
 from curvax.optim._kronecker import BlockStates, KronRule, Refreshed, scale_by_kron
+from curvax.optim._refresh import Interval, growing_interval
 
 
 class EigenBlockState(NamedTuple):
@@ -45,7 +46,7 @@ class EigenBlockState(NamedTuple):
 def scale_by_ekfac(
     layout: Layout,
     damping: optax.ScalarOrSchedule = 1e-3,
-    inverse_every: int | Int[Array, ""] = 1,
+    inverse_every: Interval = 1,
     decay: float | Float[Array, ""] = 0.95,
     stagger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -113,32 +114,37 @@ def ekfac(
     objective: Objective,
     layout: Layout,
     damping: optax.ScalarOrSchedule = 1e-3,
-    curvature_every: int | Int[Array, ""] = 1,
-    inverse_every: int | Int[Array, ""] = 1,
+    curvature_every: Interval = 1,
+    inverse_every: Interval = 1,
     momentum: float | Float[Array, ""] = 0.9,
     max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
+    fisher: str = "mc",
 ) -> optax.GradientTransformationExtraArgs:
     """EK-FAC: natural gradient, diagonal in the eigenbasis of Kronecker factors of the Fisher.
 
     This is `estimating(scale_by_ekfac(layout, damping, inverse_every), estimator)` with the
-    estimator `kron.estimator(objective, layout, kron.eigen_curvature)`, followed by the limit of
-    `kl_clip`, momentum and the learning rate.
+    estimator `kron.estimator(objective, layout, kron.eigen_curvature, fisher=fisher)`, followed by
+    the limit of `kl_clip`, momentum and the learning rate.
 
     Args:
       learning_rate: a number or a schedule.
-      objective: the `curvax.Objective` that is minimized; its loss must be able to sample, and its
-        model must not mix examples.
+      objective: the `curvax.Objective` that is minimized; its model must not mix examples.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       damping: a number or a schedule, in units of an eigenvalue of the curvature.
-      curvature_every: number of steps between estimates of factors and moments; step 0 estimates.
-      inverse_every: number of steps between eigendecompositions; step 0 decomposes.
+      curvature_every: number of steps between estimates of factors and moments. They begin with
+        one in each step and get rarer, see `curvax.optim.growing_interval`; a schedule is used as
+        it is.
+      inverse_every: number of steps between eigendecompositions, likewise.
       momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the
         buffer.
       max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see
         `curvax.kl_clip`; None means no limit. Without it, steps in directions that the sampled
         factors have hardly seen can be so long that training diverges.
       seed: the seed of the sampled targets.
+      fisher: "mc", targets sampled from the model, for losses that can sample; "exact", their
+        expectation, for models with few outputs; "empirical", the batch's own targets, for losses
+        that have no other Fisher (log densities). See `curvax.kron.eigen_curvature`.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
@@ -171,9 +177,9 @@ def ekfac(
     References: George et al. (2018), https://arxiv.org/abs/1806.03884.
     """
     # Moments need the gradients of single examples, so this curvature keeps inputs and cotangents.
-    estimator = kron.estimator(objective, layout, kron.eigen_curvature)
-    rule = scale_by_ekfac(layout, damping, inverse_every)
-    estimated = estimating(rule, estimator, curvature_every, seed)
+    estimator = kron.estimator(objective, layout, kron.eigen_curvature, fisher=fisher)
+    rule = scale_by_ekfac(layout, damping, growing_interval(inverse_every))
+    estimated = estimating(rule, estimator, growing_interval(curvature_every), seed)
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
 
 

@@ -5,7 +5,6 @@ All batches of one shape run the same compiled program.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeAlias
@@ -19,7 +18,7 @@ from curvax._host import OnHost
 from curvax._stream import check_rereadable, on_device
 from curvax._trees import wide_dtype
 from curvax._types import Batch, Matvec, Params, PRNGKey, Scalar
-from curvax.objective import Objective, num_rows, reweighted, scaled_to_share, total_terms
+from curvax.objective import Objective, scaled_to_share, total_terms
 from curvax.products._gauss_newton import empirical_fishervp, fishervp, ggnvp
 from curvax.products._hessian import hvp
 from curvax.products._linear import in_dtype_of
@@ -90,13 +89,10 @@ def streamed(
     check_rereadable(batches)
 
     # N, the terms of all batches, before the first product: every share is a part of it.
-    totals, rows, number = None, None, 0
+    totals, number = None, 0
     for batch in on_device(batches):
-        # Floats, which are operands of one program, whatever the rows of a batch.
-        batch_rows = jax.tree.map(float, num_rows(objective, batch))
         number += 1
         counts = _count(objective, params, batch)
-        rows = batch_rows if rows is None else jax.tree.map(operator.add, rows, batch_rows)
         totals = counts if totals is None else jax.tree.map(jnp.add, totals, counts)
     if totals is None:
         raise ValueError("batches is empty; give at least one (inputs, targets).")
@@ -104,7 +100,6 @@ def streamed(
     # The key differs from batch to batch, and is an operand; what is static makes one program.
     key = options.pop("key", None)
     builder = (matvec_of, objective, tuple(sorted(options.items())))
-    size = (totals, rows)
 
     # C v = sum_c C_c v, with C_c the curvature of the share of batch c in the mean.
     def matvec(v: Params) -> Params:
@@ -116,7 +111,7 @@ def streamed(
             # One batch is worked on while the next one is fetched, no more.
             jax.block_until_ready(total)
             batch_key = None if key is None else jax.random.fold_in(key, seen)
-            total = _add(builder, total, params, batch, batch_key, size, v)
+            total = _add(builder, total, params, batch, batch_key, totals, v)
             seen += 1
         if seen != number:
             raise ValueError(
@@ -141,25 +136,14 @@ def _add(
     params: Params,
     batch: Batch,
     key: PRNGKey | None,
-    size: tuple[PyTree[Scalar], PyTree[float]],
+    totals: PyTree[Scalar],
     v: Params,
 ) -> PyTree[Array]:
-    """Add the share of a batch in the product; `size` holds the terms and rows of all batches."""
+    """Add the share of a batch in the product; `totals` are the terms of all batches."""
     matvec_of, objective, static_options = builder
-    totals, rows = size
     options = dict(static_options)
     if key is not None:
         options["key"] = key
     share = scaled_to_share(objective, params, batch, totals)
-
-    # Of all products the empirical Fisher is quadratic in the loss. On the share of the mean it
-    # gives B_c sum_b e_b e_b' with the B_c rows of the batch, where the whole has B sum_b e_b e_b'.
-    factor = 1
-    if matvec_of is empirical_fishervp:
-        factors = jax.tree.map(operator.truediv, rows, num_rows(objective, batch))
-        if objective.parts:
-            share = reweighted(share, factors)
-        else:
-            factor = factors
     part = matvec_of(share, params, batch, **options)(v)
-    return jax.tree.map(lambda t, x: t + (factor * x).astype(t.dtype), total, part)
+    return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, part)

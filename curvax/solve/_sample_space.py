@@ -33,6 +33,7 @@ from curvax.capture import (
     uses_in_part,
 )
 from curvax.losses import Loss
+from curvax.losses._linear import check_curved
 from curvax.objective import Objective, Part, checked_inputs, of_parts
 from curvax.products import ggnvp, to_dense
 from curvax.products._linear import linearize
@@ -52,12 +53,13 @@ def sample_space(
 ) -> Formed:
     """Form the Gauss-Newton matrix of a batch for exact solves, in the smaller of two spaces.
 
-    `F = J'S J = U U'`, with S the output-space curvature (as in `curvax.ggnvp`), `S = R R'` by
-    example, `U = J'R`. Where the batch has fewer outputs n than there are parameters d, `U'U` is
-    formed, and `(F + damping I)^-1` is applied through it; else F itself. No Jacobian is formed:
-    `U'U` is the sum over layers of products of inner products of the layers' inputs and
-    output-gradients. Negative curvature (of a user's loss) counts as none in sample space.
-    Of a `curvax.total` the columns of U are those of all parts, `sqrt(w_p) U_p`.
+    `F = J'S J = U U'`, with S the output-space curvature (as in `curvax.ggnvp`), `S = R R'` (by
+    example, unless the loss compares examples with each other), `U = J'R`. Where the batch has
+    fewer outputs n than there are parameters d, `U'U` is formed, and `(F + damping I)^-1` is
+    applied through it; else F itself. No Jacobian is formed: `U'U` is the sum over layers of
+    products of inner products of the layers' inputs and output-gradients. Negative curvature (of a
+    user's loss) counts as none in sample space. Of a `curvax.total` the columns of U are those of
+    all parts, `sqrt(w_p) U_p`.
 
     Args:
       objective: the `curvax.Objective` whose curvature is formed.
@@ -117,6 +119,11 @@ def _in_sample_space(objective: Objective, params: Params, batch: Any) -> Sample
     if objective.parts:
 
         def of_part(part: Part, params: Params, rows: Batch) -> _Rows:
+            if part.objective.loss.couples_examples:
+                raise ValueError(
+                    f"the loss of the part {part.name!r} compares examples with each other, so "
+                    'that its curvature has no root by example. Use space="params".'
+                )
             return _rows(part.objective, params, rows, part.weight)
 
         # F = sum_p w_p U_p U_p': the columns of U are those of all sqrt(w_p) U_p.
@@ -135,7 +142,11 @@ def _in_sample_space(objective: Objective, params: Params, batch: Any) -> Sample
     pushes = [rows.push for rows in spaces]
     pulls = [(rows.pull, rows.gradient.size) for rows in spaces]
     gradient = jnp.concatenate([rows.gradient for rows in spaces])
-    return SampleSpace(matrix, Partial(_push_all, pushes), _pull_all(pulls), gradient)
+    space = SampleSpace(matrix, Partial(_push_all, pushes), _pull_all(pulls), gradient)
+    if not objective.parts and objective.loss.couples_examples:
+        inputs, targets = batch
+        return _coupled(objective.loss, objective.outputs(params, inputs), targets, space)
+    return space
 
 
 class _Rows(NamedTuple):
@@ -163,9 +174,10 @@ def _rows(objective: Objective, params: Params, batch: Batch, weight: Any) -> _R
 
     # J once for both maps; U'U is formed without it.
     outputs, jacobian = linearize(outputs_at, params, "Use curvax.gauss_newton_bartlett.")
+    roots_of = _identities if objective.loss.couples_examples else _roots
     # R R' = w S, and of w times the gradient R^-1 has the root of w too.
     roots, gradient = jax.tree.map(
-        partial(jnp.multiply, jnp.sqrt(weight)), _roots(objective.loss, outputs, targets)
+        partial(jnp.multiply, jnp.sqrt(weight)), roots_of(objective.loss, outputs, targets)
     )
     push = Partial(_push, jacobian, roots, params)
     pull = Partial(_pull, jacobian, roots, params, outputs)
@@ -264,6 +276,7 @@ def _roots(
 
     `R_b R_b' = S_b`, the curvature of the mean loss in the outputs of example b.
     """
+    check_curved(loss, outputs, unwrap(targets))
     flat = _flatten(outputs)
 
     def curvature_product(e: Float[Array, " c"]) -> Float[Array, "b c"]:
@@ -280,6 +293,68 @@ def _roots(
     rotated = jnp.einsum("bck,bc->kb", vectors, residual, precision=lax.Precision.HIGHEST)
     gradient = rotated / jnp.where(root_values > 0, root_values, jnp.inf).T
     return vectors * root_values[:, None, :], gradient.ravel()
+
+
+def _identities(
+    loss: Loss, outputs: Outputs, targets: Targets
+) -> tuple[Float[Array, "b c k"], Float[Array, " n"]]:
+    """Return R = I by example, and the gradient of the loss in the outputs."""
+    residual = _flatten(jax.grad(loss)(outputs, unwrap(targets)))
+    size, width = residual.shape
+    identity = jnp.eye(width, dtype=residual.dtype)
+    return jnp.broadcast_to(identity, (size, width, width)), residual.T.ravel()
+
+
+def _coupled(
+    loss: Loss,
+    outputs: Outputs,
+    targets: Targets,
+    of_rows: SampleSpace,
+) -> SampleSpace:
+    """Turn the space of J J' into that of `U = J'R`, with the root R of all of S at once.
+
+    So it is where the loss compares examples, and S has no block for each.
+    """
+    check_curved(loss, outputs, unwrap(targets))
+    size, width = _flatten(outputs).shape
+
+    # Rows are ordered [k, b], as in J J'.
+    def curvature_product(e: Float[Array, " n"]) -> Float[Array, " n"]:
+        direction = _unflatten(e.reshape(width, size).T, outputs)
+        product = loss.curvature_product(outputs, unwrap(targets), direction)
+        return _flatten(product).T.ravel()
+
+    # S = Q L Q', R = Q L^1/2, U'U = R'(J J')R; directions without curvature as in `_roots`.
+    rows = jnp.eye(size * width, dtype=of_rows.gradient.dtype)
+    values, vectors = jnp.linalg.eigh(lax.map(curvature_product, rows))
+    root_values = jnp.sqrt(jnp.maximum(values, 0))
+    root = vectors * root_values
+    dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    gradient = dot(vectors.T, of_rows.gradient) / jnp.where(root_values > 0, root_values, jnp.inf)
+    return SampleSpace(
+        gram=dot(root.T, dot(of_rows.gram, root)),
+        push=Partial(_push_by_root, root, of_rows.push),
+        pull=Partial(_pull_by_root, root, of_rows.pull),
+        gradient=gradient,
+    )
+
+
+def _push_by_root(
+    root: Float[Array, "n n"],
+    push: Callable[[Params], Float[Array, " n"]],
+    v: Params,
+) -> Float[Array, " n"]:
+    """Return `R'(J v)`."""
+    return jnp.matmul(root.T, push(v), precision=lax.Precision.HIGHEST)
+
+
+def _pull_by_root(
+    root: Float[Array, "n n"],
+    pull: Callable[[Float[Array, " n"]], Params],
+    q: Float[Array, " n"],
+) -> Params:
+    """Return `J'(R q)`."""
+    return pull(jnp.matmul(root, q, precision=lax.Precision.HIGHEST))
 
 
 def _push(
