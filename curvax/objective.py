@@ -40,6 +40,7 @@ parts: it calls itself on each (`of_parts`), and adds. Nothing below it knows of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -423,6 +424,7 @@ def checked_inputs(objective: Objective, batch: Any) -> Any:
     return inputs
 
 
+@contextmanager
 def naming_part(name: str) -> Iterator[None]:
     """Say in errors from within which part they are of."""
     try:
