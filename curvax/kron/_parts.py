@@ -7,6 +7,9 @@ product has to stand for the sum it is the one with the same partial traces,
     tr_o C = sum_p w_p tr(G_p) A_p,    tr_i C = sum_p w_p tr(A_p) G_p,
 
 so that it is exact where all A_p are multiples of each other, or all G_p, and has the trace of C.
+On the three layers of `examples/pinn.py` it is 0.00 to 0.17 of |C| away from C; A as the mean over
+all positions beside the sum of the w_p G_p, 0.18 to 0.79; sums by side after balancing the traces
+of the products, as for tied weights, 0.09 to 0.22.
 Kept as a mean A of inputs and a sum G of cotangents it reads, with `tr A` the trace of that mean,
 
     A = sum_p c_p A_p,  c_p = w_p tr G_p / sum_q w_q tr G_q,    G = sum_p w_p (tr A_p / tr A) G_p.

@@ -163,7 +163,9 @@ def facts_of(layout: Layout, params: Params) -> dict[str, Any]:
     blocks = {}
     for block in layout.blocks:
         structures = f"{block.a_structure} x {block.g_structure}"
-        blocks[block.name] = f"{list(block.shape)} {structures}, {block.sharing}"
+        # Arrays are saved by number: fits whose second pair stood the other way round are refused.
+        second = ", second A x G" if block.has_second_product else ""
+        blocks[block.name] = f"{list(block.shape)} {structures}, {block.sharing}{second}"
     outside = {leaf.path: leaf.outside or "" for leaf in layout.leaves}
     return {
         "leaves": leaves,

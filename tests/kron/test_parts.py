@@ -189,16 +189,17 @@ def test_second_moments_are_weighted_sums_in_the_common_basis(x64):
         close(moments, np.diag(q.T @ block @ q).reshape(moments.shape))
 
 
-def test_rows_of_the_parts_have_the_second_moments_of_their_samples(x64):
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_rows_of_the_parts_have_the_second_moments_of_their_samples(fisher, x64):
     """What EK-FAC averages: the moments of the sampled rows are those of `kron_moments`."""
     params, batch = problem()
     layout = curvax.kron_layout(TOTAL, params, batch)
 
     @jax.jit
     def compute(params, batch):
-        curvature = curvax.kron.eigen_curvature(TOTAL, layout, params, batch, KEY)
+        curvature = curvax.kron.eigen_curvature(TOTAL, layout, params, batch, KEY, fisher=fisher)
         basis = kron_basis(layout, curvature.factors)
-        moments = kron_moments(TOTAL, layout, basis, params, batch, KEY)
+        moments = kron_moments(TOTAL, layout, basis, params, batch, KEY, fisher=fisher)
         rows = {}
         for block in layout.blocks:
             rows[block.name] = curvax.kron._moments.moments_in(block, basis[block.name], curvature)
