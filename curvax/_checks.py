@@ -16,6 +16,13 @@ from jaxtyping import Array, PyTree
 
 T = TypeVar("T")
 
+CALL_WITH_BATCH = (
+    "tx.update(grads, state, params, batch=batch), or with nnx.Optimizer update(model, grads, "
+    "batch=batch). Where a loop drops it, as Flax's TrainState.apply_gradients and optax's "
+    "MultiSteps.gradient_transformation() do, call the update itself: see examples/loops."
+)
+"""How the batch gets to an optimizer, as errors say it where it has not."""
+
 
 def is_masked(x: object) -> bool:
     """Tell whether `x` stands where `optax.masked` took a leaf or subtree out."""

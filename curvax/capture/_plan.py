@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,7 +29,8 @@ class Plan:
 
     Attributes:
       program: the program of the model, `(params, inputs) -> outputs`; of one row if `per_example`.
-      paths: paths of the leaves of params, in the order in which the program takes them.
+      paths: what the kernels call the leaves of params, in the order in which the program takes
+        them.
       outputs: the structure of the outputs, which are the program's first results.
       uses: for each kernel, by name, its uses in the program.
       leaves: paths of the leaves whose gradients are recorded too.
@@ -78,7 +79,8 @@ def find_kernels(
 
     Cost: a trace of the model, unless JAX has one of it for these shapes.
     """
-    return _find_kernels(_trace(objective, params, inputs), params, inputs)
+    model = _trace(objective, params, inputs)
+    return _find_kernels(model, tuple(by_path(params)), params, inputs)
 
 
 def plan(
@@ -88,6 +90,7 @@ def plan(
     kernels: Mapping[str, Kernel],
     leaves: Iterable[str],
     per_example: bool,
+    paths: Sequence[str] | None = None,
 ) -> Plan:
     """Find the uses of kernels in the program of a model.
 
@@ -100,6 +103,8 @@ def plan(
       leaves: paths of the leaves whose gradients are recorded too: those with entries in no kernel.
       per_example: run every row by itself, as a batch of one; otherwise the batch is one "example"
         that has all positions.
+      paths: what the kernels call the leaves of params, in order, where that is not what
+        `jax.tree_util.keystr` prints: their containers may have changed.
 
     Returns:
       A `Plan` for `record(plan, params, inputs)`.
@@ -115,7 +120,8 @@ def plan(
     if per_example:
         rows = jax.eval_shape(lambda: map_rows(lambda x: x[:1], inputs))
     model = _trace(objective, params, rows)
-    uses_of, _ = _find_kernels(model, params, rows)
+    paths = tuple(by_path(params)) if paths is None else tuple(paths)
+    uses_of, _ = _find_kernels(model, paths, params, rows)
     # By value: a layout made earlier, in another process even, is recognized.
     for name, kernel in kernels.items():
         if kernel not in uses_of:
@@ -125,7 +131,7 @@ def plan(
         _check_unmixed(_trace(objective, params, inputs), params, inputs)
     return Plan(
         program=model.program,
-        paths=tuple(by_path(params)),
+        paths=paths,
         outputs=jax.tree.structure(model.outputs),
         uses=tuple((name, uses_of[kernel]) for name, kernel in kernels.items()),
         leaves=tuple(leaves),
@@ -144,11 +150,12 @@ def _trace(objective: Objective, params: Params, inputs: Any) -> _Model:
 
 
 def _find_kernels(
-    model: _Model, params: Params, inputs: Any
+    model: _Model, paths: Sequence[str], params: Params, inputs: Any
 ) -> tuple[dict[Kernel, tuple[Use, ...]], Reasons]:
     """Find the kernels of a program whose arguments are the leaves of params and of inputs."""
     # Of the leaves alone: a kernel is made of entries of params.
-    shapes = {path: tuple(x.shape) for path, x in by_path(params).items()}
+    leaves = jax.tree.leaves(params)
+    shapes = {path: tuple(x.shape) for path, x in zip(paths, leaves, strict=True)}
     # The arguments of the program: first the leaves of params, then the inputs.
     views = [HoldsView(leaf_view(path, shape)) for path, shape in shapes.items()]
     nothing = [None] * len(jax.tree.leaves(inputs))
