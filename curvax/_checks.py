@@ -50,8 +50,8 @@ def check_params(params: PyTree) -> None:
             f"params is an empty pytree ({type(params).__name__}); pass at least one float array."
         )
     advice = (
-        "Keep what is not trained out of params: close over it, or pass it in inputs as "
-        "curvax.Shared(tree)."
+        "Keep what is not trained out of params (eqx.partition and nnx.split take it out): close "
+        "over it, or pass it in inputs as curvax.Shared(tree)."
     )
     check_floats(params, "params", advice)
 

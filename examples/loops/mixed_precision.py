@@ -24,7 +24,8 @@ layout = curvax.kron_layout(objective, params, (images[:2], labels[:2]))
 tx = curvax.kfac(0.1, objective, layout, damping=1e-2, inverse_every=10)
 # A scale that is too large gives gradients that are not finite: no step, and half the scale.
 tx = optax.apply_if_finite(tx, max_consecutive_errors=20)
-opt_state, scale = tx.init(params), DynamicScale(scale=2.0**20)
+opt_state = tx.init(params)
+scale = DynamicScale(scale=jnp.float32(2**20))  # an array, as later: a number compiles once more
 
 
 @jax.jit

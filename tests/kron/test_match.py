@@ -152,6 +152,17 @@ def unboxed_model(params, x):
     return model(jax.tree.map(lambda x: x.value if is_box(x) else x, params, is_leaf=is_box), x)
 
 
+def test_matrices_of_blocks_in_other_containers():
+    boxed = CONTAINERS["boxes"](PARAMS)
+    matrices = curvax.kron.block_matrices(LAYOUT, boxed)
+    chex.assert_trees_all_equal(matrices, curvax.kron.block_matrices(LAYOUT, PARAMS))
+    doubled = curvax.kron.with_block_matrices(
+        LAYOUT, jax.tree.map(jnp.add, matrices, matrices), boxed
+    )
+    expected = {"layers": optax.tree.scale(2, PARAMS["layers"]), "scale": PARAMS["scale"]}
+    chex.assert_trees_all_close(doubled, CONTAINERS["boxes"](expected))
+
+
 @pytest.mark.parametrize("optimizer", [curvax.kfac, curvax.ekfac])
 def test_an_update_in_other_containers_is_the_same(optimizer):
     """As in `nnx.Optimizer`: the layout and `init` see boxes, the update sees arrays."""
