@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-LOOPS = sorted((Path(__file__).parent.parent / "examples" / "loops").glob("*.py"))
+ROOT = Path(__file__).parent.parent
+LOOPS = sorted((ROOT / "examples" / "loops").glob("*.py"))
 MAX_LINES = 60
 
 every_loop = pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.stem)
@@ -18,8 +19,9 @@ def test_there_are_loops():
 
 
 @every_loop
-def test_a_loop_is_short(path):
+def test_a_loop_is_short_and_linked(path):
     assert len(path.read_text().splitlines()) <= MAX_LINES
+    assert f"(examples/loops/{path.name})" in (ROOT / "README.md").read_text()
 
 
 @every_loop
