@@ -55,11 +55,13 @@ class _Model(NamedTuple):
 
     Attributes:
       program: the program, with its constants.
+      paths: what kernels call the leaves of params, in order.
       outputs: shapes of the outputs, the first results of the program.
       live: for each result whether it is an output (and not aux).
     """
 
     program: Any
+    paths: tuple[str, ...]
     outputs: PyTree
     live: list[bool]
 
@@ -79,8 +81,7 @@ def find_kernels(
 
     Cost: a trace of the model, unless JAX has one of it for these shapes.
     """
-    model = _trace(objective, params, inputs)
-    return _find_kernels(model, tuple(by_path(params)), params, inputs)
+    return _find_kernels(_trace(objective, params, inputs), params, inputs)
 
 
 def plan(
@@ -119,9 +120,8 @@ def plan(
     rows = inputs
     if per_example:
         rows = jax.eval_shape(lambda: map_rows(lambda x: x[:1], inputs))
-    model = _trace(objective, params, rows)
-    paths = tuple(by_path(params)) if paths is None else tuple(paths)
-    uses_of, _ = _find_kernels(model, paths, params, rows)
+    model = _trace(objective, params, rows, paths)
+    uses_of, _ = _find_kernels(model, params, rows)
     # By value: a layout made earlier, in another process even, is recognized.
     for name, kernel in kernels.items():
         if kernel not in uses_of:
@@ -131,7 +131,7 @@ def plan(
         _check_unmixed(_trace(objective, params, inputs), params, inputs)
     return Plan(
         program=model.program,
-        paths=paths,
+        paths=model.paths,
         outputs=jax.tree.structure(model.outputs),
         uses=tuple((name, uses_of[kernel]) for name, kernel in kernels.items()),
         leaves=tuple(leaves),
@@ -139,23 +139,25 @@ def plan(
     )
 
 
-def _trace(objective: Objective, params: Params, inputs: Any) -> _Model:
+def _trace(
+    objective: Objective, params: Params, inputs: Any, paths: Sequence[str] | None = None
+) -> _Model:
     # The model itself is traced, not a function made here: by its identity JAX knows it again.
     program, results = trace_model(objective.model, params, unwrap(inputs))
     outputs = objective.outputs_of(results)
     # Aux comes after the outputs among the results, and is dead code to us.
     num_outputs = len(jax.tree.leaves(outputs))
     live = [i < num_outputs for i in range(len(program.jaxpr.outvars))]
-    return _Model(program, outputs, live)
+    return _Model(program, tuple(by_path(params) if paths is None else paths), outputs, live)
 
 
 def _find_kernels(
-    model: _Model, paths: Sequence[str], params: Params, inputs: Any
+    model: _Model, params: Params, inputs: Any
 ) -> tuple[dict[Kernel, tuple[Use, ...]], Reasons]:
     """Find the kernels of a program whose arguments are the leaves of params and of inputs."""
     # Of the leaves alone: a kernel is made of entries of params.
-    leaves = jax.tree.leaves(params)
-    shapes = {path: tuple(x.shape) for path, x in zip(paths, leaves, strict=True)}
+    leaves = zip(model.paths, jax.tree.leaves(params), strict=True)
+    shapes = {path: tuple(x.shape) for path, x in leaves}
     # The arguments of the program: first the leaves of params, then the inputs.
     views = [HoldsView(leaf_view(path, shape)) for path, shape in shapes.items()]
     nothing = [None] * len(jax.tree.leaves(inputs))
