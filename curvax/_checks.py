@@ -16,6 +16,13 @@ from jaxtyping import Array, PyTree
 
 T = TypeVar("T")
 
+CALL_WITH_BATCH = (
+    "tx.update(grads, state, params, batch=batch), or with nnx.Optimizer update(model, grads, "
+    "batch=batch). Where a loop drops it, as Flax's TrainState.apply_gradients and optax's "
+    "MultiSteps.gradient_transformation() do, call the update itself: see examples/loops."
+)
+"""How the batch gets to an optimizer, as errors say it where it has not."""
+
 
 def is_masked(x: object) -> bool:
     """Tell whether `x` stands where `optax.masked` took a leaf or subtree out."""
@@ -43,8 +50,8 @@ def check_params(params: PyTree) -> None:
             f"params is an empty pytree ({type(params).__name__}); pass at least one float array."
         )
     advice = (
-        "Keep what is not trained out of params: close over it, or pass it in inputs as "
-        "curvax.Shared(tree)."
+        "Keep what is not trained out of params (eqx.partition and nnx.split take it out): close "
+        "over it, or pass it in inputs as curvax.Shared(tree)."
     )
     check_floats(params, "params", advice)
 

@@ -42,9 +42,11 @@ def is_shared(x: Any) -> bool:
 
 
 def unwrap(tree: PyTree) -> PyTree:
-    """Replace every `Shared(value)` in `tree` by `value`."""
+    """Replace every `Shared(value)` in `tree` by `value`, in containers of its own."""
 
+    # A model may use up a container: an Equinox `State` can be read once, and the batch is read
+    # more often, for the gradient and for the curvature.
     def value_of(x: Any) -> Any:
-        return x.value if is_shared(x) else x
+        return jax.tree.map(lambda leaf: leaf, x.value) if is_shared(x) else x
 
     return jax.tree.map(value_of, tree, is_leaf=is_shared)

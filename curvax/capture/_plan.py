@@ -29,7 +29,8 @@ class Plan:
 
     Attributes:
       program: the program of the model, `(params, inputs) -> outputs`; of one row if `per_example`.
-      paths: paths of the leaves of params, in the order in which the program takes them.
+      paths: what the kernels call the leaves of params, in the order in which the program takes
+        them.
       outputs: the structure of the outputs, which are the program's first results.
       uses: for each kernel, by name, its uses in the program.
       leaves: paths of the leaves whose gradients are recorded too.
@@ -54,11 +55,13 @@ class _Model(NamedTuple):
 
     Attributes:
       program: the program, with its constants.
+      paths: what kernels call the leaves of params, in order.
       outputs: shapes of the outputs, the first results of the program.
       live: for each result whether it is an output (and not aux).
     """
 
     program: Any
+    paths: tuple[str, ...]
     outputs: PyTree
     live: list[bool]
 
@@ -104,6 +107,7 @@ def plan(
     kernels: Mapping[str, Kernel],
     leaves: Iterable[str],
     per_example: bool,
+    paths: Sequence[str] | None = None,
 ) -> Plan:
     """Find the uses of kernels in the program of a model.
 
@@ -116,6 +120,8 @@ def plan(
       leaves: paths of the leaves whose gradients are recorded too: those with entries in no kernel.
       per_example: run every row by itself, as a batch of one; otherwise the batch is one "example"
         that has all positions.
+      paths: what the kernels call the leaves of params, in order, where that is not what
+        `jax.tree_util.keystr` prints: their containers may have changed.
 
     Returns:
       A `Plan` for `record(plan, params, inputs)`.
@@ -130,7 +136,7 @@ def plan(
     rows = inputs
     if per_example:
         rows = jax.eval_shape(lambda: map_rows(lambda x: x[:1], inputs))
-    model = _trace(objective, params, rows)
+    model = _trace(objective, params, rows, paths)
     uses_of, _ = _find_kernels(model, params, rows)
     # Kernels of several parts together: another part may say which way round one is, and its bias.
     if any(kernel not in uses_of for kernel in kernels.values()):
@@ -144,7 +150,7 @@ def plan(
         _check_unmixed(_trace(objective, params, inputs), params, inputs)
     return Plan(
         program=model.program,
-        paths=tuple(by_path(params)),
+        paths=model.paths,
         outputs=jax.tree.structure(model.outputs),
         uses=tuple((name, uses_of[kernel]) for name, kernel in kernels.items()),
         leaves=tuple(leaves),
@@ -152,14 +158,16 @@ def plan(
     )
 
 
-def _trace(objective: Objective, params: Params, inputs: Any) -> _Model:
+def _trace(
+    objective: Objective, params: Params, inputs: Any, paths: Sequence[str] | None = None
+) -> _Model:
     # The model itself is traced, not a function made here: by its identity JAX knows it again.
     program, results = trace_model(objective.model, params, unwrap(inputs))
     outputs = objective.outputs_of(results)
     # Aux comes after the outputs among the results, and is dead code to us.
     num_outputs = len(jax.tree.leaves(outputs))
     live = [i < num_outputs for i in range(len(program.jaxpr.outvars))]
-    return _Model(program, outputs, live)
+    return _Model(program, tuple(by_path(params) if paths is None else paths), outputs, live)
 
 
 def _find_kernels(
@@ -183,7 +191,8 @@ def _match_kernels(
 def _findings(model: _Model, params: Params, inputs: Any) -> tuple[Findings, Shapes]:
     """Walk through a program; return what was met, and the shapes of the leaves of params."""
     # Of the leaves alone: a kernel is made of entries of params.
-    shapes = {path: tuple(x.shape) for path, x in by_path(params).items()}
+    leaves = zip(model.paths, jax.tree.leaves(params), strict=True)
+    shapes = {path: tuple(x.shape) for path, x in leaves}
     # The arguments of the program: first the leaves of params, then the inputs.
     views = [HoldsView(leaf_view(path, shape)) for path, shape in shapes.items()]
     nothing = [None] * len(jax.tree.leaves(inputs))

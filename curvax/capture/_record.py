@@ -182,7 +182,7 @@ _run_plan_once_traced = partial(jax.jit, static_argnums=0)(_run_plan)
 
 
 def _zeros(plan: Plan, params: Params) -> _Perturbations:
-    leaves = by_path(params)
+    leaves = dict(zip(plan.paths, jax.tree.leaves(params), strict=True))
     return _Perturbations(
         [zero_perturbation(use) for use in plan.all_uses],
         {path: jnp.zeros_like(leaves[path]) for path in plan.leaves},
@@ -207,12 +207,12 @@ def _arguments(
     inputs: Any,
 ) -> list[Array]:
     """Return the arguments of the plan's program, or raise if they are not of its shapes."""
-    leaves = by_path(params)
-    args = [*leaves.values(), *jax.tree.leaves(inputs)]
-    names = [*leaves, *(f"inputs{path}" for path in by_path(inputs))]
+    leaves = jax.tree.leaves(params)
+    args = [*leaves, *jax.tree.leaves(inputs)]
+    names = [*by_path(params), *(f"inputs{path}" for path in by_path(inputs))]
     # The program is for these shapes and dtypes only; of the rows any number will do.
     expected = [variable.aval for variable in plan.program.jaxpr.invars]
-    if tuple(leaves) != plan.paths or len(args) != len(expected):
+    if len(leaves) != len(plan.paths) or len(args) != len(expected):
         raise ValueError(
             f"the plan is of another model: it was made for params {', '.join(plan.paths)} and "
             f"{len(expected) - len(plan.paths)} array(s) of inputs, got {', '.join(names)}. "

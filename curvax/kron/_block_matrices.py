@@ -7,9 +7,8 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from curvax._trees import by_path
 from curvax._types import Params, tree_at_least_float32
-from curvax.kron._layout import Layout, check_layout, present
+from curvax.kron._layout import Layout, named_leaves, present
 from curvax.kron._operator import block_matrix
 
 
@@ -32,7 +31,6 @@ def block_matrices(layout: Layout, tree: Params) -> dict[str, Float[Array, "s i 
       >>> {name: x.tolist() for name, x in curvax.kron.block_matrices(layout, params).items()}
       {"['w']": [[[1.0], [1.0], [0.0]]]}
     """
-    check_layout(layout, tree)
     # A block that is masked out has no arrays to read.
     return _read(present(layout, tree), tree_at_least_float32(tree))
 
@@ -47,7 +45,6 @@ def with_block_matrices(
       matrices: `[stack, in (+ 1), out]` for each block, by name, as `block_matrices` returns them.
       tree: a tree like params, whose entries in no block stay.
     """
-    check_layout(layout, tree)
     wide = tree_at_least_float32(tree)
     read = partial(_read, present(layout, tree))
     # S reads the blocks, S' puts them back, and S S' = I: x - S' S x is in no block.
@@ -65,5 +62,5 @@ def with_block_matrices(
 
 def _read(layout: Layout, tree: PyTree[Array]) -> dict[str, Array]:
     """Return the matrices of all blocks; linear in `tree`."""
-    leaves = by_path(tree)
+    leaves = named_leaves(layout, tree)
     return {block.name: block_matrix(block, leaves) for block in layout.blocks}

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from curvax._checks import check_decay
-from curvax._trees import by_path
 from curvax._types import Params, at_least_float32
-from curvax.kron._layout import Block, Layout
+from curvax.kron._layout import Block, Layout, named_leaves
 
 T = TypeVar("T")
 
@@ -103,7 +102,7 @@ def _averaged(average: T, new: T, decay: Any, complement: Any) -> T:
 def init_factors(layout: Layout, params: Params) -> Factors:
     """Return factors of no data: zeros, in at least float32."""
     # Of weight 0, so that a merge with them changes nothing, and an average forgets them at once.
-    leaves = by_path(params)
+    leaves = named_leaves(layout, params)
     blocks = {block.name: _init_block(block, leaves) for block in layout.blocks}
     diagonal = {}
     for leaf in layout.leaves:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from curvax._batch import batch_size
-from curvax._trees import by_path
 from curvax._types import Batch, Params, PRNGKey, Scalar
 from curvax._xla import with_auto_sharding
 from curvax.kron._accumulate import (
@@ -25,7 +24,7 @@ from curvax.kron._accumulate import (
 )
 from curvax.kron._factors import Factors, WeightedMean, init_factors
 from curvax.kron._gradient_pairs import Basis
-from curvax.kron._layout import Layout
+from curvax.kron._layout import Layout, named_leaves
 from curvax.kron._moments import EigenFactors, kron_basis, make_moments, moment_sums
 from curvax.objective import Objective
 
@@ -242,7 +241,7 @@ class MomentPass:
     name = "eigenvalues"
 
     def init(self, params: Params) -> tuple[dict[str, WeightedMean], dict[str, WeightedMean]]:
-        moments, leaves = {}, by_path(params)
+        moments, leaves = {}, named_leaves(self.layout, params)
         for block in self.layout.blocks:
             # The dtype of the block's factors (`init_factors`).
             dtype = jnp.result_type(jnp.float32, *(leaves[path] for path in block.leaves))

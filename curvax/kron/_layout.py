@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +17,7 @@ from curvax._types import Params
 from curvax.capture import UseKind, View, entry_numbers
 from curvax.kron._kron_factor import STRUCTURES
 from curvax.kron._layout_table import layout_table
+from curvax.kron._match import Match, match_leaves
 
 UNMATCHED = ("error", "diagonal", "identity")
 SHARING = ("expand", "reduce")
@@ -163,8 +163,9 @@ class Layout:
 
     def labels(self, params: Params) -> Any:
         """Return a tree like params of the leaves' kinds, for `optax.partition`."""
-        check_layout(self, params)
-        return jax.tree.unflatten(jax.tree.structure(params), [leaf.kind for leaf in self.leaves])
+        kinds = {leaf.path: leaf.kind for leaf in self.leaves}
+        ordered = [kinds[path] for path in named_leaves(self, params)]
+        return jax.tree.unflatten(jax.tree.structure(params), ordered)
 
     def uncovered(self, path: str) -> Bool[np.ndarray, "..."]:
         """Return which entries of a leaf are in no block."""
@@ -274,33 +275,33 @@ def leaf_shapes(params: Params) -> dict[str, tuple[int, ...]]:
     return {keystr(path): tuple(np.shape(x)) for path, x in jax.tree.leaves_with_path(params)}
 
 
-def check_layout(layout: Layout, tree: Any, name: str = "params") -> None:
-    """Raise unless `tree` has the layout's leaves, naming the first path that differs.
+def match_layout(layout: Layout, tree: Any, name: str = "params") -> list[Match]:
+    """Match the leaves and masked parts of `tree` with the layout's leaves, as `match_leaves`."""
+    return match_leaves({leaf.path: leaf.shape for leaf in layout.leaves}, tree, name)
 
-    Leaves that are masked out may be missing.
+
+def named_leaves(layout: Layout, tree: Any, name: str = "params") -> dict[str, Any]:
+    """Return the leaves of `tree`, in its order, by their paths in the layout.
+
+    Leaves that are masked out are missing. Raises as `match_leaves` does.
     """
-    expected = {leaf.path: leaf.shape for leaf in layout.leaves}
-    got = leaf_shapes(tree)
-    # A masked leaf has no shape to compare, and counts as right.
-    for path in _masked(tree, expected):
-        got[path] = expected[path]
-    for path in (*expected, *got):
-        if path not in got or path not in expected:
-            there, absent = ("the layout", name) if path in expected else (name, "the layout")
-            raise ValueError(
-                f"the layout is of other params: {there} has a leaf {path}, {absent} has not."
-            )
-        if expected[path] != got[path]:
-            raise ValueError(
-                f"the layout is of other params: {path} is {list(expected[path])} there, in {name} "
-                f"{list(got[path])}."
-            )
+    leaves = {}
+    for match in match_layout(layout, tree, name):
+        if not is_masked(match.leaf):
+            (path,) = match.names
+            leaves[path] = match.leaf
+    return leaves
+
+
+def check_layout(layout: Layout, tree: Any, name: str = "params") -> None:
+    """Raise unless `tree` has the layout's leaves; those that are masked out may be missing."""
+    match_layout(layout, tree, name)
 
 
 def present(layout: Layout, tree: Any) -> Layout:
     """Drop the blocks and leaves that `optax.masked` or `optax.partition` removed from `tree`."""
     # A block is one matrix: it is kept or dropped as a whole.
-    removed = set(_masked(tree, [leaf.path for leaf in layout.leaves]))
+    removed = {leaf.path for leaf in layout.leaves} - named_leaves(layout, tree).keys()
     if not removed:
         return layout
     blocks = tuple(block for block in layout.blocks if not removed.intersection(block.leaves))
@@ -314,18 +315,3 @@ def present(layout: Layout, tree: Any) -> Layout:
                 f'of blocks: layout.edit("{here[0]}", kind="diagonal").'
             )
     return Layout(blocks, tuple(leaf for leaf in layout.leaves if leaf.path not in removed))
-
-
-def _masked(tree: Any, paths: Iterable[str]) -> list[str]:
-    """Return those of the paths that lie in a masked part of the tree."""
-    # One masked node may stand for a subtree: it masks all paths below its own.
-    nodes = []
-    for path, x in jax.tree.leaves_with_path(tree, is_leaf=is_masked):
-        if is_masked(x):
-            nodes.append(keystr(path))
-
-    def is_in(node: str, path: str) -> bool:
-        # A further key begins with a bracket or a dot: `.w2` is not below `.w`.
-        return path == node or path.startswith((f"{node}[", f"{node}."))
-
-    return [path for path in paths if any(is_in(node, path) for node in nodes)]

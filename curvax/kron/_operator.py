@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr
 from jaxtyping import Array, Float
 
 from curvax._checks import is_masked
@@ -25,7 +24,7 @@ from curvax.kron._kron_factor import (
     lower_bound_of_largest,
     matmul,
 )
-from curvax.kron._layout import Block, Layout, Leaf, check_layout
+from curvax.kron._layout import Block, Layout, Leaf, match_layout, named_leaves
 from curvax.kron._moments import EigenFactors, decompose
 from curvax.kron._two_products import (
     FactorPair,
@@ -193,9 +192,8 @@ def apply(layout: Layout, operator: KronOperator, v: Params) -> Params:
     `V -> A V G`. The papers have `W [out, in]` and columns on top of each other, so that their
     `A x G` multiplies as `W -> G W A`, the transpose of the same.
     """
-    check_layout(layout, v)
-    leaves = {keystr(path): x for path, x in jax.tree.leaves_with_path(v, is_leaf=is_masked)}
-    present = {path: at_least_float32(x) for path, x in leaves.items() if not is_masked(x)}
+    matches = match_layout(layout, v)
+    present = {path: at_least_float32(x) for path, x in named_leaves(layout, v).items()}
     # Each leaf's result is the sum of its entries in no block and its parts of blocks.
     results: dict[str, Array] = {}
     for leaf in layout.leaves:
@@ -210,8 +208,8 @@ def apply(layout: Layout, operator: KronOperator, v: Params) -> Params:
             results[path] = results[path] + x if path in results else x
     # Back into the tree of v, in its dtypes, with masks where they were.
     ordered = []
-    for path, x in leaves.items():
-        ordered.append(x if is_masked(x) else results[path].astype(x.dtype))
+    for names, x in matches:
+        ordered.append(x if is_masked(x) else results[names[0]].astype(x.dtype))
     structure = jax.tree.structure(v, is_leaf=is_masked)
     return jax.tree.unflatten(structure, ordered)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from curvax._types import Params
 from curvax.capture import Kernel, Plan, plan
-from curvax.kron._layout import Block, Layout
+from curvax.kron._layout import Block, Layout, named_leaves
 from curvax.objective import Objective
 
 
@@ -32,7 +32,9 @@ def layout_plan(
     kernels = {block.name: kernel_of(block) for block in layout.blocks}
     # Leaves that are the identity outside of blocks need no gradient.
     leaves = [leaf.path for leaf in layout.leaves if leaf.outside == "diagonal"]
-    return plan(objective, params, inputs, kernels, leaves, per_example)
+    # Containers of params may have changed since the layout was made, and paths with them.
+    paths = tuple(named_leaves(layout, params))
+    return plan(objective, params, inputs, kernels, leaves, per_example, paths)
 
 
 def kernel_of(block: Block) -> Kernel:

@@ -15,9 +15,8 @@ from jaxtyping import Array, PyTree, UInt
 
 from curvax._batch import batch_size
 from curvax._checks import describe
-from curvax._trees import by_path
 from curvax._types import Batch, Params
-from curvax.kron._layout import Layout
+from curvax.kron._layout import Layout, named_leaves
 
 FACTS = "fit.json"
 """The file of a folder that says which fit the folder belongs to."""
@@ -159,7 +158,7 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
 
 def facts_of(layout: Layout, params: Params) -> dict[str, Any]:
     """Return what identifies a fit: leaves, blocks, and a checksum of the params' values."""
-    leaves = {path: describe(leaf) for path, leaf in by_path(params).items()}
+    leaves = {path: describe(leaf) for path, leaf in named_leaves(layout, params).items()}
     blocks = {}
     for block in layout.blocks:
         structures = f"{block.a_structure} x {block.g_structure}"

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree, UInt32
 
-from curvax._checks import check_function, check_integer, check_no_masked, check_params
+from curvax._checks import (
+    CALL_WITH_BATCH,
+    check_function,
+    check_integer,
+    check_no_masked,
+    check_params,
+)
 from curvax._types import Batch, Count, Params, PRNGKey
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._rule import resolve_schedule, transformation, zero_count
@@ -166,7 +172,5 @@ def _whole_model(params: Params | None, model_params: Params | None) -> Params:
 def _present_batch(batch: Batch | None) -> Batch:
     """Return the batch, or raise if the update was called without it."""
     if batch is None:
-        raise ValueError(
-            "the curvature estimate needs the batch: tx.update(grads, state, params, batch=batch)."
-        )
+        raise ValueError(f"the curvature estimate needs the batch: {CALL_WITH_BATCH}")
     return batch

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import check_count, check_params
+from curvax._checks import CALL_WITH_BATCH, check_count, check_params
 from curvax._trees import inner_product, norm
 from curvax._types import Batch, Count, Matvec, Params, Scalar
 from curvax._xla import fast_convs_in_loops
@@ -129,9 +129,7 @@ def scale_by_gradient_regularized_newton(
     ) -> StepResult:
         params, batch = context.params, context.extra.get("batch")
         if params is None or batch is None:
-            raise ValueError(
-                "a trial of the step needs both: tx.update(grads, state, params, batch=batch)."
-            )
+            raise ValueError(f"a trial of the step needs both: {CALL_WITH_BATCH}")
         search = _Search(
             objective=objective,
             params=params,

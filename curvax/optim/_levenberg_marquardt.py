@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import check_count, check_damping
+from curvax._checks import CALL_WITH_BATCH, check_count, check_damping
 from curvax._trees import inner_product, keep_unless
 from curvax._types import Batch, Count, Matvec, Params, Scalar
 from curvax.objective import Objective
@@ -133,9 +133,7 @@ def levenberg_marquardt(
         **extra: Any,
     ) -> tuple[PyTree, LevenbergMarquardtState]:
         if params is None or batch is None:
-            raise ValueError(
-                "a trial of the step needs both: tx.update(grads, state, params, batch=batch)."
-            )
+            raise ValueError(f"a trial of the step needs both: {CALL_WITH_BATCH}")
         step, inner_state = inner.update(
             updates, state.inner_state, params, batch=batch, damping=state.damping, **extra
         )

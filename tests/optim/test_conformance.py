@@ -16,6 +16,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from example_rule import scale_by_eigen_sign
+from flax import nnx
+from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -722,6 +724,55 @@ def test_checkpoint_round_trip_continues_bitwise(row, tmp_path):
     for _ in range(4):
         carry, restored = step(*carry, BATCH), step(*restored, BATCH)
     chex.assert_trees_all_equal(restored, carry)
+
+
+class Hidden(nnx.Module):
+    def __init__(self):
+        self.w, self.b = nnx.Param(PARAMS["a"]["w"]), nnx.Param(PARAMS["a"]["b"])
+
+
+class Net(nnx.Module):
+    """The params as a module."""
+
+    def __init__(self):
+        self.a, self.c = Hidden(), nnx.Param(PARAMS["c"])
+
+
+@every_optimizer
+def test_in_nnx_optimizer(row):
+    """Flax shows `init` arrays in boxes, and `update` the arrays: other paths, and other trees."""
+
+    @nnx.jit
+    def step(net, optimizer):
+        params = nnx.state(net, nnx.Param)
+        optimizer.update(net, jax.grad(OBJECTIVE)(params, BATCH), batch=BATCH)
+
+    def train():
+        net = Net()
+        optimizer = nnx.Optimizer(net, row.build(0.02, OBJECTIVE), wrt=nnx.Param)
+        step(net, optimizer)
+        return nnx.to_pure_dict(nnx.state(net, nnx.Param)), optimizer.opt_state
+
+    params, _ = jax.eval_shape(train)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, PARAMS)
+
+
+@rows_that("estimator")
+def test_in_a_train_state(row):
+    tx = row.build(0.02, OBJECTIVE)
+    state = TrainState.create(apply_fn=model, params=PARAMS, tx=tx)
+    with pytest.raises(ValueError, match=r"needs.*TrainState.apply_gradients.*examples/loops"):
+        state.apply_gradients(grads=gradient())
+
+    def step(state):
+        grads = gradient(state.params)
+        updates, opt_state = state.tx.update(grads, state.opt_state, state.params, batch=BATCH)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+    types = jax.tree.map(jax.typeof, (state.params, state.opt_state))
+    after = jax.eval_shape(step, state)
+    assert jax.tree.map(jax.typeof, (after.params, after.opt_state)) == types
 
 
 @every_optimizer

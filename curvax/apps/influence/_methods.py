@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.tree_util import keystr
 from jaxtyping import Array
 
 from curvax._checks import check_choice, check_damping, describe
@@ -21,7 +20,7 @@ from curvax._types import Batch, Matvec, Params
 from curvax.apps.influence._fitting import Fitted
 from curvax.kron._factors import Factors, WeightedMean
 from curvax.kron._inverse import kron_inverse
-from curvax.kron._layout import Layout
+from curvax.kron._layout import Layout, named_leaves
 from curvax.kron._moments import EigenFactors
 from curvax.kron._operator import EigenOperator, KronOperator, apply, damping_of
 from curvax.kron._two_products import combined_factors
@@ -357,14 +356,13 @@ def without_fixed(layout: Layout, tree: Params) -> Params:
     """Put zeros where a layout holds entries fixed, which is the kind "identity"."""
     leaves = {leaf.path: leaf for leaf in layout.leaves}
 
-    def of_leaf(path: Any, x: Array) -> Array:
-        leaf = leaves[keystr(path)]
-        if leaf.outside != "identity":
+    def of_leaf(path: str, x: Array) -> Array:
+        if leaves[path].outside != "identity":
             return x
-        return jnp.where(layout.uncovered(leaf.path), 0 * x, x)
+        return jnp.where(layout.uncovered(path), 0 * x, x)
 
-    free: Params = jax.tree.map_with_path(of_leaf, tree)
-    return free
+    free = [of_leaf(path, x) for path, x in named_leaves(layout, tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), free)
 
 
 def _ridge(layout: Layout, damping: Any) -> Matvec:

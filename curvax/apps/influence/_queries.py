@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, PyTree
 
 from curvax._batch import batch_size, map_chunks, map_examples
 from curvax._checks import check_count, check_params, check_scalar
-from curvax._trees import by_path
 from curvax._types import Batch, Params, Scalar, at_least_float32
 from curvax._xla import with_auto_sharding
 from curvax.apps.influence._fitting import Fitted
@@ -26,7 +25,7 @@ from curvax.apps.influence._methods import (
     without_fixed,
 )
 from curvax.kron._gradient_products import LowRank, Vectors
-from curvax.kron._layout import Block, Layout, check_layout
+from curvax.kron._layout import Block, Layout, check_layout, named_leaves
 from curvax.kron._operator import block_matrix
 from curvax.objective import Objective
 from curvax.solve import SolveInfo, cg
@@ -296,7 +295,8 @@ def _as_blocks(
     vectors: Params,
 ) -> tuple[dict[str, Vectors], dict[str, Array]]:
     """Cut trees into the matrices of blocks, and the leaves with entries in no block."""
-    leaves = by_path(vectors)
+    # Every leaf has an axis of queries, which the layout does not know.
+    leaves = jax.vmap(partial(named_leaves, layout))(vectors)
 
     def matrices(block: Block) -> Float[Array, "q s i o"]:
         leaves_of_block = {path: leaves[path] for path in block.leaves}

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -259,4 +258,7 @@ def _rank_correlation(predicted: np.ndarray, measured: np.ndarray) -> float:
     """Return Spearman's correlation; scores that are all the same predict nothing: 0."""
     if np.ptp(predicted) == 0:
         return 0.0
-    return float(scipy.stats.spearmanr(predicted, measured).statistic)
+    # Imported here only: it takes a second, as long as the rest of `import curvax` together.
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(predicted, measured).statistic)
