@@ -21,11 +21,13 @@ from curvax.kron._layout_table import layout_table
 
 UNMATCHED = ("error", "diagonal", "identity")
 SHARING = ("expand", "reduce")
+POSITIONS = ("active", "all")
 TWO_PRODUCTS = ("balanced", "exact")
 CHANGES = {
     "a_structure": tuple(STRUCTURES),
     "g_structure": tuple(STRUCTURES),
     "sharing": SHARING,
+    "positions": POSITIONS,
     "two_products": TWO_PRODUCTS,
     # A leaf that is taken out of its block by choice is no error.
     "kind": UNMATCHED[1:],
@@ -51,6 +53,8 @@ class Block:
       sharing: how positions of one example are taken together: "expand" or "reduce".
       two_products: what becomes of the sum of two Kronecker products that a kernel has which is
         used transposed too: "balanced", approximated by one; "exact", inverted as it is.
+      positions: which positions A is a mean over: "active", those with a cotangent that is not
+        zero; "all".
     """
 
     name: str
@@ -61,6 +65,7 @@ class Block:
     g_structure: str
     sharing: str
     two_products: str = "balanced"
+    positions: str = "active"
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -101,21 +106,21 @@ class Leaf:
       path: as `jax.tree_util.keystr` prints it.
       shape: shape of the leaf.
       kind: "kron" if any of it is in a block, else "diagonal" or "identity".
-      rest: for the entries of a "kron" leaf that are in no block, "diagonal" or "identity"; None if
-        there are none.
+      unmatched: for the entries of a "kron" leaf that are in no block, "diagonal" or "identity";
+        None if there are none.
       reason: why it is not, or not wholly, in a block.
     """
 
     path: str
     shape: tuple[int, ...]
     kind: str
-    rest: str | None = None
+    unmatched: str | None = None
     reason: str = ""
 
     @property
     def outside(self) -> str | None:
         """What is done with entries in no block; None if all are in one."""
-        return self.rest if self.kind == "kron" else self.kind
+        return self.unmatched if self.kind == "kron" else self.kind
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class Layout:
         # Only leaves that lie in blocks in part need their entries numbered.
         masks = {}
         for leaf in self.leaves:
-            if leaf.kind != "kron" or leaf.rest is None:
+            if leaf.kind != "kron" or leaf.unmatched is None:
                 masks[leaf.path] = np.broadcast_to(leaf.kind != "kron", leaf.shape)
                 continue
             mask = np.ones(leaf.shape, bool)
@@ -173,9 +178,10 @@ class Layout:
         Args:
           path: the leaf's path, as the printed layout shows it.
           **changes: of a block `a_structure`, `g_structure` ("full", "diagonal", "identity"),
-            `sharing` ("expand", "reduce"), or `two_products` ("balanced", "exact") where the kernel
-            is used transposed too, see `curvax.kron_inverse`; or `kind` ("diagonal", "identity"),
-            which takes the leaf, and all that share a block with it, out of blocks.
+            `sharing` ("expand", "reduce"), `positions` ("active", "all"), or `two_products`
+            ("balanced", "exact") where the kernel is used transposed too, see
+            `curvax.kron_inverse`; or `kind` ("diagonal", "identity"), which takes the leaf, and all
+            that share a block with it, out of blocks.
 
         Raises:
           ValueError: the path or the choice does not exist; the message lists those that do.
@@ -224,7 +230,7 @@ class Layout:
                 f"{[block.name for block in edited]}."
             )
         leaves = [
-            dataclasses.replace(leaf, kind=kind, rest=None, reason="by choice")
+            dataclasses.replace(leaf, kind=kind, unmatched=None, reason="by choice")
             if leaf.path in removed
             else leaf
             for leaf in self.leaves

@@ -20,14 +20,15 @@ from curvax._stream import check_rereadable, on_device
 from curvax._types import Batch, Matvec, Params
 from curvax.apps.influence._fitting import Fitted
 from curvax.kron._factors import Factors, WeightedMean
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._inverse import kron_inverse
 from curvax.kron._layout import Layout
-from curvax.kron._moments import EigenFactors
+from curvax.kron._moments import EigenFactors, decompose
 from curvax.kron._operator import EigenOperator, KronOperator, apply, damping_of
 from curvax.kron._two_products import combined_factors
 from curvax.objective import Objective
 from curvax.products import ggnvp, streamed
-from curvax.solve import SolveInfo, Window, window_inverse, window_of
+from curvax.solve import SolveInfo, Window, cg, window_inverse, window_of
 from curvax.solve._window import num_rows
 
 Solve: TypeAlias = Callable[..., tuple[Params, SolveInfo]]
@@ -46,6 +47,11 @@ SERVES = {
 """Which methods a fit of a method can be used for."""
 
 # C: curvature of the mean loss, fitted; A, G: the Kronecker factors of a block, s: stack
+
+
+def name_and_solver(method: str | Solve | None) -> tuple[str | None, Solve]:
+    """Return the name of a method, and the solver of "cg", for which a solver may stand."""
+    return (method, cg) if method is None or isinstance(method, str) else ("cg", method)
 
 
 def check_fitted(fitted: Fitted, method: str | None) -> str:
@@ -269,14 +275,37 @@ def _check_damping_of(
         check_damping(float(np.min(np.asarray(value))))
 
 
-def inverse(fitted: Fitted, method: str, damping: Any) -> Matvec:
-    """Build the product with `(C + damping I)^-1`, of all methods but "cg"."""
+def divisor_of(fitted: Fitted, method: str) -> Curvature | None:
+    """Return what `inverse` inverts: K-FAC's factors in their eigenbasis; None with "identity"."""
     if method == "identity":
-        return _same
+        return None
     curvature = curvature_of(fitted, method)
-    if isinstance(curvature, Window):
-        return window_inverse(curvature, damping_of(damping, ""), divisor="count")
-    return kron_inverse(fitted.layout, curvature, damping)
+    # Here and not in a program, since the host decomposes in float64.
+    return curvature if method != "kfac" else _in_eigenbasis(fitted)
+
+
+def _in_eigenbasis(fitted: Fitted) -> Curvature:
+    """Write K-FAC's curvature as EK-FAC's, with the eigenvalues of `A x G` as moments."""
+    layout, factors = fitted.layout, fitted.require_factors()
+    # A sum of two Kronecker products has no Kronecker eigenbasis.
+    if any(block.two_products == "exact" for block in layout.blocks):
+        return factors
+    basis, moments = {}, {}
+    for name, (a, g) in decompose(layout.blocks, factors).items():
+        basis[name] = Basis(a.vectors, g.vectors)
+        # d_A d_G', of weight 1
+        eigenvalues = a.values[:, :, None] * g.values[:, None, :]
+        moments[name] = WeightedMean(eigenvalues, jnp.ones([], eigenvalues.dtype))
+    return EigenFactors(basis, moments, factors.diagonal)
+
+
+def inverse(layout: Layout, divisor: Curvature | None, damping: Any) -> Matvec:
+    """Build the product with `(C + damping I)^-1`, of all methods but "cg"."""
+    if divisor is None:
+        return _same
+    if isinstance(divisor, Window):
+        return window_inverse(divisor, damping_of(damping, ""), divisor="count")
+    return kron_inverse(layout, divisor, damping)
 
 
 def _same(v: Params) -> Params:
@@ -348,7 +377,7 @@ def _solve(
     # The preconditioner is EK-FAC's damped inverse, which is near that of C + D.
     # A product over a stream of batches keeps the solver's loop in Python.
     matvec = OnHost(damped) if isinstance(product, OnHost) else damped
-    preconditioner = inverse(fitted, "ekfac", damping)
+    preconditioner = inverse(layout, divisor_of(fitted, "ekfac"), damping)
     x, info = solver(matvec, b, damping=0.0, preconditioner=preconditioner)
     return x, SolveInfo(info.residual, info.steps, info.code)
 
