@@ -58,6 +58,24 @@ def primitives(fn: Callable[..., Any], *args: Any) -> set[str]:
     return set(names(jax.make_jaxpr(fn)(*args).eqns))
 
 
+def may_depend_on_arguments(fn: Callable[..., Any], *args: Any) -> bool:
+    """Tell whether the results of `fn(*args)` may depend on its arguments.
+
+    False is certain: no equation leads from an argument to a result, as where JAX has found a
+    derivative to be zero. A nested program counts as one equation.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    dependent = set(jaxpr.invars)
+
+    def is_dependent(atom: Any) -> bool:
+        return not is_constant(atom) and atom in dependent
+
+    for eqn in jaxpr.eqns:
+        if any(map(is_dependent, eqn.invars)):
+            dependent.update(eqn.outvars)
+    return any(map(is_dependent, jaxpr.outvars))
+
+
 def trace_model(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """Return the program of `fn(*args)`, with its constants, and the shapes of its results.
 

@@ -24,7 +24,9 @@ whole exactly, for any partition down to single examples:
 
 What is not linear in the loss needs a factor of its own, which its function states. With `s_b` the
 gradient of the share of example b, per-example gradients are `g_b = B s_b`, so that their mean is
-the gradient, and the empirical Fisher is `1/B sum_b g_b g_b' = B sum_b s_b s_b'`.
+the gradient. The empirical Fisher is `1/N sum_b (grad L_b)(grad L_b)' = N sum_b s_b s_b'`, L_b the
+sum over the terms of example b: a pseudo-gradient at the targets of the data, `sqrt(N) s_b` by
+example, which takes `sqrt(share_c)` on a chunk as every other one does.
 """
 
 from __future__ import annotations

@@ -81,6 +81,36 @@ def ggn(case):
     return J.T @ output_curvature(case) @ J
 
 
+def empirical_gradient(loss, outputs, targets):
+    """`sqrt(N)` times the gradient of a loss of N terms; by head, with the root of its weight."""
+    if loss.heads:
+        return {
+            name: jax.tree.map(
+                lambda x, w=w: np.sqrt(w) * x,
+                empirical_gradient(head, outputs[name], targets[name]),
+            )
+            for name, w, head in loss.heads
+        }
+    root = np.sqrt(loss.num_terms(outputs, targets))
+    gradient = jax.jit(jax.grad(loss))(outputs, targets)
+    return jax.tree.map(lambda x: root * np.asarray(x), gradient)
+
+
+def empirical_fisher_by_term(case, matrices):
+    """`sum_n (J'r_n)(J'r_n)'`, for outputs `[*terms, entries]` by head."""
+    r = empirical_gradient(case.objective.loss, matrices.outputs, targets(case))
+    sizes = [np.full(x.shape[:-1], x.shape[-1]).ravel() for x in jax.tree.leaves(r)]
+    ends = np.cumsum(np.concatenate(sizes))
+    flat_r = np.concatenate([np.ravel(x) for x in jax.tree.leaves(r)])
+    gradients = np.stack(
+        [
+            flat_r[start:end] @ matrices.jacobian[start:end]
+            for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        ]
+    )
+    return gradients.T @ gradients
+
+
 def sum_over_examples(matrices, r):
     """`sum_b (J_b' r_b)(J_b' r_b)'` for a cotangent r of the outputs."""
     number = lambda f: np.broadcast_to(

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
-from curvax._batch import batch_size, check_batch, map_examples, sum_over_chunks
-from curvax._checks import check_count, check_params
+from curvax._batch import check_batch, map_examples, sum_over_chunks
+from curvax._checks import check_choice, check_count, check_params
 from curvax._shared import unwrap
 from curvax._trees import cast_like
 from curvax._types import Batch, Outputs, Params, PRNGKey, at_least_float32, tree_at_least_float32
-from curvax.estimate._per_example import gradient_shares
 from curvax.losses import pseudo_gradient
+from curvax.losses._linear import check_curved
+from curvax.losses._terms import GROUPS, apart_by_term
 from curvax.objective import Objective, scaled_to_share, total_terms
 
 
@@ -94,7 +95,7 @@ def ggn_diagonal(
 
     Raises:
       ValueError: `microbatch` is below 1.
-      TypeError: params are not float.
+      TypeError: params are not float, or the loss is linear in the outputs.
 
     Cost: C backward passes; memory `microbatch` C d numbers. For a large C use
       `gauss_newton_bartlett`, or `hutchinson_diagonal` of `ggnvp`.
@@ -117,6 +118,7 @@ def ggn_diagonal(
         inputs, targets = row
         loss = scaled_to_share(objective, params, row, totals).loss
         outputs = objective.outputs(params, inputs)
+        check_curved(loss, outputs, unwrap(targets))
         f, unravel = ravel_pytree(outputs)
 
         # S e_c, row c of S, which is symmetric.
@@ -151,26 +153,30 @@ def empirical_fisher_diagonal(
     params: Params,
     batch: Batch,
     *,
+    by: str = "example",
     microbatch: int = 8,
 ) -> PyTree[Array]:
-    """Compute the diagonal of the empirical Fisher, `1/B sum_b g_b^2`.
+    """Compute the diagonal of the empirical Fisher, `1/N sum_b g_b^2` or `1/N sum_n g_n^2`.
 
-    `g_b` is row b of `curvax.per_example_grads`.
+    `g_n` is the gradient of term n of the loss, of N, and `g_b` the sum of those of example b; see
+    `curvax.empirical_fishervp`, whose diagonal this is.
 
     Args:
       objective: the `curvax.Objective` whose gradients are meant.
       params: pytree of d float numbers in all.
       batch: the pair `(inputs, targets)`, of B rows.
+      by: "example" or "term", of which squares are taken.
       microbatch: rows worked on at a time.
 
     Returns:
       A tree like params, in at least float32.
 
     Raises:
-      ValueError: `microbatch` is below 1.
-      TypeError: params are not float.
+      ValueError: `by` is unknown, or `microbatch` is below 1.
+      TypeError: params are not float, or the loss compares examples with each other.
 
-    Cost: one gradient in FLOPs; memory `microbatch` d numbers.
+    Cost: one gradient in FLOPs, by term as many as an example has terms; memory `microbatch` d
+      numbers.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -182,14 +188,34 @@ def empirical_fisher_diagonal(
     """
     check_params(params)
     check_batch(batch)
+    check_choice("by", by, GROUPS)
     check_count(1, microbatch=microbatch)
-    size = batch_size(batch)
     totals = total_terms(objective, params, batch, microbatch)
 
-    # The shares are s_b = g_b / B, so 1/B sum_b g_b^2 = B sum_b s_b^2.
+    # J_b'r_b = g_b / sqrt(N), with r_b the row of b in the pseudo-gradient at the targets.
+    def squares_of_row(row: Batch) -> PyTree[Array]:
+        """Return one example's part of the diagonal."""
+        inputs, targets = row
+        loss = scaled_to_share(objective, params, row, totals).loss
+
+        def model(p: Params) -> Outputs:
+            return objective.outputs(p, inputs)
+
+        outputs, pull = jax.vjp(model, params)
+        r = loss.empirical_gradient(outputs, unwrap(targets))
+
+        def square(r: Outputs) -> PyTree[Array]:
+            (gradient,) = pull(cast_like(r, outputs))
+            return jax.tree.map(jnp.square, tree_at_least_float32(gradient))
+
+        if by == "example":
+            return square(r)
+        # One term after another: their cotangents on a leading axis, zero at other terms.
+        of_terms = apart_by_term(loss, r, unwrap(targets))
+        by_term = jax.lax.map(square, of_terms)
+        return jax.tree.map(lambda x: x.sum(axis=0), by_term)
+
     def squares(rows: Batch) -> PyTree[Array]:
-        shares = gradient_shares(objective, params, rows, totals)
-        wide = tree_at_least_float32(shares)
-        return jax.tree.map(lambda s: size * jnp.sum(s**2, axis=0), wide)
+        return jax.tree.map(lambda x: x.sum(axis=0), map_examples(squares_of_row, rows))
 
     return sum_over_chunks(squares, batch, microbatch)

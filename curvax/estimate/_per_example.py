@@ -22,7 +22,7 @@ def per_example_grads(
 
     With N terms in the batch (examples, or unmasked positions) and `L_b` the sum over the terms of
     example b, `g_b = B/N grad L_b`; then `1/B sum_b g_b = grad objective` and the empirical Fisher
-    is `1/B sum_b g_b g_b'`.
+    of the mean loss is `1/N sum_b (grad L_b)(grad L_b)' = N/B^2 sum_b g_b g_b'`.
 
     Args:
       objective: the `curvax.Objective` whose gradients are meant.

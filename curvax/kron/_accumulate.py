@@ -22,10 +22,17 @@ from jaxtyping import Array, PyTree
 
 from curvax._batch import check_batch, sum_over_chunks, with_index
 from curvax._checks import check_count, check_params
-from curvax._types import Batch, Params, PRNGKey, Scalar
+from curvax._types import Batch, Outputs, Params, PRNGKey, Scalar, Targets
 from curvax._xla import fast_convs_in_loops, with_auto_sharding
 from curvax.capture import Capture, UseCotangents, record
-from curvax.capture._cotangents import check_fisher, empirical, exact, sampled
+from curvax.capture._cotangents import (
+    CotangentPairs,
+    check_fisher,
+    empirical,
+    empirical_by_term,
+    exact,
+    sampled,
+)
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
 from curvax.kron._layout import Layout, check_layout
 from curvax.kron._plan import layout_plan
@@ -35,6 +42,7 @@ from curvax.kron._statistics import (
     input_moments,
     output_moments,
 )
+from curvax.losses import Loss
 from curvax.losses._shares import share_of, term_counts
 from curvax.objective import Objective, total_terms
 
@@ -57,16 +65,19 @@ class PassOptions(NamedTuple):
     """How to go through a batch.
 
     Attributes:
-      fisher: "mc", "exact" or "empirical".
-      num_samples: number of samples for each term, with "mc".
+      fisher: one of `curvax.capture._cotangents.ESTIMATORS`.
+      num_samples: number of samples for each term, with "mc" and "empirical_by_term".
       microbatch: rows worked on at a time, or None for all.
       by_example: whether to tell the examples apart.
+      stack_rounds: whether the reduction finishes with the contributions of all rounds, on a new
+        leading axis, and not with their sum.
     """
 
     fisher: str
     num_samples: int
     microbatch: int | None
     by_example: bool
+    stack_rounds: bool = False
 
 
 class StreamPosition(NamedTuple):
@@ -75,14 +86,12 @@ class StreamPosition(NamedTuple):
     Attributes:
       first: number of its first row there; draws by example depend on the number.
       totals: terms of the whole stream, as `total_terms` counts them. With None the mean loss is
-        that of the batch alone. (Batches alone merge exactly but for weighted sums of heads, and
-        "empirical", whose shares of terms differ.)
-      examples: number of rows of the whole stream, where totals are known.
+        that of the batch alone. (Batches alone merge exactly but for weighted sums of heads, whose
+        shares of terms differ.)
     """
 
     first: Any
     totals: PyTree[Scalar] | None = None
-    examples: Any = None
 
 
 class TermCounts(NamedTuple):
@@ -132,11 +141,14 @@ def kron_factors(
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       params: pytree of float arrays.
       batch: `(inputs, targets)`.
-      key: JAX key, for "mc".
+      key: JAX key, for what samples.
       fisher: "mc", targets sampled from the model; "exact", every entry of one example's outputs in
         turn, the expectation of "mc" (a use without batch axis, such as a learned query, is then
-        counted once for each example); "empirical", the batch's own targets.
-      num_samples: number of samples for each term, with "mc".
+        counted once for each example); "empirical", the batch's own targets, with products of
+        gradients of examples; "empirical_by_term", the same with products of gradients of single
+        terms, which differ where an example has several (every term gets a random sign). All have
+        the unit of the Fisher: r is `sqrt(N)` times the gradient at N terms' targets.
+      num_samples: number of samples for each term, with "mc" and "empirical_by_term".
       microbatch: rows worked on at a time; A and exact G are the same as without it, in bounded
         memory.
 
@@ -173,7 +185,8 @@ def kron_factors(
     """
     # Reduce pools the positions of one example, and only "mc" draws for a whole batch at once.
     reduces = any(block.sharing == "reduce" for block in layout.blocks)
-    options = PassOptions(fisher, num_samples, microbatch, by_example=reduces or fisher != "mc")
+    by_example = reduces or fisher != "mc"
+    options = PassOptions(fisher, num_samples, microbatch, by_example)
     (inputs, outputs, squares), terms = accumulate(
         objective, layout, params, batch, key, reduction=factor_sums(layout), options=options
     )
@@ -260,17 +273,13 @@ def _over_chunks(
     """Sum a reduction over the chunks of a batch, each with its share of the mean loss."""
     # Draws by example depend on a row's number in the stream, not on how batches cut the stream.
     rows = with_index(batch, position.first)
-    totals, num_examples = position.totals, position.examples
-    if totals is None:
-        num_examples = rows[1].size
-        # A batch in one piece is all of the mean, whose terms its own outputs will tell.
-        if options.microbatch is not None:
-            totals = total_terms(objective, params, batch, options.microbatch)
+    totals = position.totals
+    # A batch in one piece is all of the mean, whose terms its own outputs will tell.
+    if totals is None and options.microbatch is not None:
+        totals = total_terms(objective, params, batch, options.microbatch)
 
     def of_chunk(chunk: tuple[Batch, Array]) -> tuple[PyTree[Array], PyTree[Scalar]]:
-        return _over_rounds(
-            objective, layout, options, params, chunk, key, reduction, totals, num_examples
-        )
+        return _over_rounds(objective, layout, options, params, chunk, key, reduction, totals)
 
     if options.microbatch is None:
         sums, terms = of_chunk(rows)
@@ -293,7 +302,6 @@ def _over_rounds(
     key: PRNGKey,
     reduction: Reduction,
     totals: PyTree[Scalar] | None,
-    num_examples: Any,
 ) -> tuple[PyTree[Array], PyTree[Scalar]]:
     """Capture a chunk once, sum a reduction over the cotangents of its outputs, count its terms.
 
@@ -307,17 +315,7 @@ def _over_rounds(
     # A chunk's share of the mean is its own mean times (its terms / all terms).
     if totals is not None:
         loss = share_of(loss, terms, totals)
-    # Martens and Grosse (2015), section 5: targets that the model samples give the Fisher, those of
-    # the data the empirical Fisher, which is another matrix.
-    if options.fisher == "mc":
-        if not options.by_example and options.microbatch is not None:
-            key = jax.random.fold_in(key, index[0])  # chunks draw apart, as examples would
-        row_numbers = index if options.by_example else None
-        rounds = sampled(loss, key, outputs, targets, row_numbers, options.num_samples)
-    elif options.fisher == "exact":
-        rounds = exact(loss, outputs, targets)
-    else:
-        rounds = empirical(loss, outputs, targets, num_examples)
+    rounds = _rounds(loss, options, key, outputs, targets, index)
 
     # `sum_k u_k v_k'` is the curvature in output space, with v None for u itself; pulled back to
     # the uses it is that of their outputs.
@@ -327,14 +325,45 @@ def _over_rounds(
         return reduction.contribution(capture, capture.pull(u), pulled_v)
 
     if rounds.number == 1:  # one round needs no loop
-        return reduction.finish(capture, one_round(jnp.int32(0))), terms
+        total = one_round(jnp.int32(0))
+        if options.stack_rounds:
+            total = jax.tree.map(lambda x: x[None], total)
+        return reduction.finish(capture, total), terms
     # More rounds are a loop, so that memory is that of one round, and the program too.
+    step = fast_convs_in_loops(one_round)
+    if options.stack_rounds:
+        by_round = lax.map(step, jnp.arange(rounds.number))
+        return reduction.finish(capture, by_round), terms
     shapes = jax.eval_shape(lambda: one_round(jnp.int32(0)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    step = fast_convs_in_loops(one_round)
 
     def add_round(total: PyTree[Array], k: Array) -> tuple[PyTree[Array], None]:
         return jax.tree.map(jnp.add, total, step(k)), None
 
     total, _ = lax.scan(add_round, zeros, jnp.arange(rounds.number))
     return reduction.finish(capture, total), terms
+
+
+def _rounds(
+    loss: Loss,
+    options: PassOptions,
+    key: PRNGKey,
+    outputs: Outputs,
+    targets: Targets,
+    index: Array,
+) -> CotangentPairs:
+    """Return the cotangents of the outputs that are pulled back, of rows with the numbers index."""
+    # Martens and Grosse (2015), section 5: targets that the model samples give the Fisher, those of
+    # the data the empirical Fisher, which is another matrix.
+    if options.fisher == "exact":
+        return exact(loss, outputs, targets)
+    if options.fisher == "empirical":
+        return empirical(loss, outputs, targets)
+    if options.fisher == "empirical_by_term":
+        return empirical_by_term(loss, key, outputs, targets, index, options.num_samples)
+    # Rows draw one by one, unless they are not told apart or have no loss of their own.
+    row_numbers = None if loss.couples_examples or not options.by_example else index
+    draws_apart = options.microbatch is not None or loss.couples_examples
+    if row_numbers is None and draws_apart:
+        key = jax.random.fold_in(key, index[0])  # chunks and batches draw apart, as rows would
+    return sampled(loss, key, outputs, targets, row_numbers, options.num_samples)

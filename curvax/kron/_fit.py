@@ -70,8 +70,7 @@ def fit_factors(
       params: pytree of float arrays.
       batches: an iterable of `(inputs, targets)`: a list, a generator, a PyTorch DataLoader; arrays
         of NumPy, JAX or PyTorch, also sharded over devices. It must be possible to iterate over it
-        twice, in the same order, if terms are counted first: with "empirical", and with a
-        `weighted_sum` of losses.
+        twice, in the same order, if terms are counted first: with a `weighted_sum` of losses.
       key: JAX key, for "mc". The draws of a row depend on its number in the data set, not on the
         batch that it is in.
       fisher: "mc" uses targets sampled from the model, "exact" their expectation, "empirical" the

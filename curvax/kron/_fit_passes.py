@@ -52,7 +52,7 @@ class FitResults(NamedTuple):
         # Without totals a batch's curvature is that of its own mean, weighted by its own terms.
         if self.examples is None:
             return StreamPosition(first)
-        return StreamPosition(first, self.terms, self.examples)
+        return StreamPosition(first, self.terms)
 
     def require_factors(self) -> Factors:
         """Return the Kronecker factors, or raise if no pass has computed them."""
@@ -329,10 +329,7 @@ def diagonal_passes(
 def _totals_first(objective: Objective, options: PassOptions) -> tuple[FitPass, ...]:
     """Return the pass that counts terms, where the shares of batches must be known beforehand.
 
-    A batch's own curvature, weighted by the batch's terms, adds up to that of the whole, with two
-    exceptions: a `weighted_sum`, whose heads may have other shares of the terms in each batch, and
-    the empirical Fisher, which scales by the number of examples in the whole.
+    A batch's own curvature, weighted by the batch's terms, adds up to that of the whole, except for
+    a `weighted_sum`, whose heads may have other shares of the terms in each batch.
     """
-    if objective.loss.heads or options.fisher == "empirical":
-        return (TermCountPass(objective, options),)
-    return ()
+    return (TermCountPass(objective, options),) if objective.loss.heads else ()

@@ -18,9 +18,9 @@ def merge(first: C, second: C) -> C:
     """Combine the curvature of two batches into that of both together.
 
     With it factors stream over a data set, `factors = merge(factors, kron_factors(...))`, and
-    resume from a checkpoint. It is exact for `fisher="exact"` and, in expectation, "mc"; for
-    "empirical" if both batches have as many terms for each example; for a `weighted_sum` of losses
-    if each of its heads has the same share of the terms in both.
+    resume from a checkpoint. It is exact for `fisher="exact"` and "empirical" and, in expectation,
+    for what samples; for a `weighted_sum` of losses if each of its heads has the same share of the
+    terms in both.
 
     Args:
       first: `Factors`, `EigenFactors` (in one basis), or `EigenCurvature`.
@@ -58,14 +58,18 @@ def _merge_rows(first: EigenCurvature, second: EigenCurvature) -> EigenCurvature
     def scaled_cotangents(part: EigenCurvature) -> Any:
         # Moments are squares of cotangents, so that the share of the mean enters by its root.
         root = jnp.sqrt(part.terms / terms)
-        return jax.tree.map(lambda x: (root * x).astype(x.dtype), part.cotangents)
+        both = part.cotangents, part.paired
+        return jax.tree.map(lambda x: (root * x).astype(x.dtype), both)
 
     # A gradient is a g': scaling g scales it, and inputs stay as they are.
+    pairs = scaled_cotangents(first), scaled_cotangents(second)
+    cotangents, paired = jax.tree.map(_join, *pairs)
     return EigenCurvature(
-        merge(first.factors, second.factors),
-        jax.tree.map(_join, first.inputs, second.inputs),
-        jax.tree.map(_join, scaled_cotangents(first), scaled_cotangents(second)),
-        terms,
+        factors=merge(first.factors, second.factors),
+        inputs=jax.tree.map(_join, first.inputs, second.inputs),
+        cotangents=cotangents,
+        terms=terms,
+        paired=paired,
     )
 
 

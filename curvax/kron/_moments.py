@@ -142,6 +142,7 @@ def kron_moments(
     References: George et al. (2018), Fast approximate natural gradient descent in a
       Kronecker-factored eigenbasis, section 3, https://arxiv.org/abs/1806.03884.
     """
+    _check_examples(objective)
     # Squares are of sums over one example's positions, so that examples must be told apart.
     options = PassOptions(fisher, num_samples, microbatch, by_example=True)
     reduction = moment_sums(layout, basis)
@@ -195,18 +196,27 @@ class EigenCurvature(NamedTuple):
       inputs: for each block the inputs of its uses, `[examples, stack, positions, in]`.
       cotangents: for each block the cotangents of its uses, `[examples, stack, positions, out]`.
       terms: number of terms of the mean.
+      paired: with "exact" the second cotangents of the pairs (u, v), whose first are `cotangents`;
+        None where both are equal.
     """
 
     factors: Factors
     inputs: dict[str, list[PerUseArray]]
     cotangents: dict[str, list[PerUseArray]]
     terms: Array
+    paired: dict[str, list[PerUseArray]] | None = None
 
 
 def eigen_curvature(
-    objective: Objective, layout: Layout, params: Params, batch: Batch, key: PRNGKey
+    objective: Objective,
+    layout: Layout,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    *,
+    fisher: str = "mc",
 ) -> EigenCurvature:
-    """Sample what EK-FAC needs of a batch.
+    """Estimate what EK-FAC needs of a batch.
 
     That is `kron_factors` (of one sample), and what `kron_moments` is made of.
 
@@ -215,35 +225,58 @@ def eigen_curvature(
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       params: pytree of float arrays.
       batch: `(inputs, targets)`.
-      key: JAX key.
+      key: JAX key, for "mc".
+      fisher: "mc", "exact" or "empirical", as in `kron_factors`.
 
     Raises:
       As `kron_moments`.
 
-    Cost: as `kron_factors`.
+    Cost: as `kron_factors`. Memory: inputs and cotangents of all uses; with "exact" once for every
+      entry of one example's outputs.
     """
+    _check_examples(objective)
     of_factors = factor_sums(layout)
 
     def contribution(capture: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
-        return of_factors.contribution(capture, u, v), u.blocks
+        return of_factors.contribution(capture, u, v), (u.blocks, None if v is None else v.blocks)
 
-    def finish(capture: Capture, sums: PyTree[Array]) -> PyTree[Array]:
-        factor_parts, cotangents = sums
-        return of_factors.finish(capture, factor_parts), capture.inputs, cotangents
+    # k: rounds, b: examples
+    def finish(capture: Capture, by_round: PyTree[Array]) -> PyTree[Array]:
+        factor_parts, cotangents = by_round
+        sums = jax.tree.map(lambda x: x.sum(axis=0), factor_parts)
+        # A round is to moments what more examples are: [k, b, ...] to [k b, ...].
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cotangents)
+        num_rounds = jax.tree.leaves(cotangents)[0].shape[0]
 
-    # One sample and no microbatch: rounds and chunks add up, which rows must not.
-    (factor_parts, inputs, cotangents), terms = accumulate(
+        def for_every_round(x: Array) -> Array:
+            return jnp.tile(x, (num_rounds, *(1,) * (x.ndim - 1)))
+
+        inputs = jax.tree.map(for_every_round, capture.inputs)
+        return of_factors.finish(capture, sums), inputs, rows
+
+    # No microbatch: chunks add up, which rows must not.
+    (factor_parts, inputs, (cotangents, paired)), terms = accumulate(
         objective,
         layout,
         params,
         batch,
         key,
         reduction=Reduction(Partial(contribution), Partial(finish)),
-        options=PassOptions("mc", 1, None, by_example=True),
+        options=PassOptions(fisher, 1, None, by_example=True, stack_rounds=True),
     )
     a, g, squares = factor_parts
     factors = make_factors(a, g, squares, terms)
-    return EigenCurvature(factors, inputs, cotangents, terms.of_batch)
+    return EigenCurvature(factors, inputs, cotangents, terms.of_batch, paired)
+
+
+def _check_examples(objective: Objective) -> None:
+    """Raise if the loss compares examples, whose gradients then are no sum over examples."""
+    if objective.loss.couples_examples:
+        raise TypeError(
+            "this loss compares the examples of a batch with each other, so that the Fisher is no "
+            "sum over examples, of which EK-FAC takes second moments; use curvax.kfac "
+            "(kron_factors, scale_by_kfac)."
+        )
 
 
 def carried_moments(old: Basis, new: Basis, moments: WeightedMean) -> WeightedMean:

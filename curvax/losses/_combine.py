@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from curvax._checks import describe
 from curvax._trees import safe_divide
 from curvax._types import PRNGKey, Scalar
-from curvax.losses._loss import Loss, as_loss, from_function, times
+from curvax.losses._loss import Loss, as_loss, by_head, from_function, times
 
 Heads = dict[str, Any]
 """Outputs, targets or vectors, by the name of the head."""
@@ -60,17 +60,6 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
             if names != sorted(heads):
                 raise ValueError(f"weighted_sum needs {what} by head {sorted(heads)}, got {names}.")
 
-    def like(outputs: Heads, by_name: Heads) -> Heads:
-        """Put the parts into a container of the outputs' own kind, such as an OrderedDict."""
-
-        def part(path: tuple[Any, ...], head_outputs: Any) -> Any:
-            del head_outputs
-            return by_name[path[0].key]
-
-        # Everything below the container counts as a leaf: one for each head.
-        container: Heads = jax.tree.map_with_path(part, outputs, is_leaf=lambda x: x is not outputs)
-        return container
-
     # L = sum_h w_h L_h
     def value(outputs: Heads, targets: Heads) -> Scalar:
         check(outputs, targets)
@@ -89,7 +78,7 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
         for name, w, loss in parts:
             product = loss.curvature_product(outputs[name], targets[name], v[name])
             products[name] = times(w, product)
-        return like(outputs, products)
+        return by_head(outputs, products)
 
     # Head i draws with the key `fold_in(key, i)`, so that heads are independent.
     def sample(
@@ -117,10 +106,24 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
             head_key = jax.random.fold_in(key, i)
             r = loss.pseudo_gradient(head_key, outputs[name], targets[name])
             draws[name] = times(jnp.sqrt(w), r)
-        return like(outputs, draws)
+        return by_head(outputs, draws)
+
+    # The same root of the weight, at the targets of the data.
+    def empirical_gradient(outputs: Heads, targets: Heads) -> Heads:
+        check(outputs, targets)
+        gradients = {}
+        for name, w, loss in parts:
+            r = loss.empirical_gradient(outputs[name], targets[name])
+            gradients[name] = times(jnp.sqrt(w), r)
+        return by_head(outputs, gradients)
 
     sum_of_heads = from_function(
-        value, curvature_product=curvature_product, sample=sample, pseudo_gradient=pseudo_gradient
+        value,
+        curvature_product=curvature_product,
+        sample=sample,
+        pseudo_gradient=pseudo_gradient,
+        empirical_gradient=empirical_gradient,
+        couples_examples=any(loss.couples_examples for _, _, loss in parts),
     )
     return dataclasses.replace(sum_of_heads, heads=parts)
 
@@ -141,6 +144,10 @@ def masked(loss: Any) -> Loss:
       A `Loss` whose targets are `(targets, mask)`, with mask `[batch]` or `[batch, time]` (bool or
       nonnegative), and whose outputs and targets have the mask's axes first.
 
+    Raises:
+      ValueError: the loss compares examples with each other, or outputs or targets lack the mask's
+        axes (at trace time).
+
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> loss = curvax.losses.masked(curvax.losses.squared_error())
@@ -150,6 +157,11 @@ def masked(loss: Any) -> Loss:
       2.0
     """
     inner = as_loss(loss)
+    if inner.couples_examples:
+        raise ValueError(
+            "masked weighs single positions, and this loss compares the examples of a batch with "
+            "each other: leave rows out of the batch, or set them apart in the model."
+        )
 
     # Positions become rows, each a batch of one for `inner`. m: [positions] weights
     def read(outputs: PyTree, targets: PyTree) -> tuple[PyTree, PyTree, Weights]:
@@ -231,9 +243,18 @@ def masked(loss: Any) -> Loss:
         r = draw(inner.pseudo_gradient, key, f, y)
         return weighted_like(outputs, jnp.sqrt(shares(m)), r)
 
+    def empirical_gradient(outputs: PyTree, targets: PyTree) -> PyTree:
+        f, y, m = read(outputs, targets)
+        r = jax.vmap(inner.empirical_gradient)(f, y)
+        return weighted_like(outputs, jnp.sqrt(shares(m)), r)
+
     def num_terms(outputs: PyTree, targets: PyTree) -> Scalar:
         _, _, m = read(outputs, targets)
         return m.sum()
+
+    def term_axes(outputs: PyTree, targets: PyTree) -> int:
+        _, mask = _check_mask(outputs, targets)
+        return mask.ndim
 
     return from_function(
         value,
@@ -241,6 +262,8 @@ def masked(loss: Any) -> Loss:
         sample=sample,
         num_terms=num_terms,
         pseudo_gradient=pseudo_gradient,
+        empirical_gradient=empirical_gradient,
+        term_axes=term_axes,
     )
 
 

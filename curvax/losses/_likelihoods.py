@@ -1,8 +1,7 @@
-"""Negative log-likelihoods of independent entries: Bernoulli, Gaussian, Poisson."""
+"""Negative log-likelihoods of independent entries with one parameter each."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +11,10 @@ from jax.scipy.special import gammaln
 from jaxtyping import Array, Float, Shaped
 
 from curvax._checks import describe
-from curvax._trees import cast_like
-from curvax._types import Outputs, PRNGKey, Scalar, at_least_float32
+from curvax._types import PRNGKey, Scalar, at_least_float32
 from curvax.losses._loss import Loss, from_function
 
 Entries = Shaped[Array, "batch ..."]
-Gaussians = tuple[Array, Array]
-"""Mean and log-variance."""
 
 
 def sigmoid_cross_entropy() -> Loss:
@@ -100,72 +96,6 @@ def poisson() -> Loss:
     return _independent_entries("poisson", cost, jnp.exp, _draw_poisson)
 
 
-def gaussian() -> Loss:
-    """Gaussian negative log-likelihood with learned variance, summed over a row, mean over rows.
-
-    Per entry, with mean m and log-variance s: `1/2 (s + (y - m)^2 e^-s + log 2 pi)`. Its Hessian is
-    indefinite where the residual is small, so the curvature is the Fisher information
-    `diag(e^-s, 1/2)`.
-
-    Returns:
-      A `Loss` for outputs `(mean, log_variance)`, a pair of arrays `[batch, ...]`, and targets of
-      that shape.
-
-    Deviates: `curvature_product` is the Fisher, not the Hessian; both agree in expectation over y.
-
-    Example:
-      >>> import jax.numpy as jnp, curvax
-      >>> f = (jnp.zeros((5, 1)), jnp.full((5, 1), jnp.log(4.0)))
-      >>> v = (jnp.ones((5, 1)), jnp.ones((5, 1)))
-      >>> m, s = curvax.losses.gaussian().curvature_product(f, jnp.zeros((5, 1)), v)
-      >>> [round(5 * x[0, 0].item(), 4) for x in (m, s)]
-      [0.25, 0.5]
-    """
-
-    # m, s: mean and log-variance [batch, ...], y: targets [batch, ...]
-    def read(outputs: Gaussians, targets: Array) -> tuple[Array, Array, Array]:
-        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
-            raise TypeError(
-                f"gaussian needs outputs (mean, log_variance), got {describe(outputs)}."
-            )
-        for output in outputs:
-            _check_entries("gaussian", output, targets)
-        m, s = map(at_least_float32, outputs)
-        return m, s, jnp.asarray(targets, m.dtype)
-
-    def value(outputs: Gaussians, targets: Array) -> Scalar:
-        m, s, y = read(outputs, targets)
-        twice_the_cost = s + (y - m) ** 2 * jnp.exp(-s) + math.log(2 * math.pi)
-        return 0.5 * jnp.sum(twice_the_cost) / m.shape[0]
-
-    # Fisher information of an entry, over n rows: diag(e^-s, 1/2) / n.
-    def curvature_product(
-        outputs: Gaussians,
-        targets: Array,
-        v: Gaussians,
-    ) -> Outputs:
-        """Multiply mean and log-variance by their Fisher information."""
-        _, s, _ = read(outputs, targets)
-        dm, ds = map(at_least_float32, v)
-        n = s.shape[0]
-        products = [jnp.exp(-s) * dm / n, 0.5 * ds / n]
-        # The pair may be a tuple or a list.
-        by_output = jax.tree.unflatten(jax.tree.structure(outputs), products)
-        return cast_like(by_output, outputs)
-
-    def sample(
-        key: PRNGKey,
-        outputs: Gaussians,
-        targets: Array,
-    ) -> Array:
-        m, s, _ = read(outputs, targets)
-        # e^(s/2) is the standard deviation.
-        noise = jax.random.normal(key, m.shape, m.dtype)
-        return m + jnp.exp(0.5 * s) * noise
-
-    return from_function(value, curvature_product=curvature_product, sample=sample)
-
-
 def _draw_poisson(key: PRNGKey, f: Float[Array, "..."]) -> Float[Array, "..."]:
     """Draw counts of rate e^f; above a million from N(rate, rate), which is close there."""
     rate = jnp.exp(f)
@@ -190,7 +120,7 @@ def _independent_entries(
     """
 
     def value(outputs: Entries, targets: Entries) -> Scalar:
-        _check_entries(name, outputs, targets)
+        check_entries(name, outputs, targets)
         f = at_least_float32(outputs)
         y = jnp.asarray(targets, f.dtype)
         return jnp.sum(cost(f, y)) / f.shape[0]
@@ -201,7 +131,7 @@ def _independent_entries(
         targets: Entries,
         v: Entries,
     ) -> Entries:
-        _check_entries(name, outputs, targets)
+        check_entries(name, outputs, targets)
         diagonal = curvature(at_least_float32(outputs))
         product = diagonal * at_least_float32(v) / outputs.shape[0]
         return product.astype(outputs.dtype)
@@ -211,13 +141,13 @@ def _independent_entries(
         outputs: Entries,
         targets: Entries,
     ) -> Entries:
-        _check_entries(name, outputs, targets)
+        check_entries(name, outputs, targets)
         return draw(key, at_least_float32(outputs))
 
     return from_function(value, curvature_product=curvature_product, sample=sample)
 
 
-def _check_entries(
+def check_entries(
     name: str,
     outputs: Any,
     targets: Any,

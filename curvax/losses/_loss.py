@@ -21,6 +21,8 @@ Hvp: TypeAlias = Callable[[Outputs, Targets, Outputs], Outputs]
 Sample: TypeAlias = Callable[[PRNGKey, Outputs, Targets], Targets]
 NumTerms: TypeAlias = Callable[[Outputs, Targets], Scalar]
 PseudoGradient: TypeAlias = Callable[[PRNGKey, Outputs, Targets], Outputs]
+EmpiricalGradient: TypeAlias = Callable[[Outputs, Targets], Outputs]
+TermAxes: TypeAlias = Callable[[Outputs, Targets], int]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class Loss:
       num_terms: `(outputs, targets) -> scalar`, how many terms the mean is over (0 when all are
         masked).
       pseudo_gradient: `(key, outputs, targets) -> r`, see `curvax.losses.pseudo_gradient`.
+      empirical_gradient: `(outputs, targets) -> r`, the same at the batch's own targets, of which
+        the empirical Fisher is made: `sqrt(num_terms)` times the gradient.
+      term_axes: `(outputs, targets) -> int`, how many leading axes of the outputs say which term
+        an entry is of. (Of a `weighted_sum` each head has its own.)
+      couples_examples: whether the loss compares examples of a batch with each other, as
+        `contrastive` does. Then single examples have no loss of their own.
       heads: `(name, weight, loss)` of each head of a `weighted_sum`, else empty.
     """
 
@@ -44,6 +52,9 @@ class Loss:
     sample: Sample
     num_terms: NumTerms
     pseudo_gradient: PseudoGradient
+    empirical_gradient: EmpiricalGradient
+    term_axes: TermAxes
+    couples_examples: bool = False
     # Weights may be arrays, which have no hash; objectives are static arguments of `jit`.
     heads: tuple[tuple[str, Any, Loss], ...] = field(default=(), compare=False)
 
@@ -63,6 +74,9 @@ def from_function(
     sample: Sample | None = None,
     num_terms: NumTerms | None = None,
     pseudo_gradient: PseudoGradient | None = None,
+    empirical_gradient: EmpiricalGradient | None = None,
+    term_axes: TermAxes | None = None,
+    couples_examples: bool = False,
 ) -> Loss:
     """Make a `Loss` of a function `value(outputs, targets) -> scalar`, the mean over its terms.
 
@@ -75,6 +89,11 @@ def from_function(
       pseudo_gradient: as `Loss.pseudo_gradient`; by default `sqrt(num_terms)` times the gradient
         at sampled targets, which is right whenever `sample` draws from the density of which
         `value` is the negative logarithm.
+      empirical_gradient: as `Loss.empirical_gradient`; by default `sqrt(num_terms)` times the
+        gradient.
+      term_axes: as `Loss.term_axes`; by default 1, the batch axis.
+      couples_examples: whether the value compares examples of a batch with each other. Then what
+        works on single examples or on parts of a batch is refused.
 
     Returns:
       A `Loss`.
@@ -92,6 +111,9 @@ def from_function(
     # r = sqrt(N) grad_f L(f, y), y ~ p(. | f). With the scores s_i of the N terms, grad_f L is
     # 1/N sum_i s_i, so r = 1/sqrt(N) sum_i s_i and E[r r'] = 1/N sum_i E[s_i s_i'], the curvature
     # of the mean.
+    def scaled_gradient(f: Outputs, y: Targets, num_terms: Scalar) -> Outputs:
+        return times(jnp.sqrt(num_terms), jax.grad(value)(f, y))
+
     def sampled_gradient(
         key: PRNGKey,
         outputs: Outputs,
@@ -101,16 +123,24 @@ def from_function(
         # The draw depends on the outputs; a derivative of r must not go through it.
         f = jax.lax.stop_gradient(outputs)
         y = loss.sample(key, f, targets)
-        gradient = jax.grad(value)(f, y)
-        num_terms = count_terms(loss, f, targets)
-        return times(jnp.sqrt(num_terms), gradient)
+        return scaled_gradient(f, y, count_terms(loss, f, targets))
 
+    # The same at the targets of the data, so that it has the same unit: were they the model's own,
+    # E[r r'] would be S again.
+    def gradient_at_targets(outputs: Outputs, targets: Targets) -> Outputs:
+        return scaled_gradient(outputs, targets, count_terms(loss, outputs, targets))
+
+    if couples_examples:
+        gradient_at_targets = _no_empirical_gradient
     loss = Loss(
         value=value,
         curvature_product=curvature_product or _autodiff_hvp(value),
         sample=sample or _no_sample,
         num_terms=num_terms or _leading_axis,
         pseudo_gradient=pseudo_gradient or sampled_gradient,
+        empirical_gradient=empirical_gradient or gradient_at_targets,
+        term_axes=term_axes or _batch_axis,
+        couples_examples=couples_examples,
     )
     return loss
 
@@ -133,6 +163,9 @@ def as_loss(loss: Any) -> Loss:
         sample=getattr(loss, "sample", None),
         num_terms=getattr(loss, "num_terms", None),
         pseudo_gradient=getattr(loss, "pseudo_gradient", None),
+        empirical_gradient=getattr(loss, "empirical_gradient", None),
+        term_axes=getattr(loss, "term_axes", None),
+        couples_examples=getattr(loss, "couples_examples", False),
     )
 
 
@@ -190,11 +223,28 @@ def times(factor: Any, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
 
 
+def by_head(outputs: Outputs, parts: dict[str, Any]) -> Outputs:
+    """Put what belongs to the heads of a weighted sum into the kind of container of its outputs."""
+
+    def part(path: tuple[Any, ...], head_outputs: Any) -> Any:
+        del head_outputs
+        return parts[path[0].key]
+
+    # Everything below the container, such as an OrderedDict, counts as a leaf: one for each head.
+    container: Outputs = jax.tree.map_with_path(part, outputs, is_leaf=lambda x: x is not outputs)
+    return container
+
+
 def _leading_axis(outputs: Outputs, targets: Targets) -> Scalar:
     del targets
     # All outputs share the batch axis: any leaf tells its length.
     first = jax.tree.leaves(outputs)[0]
     return jnp.asarray(float(first.shape[0]))
+
+
+def _batch_axis(outputs: Outputs, targets: Targets) -> int:
+    del outputs, targets
+    return 1
 
 
 def _no_sample(
@@ -205,7 +255,16 @@ def _no_sample(
     raise TypeError(
         "this loss has no way to sample targets from the model's prediction, which the Fisher, "
         "Gauss-Newton-Bartlett and Sophia-G need; give one: "
-        "curvax.losses.from_function(value, sample=lambda key, outputs, targets: ...)."
+        "curvax.losses.from_function(value, sample=lambda key, outputs, targets: ...), or take "
+        'fisher="empirical", which needs no samples (curvax.kfac, ekfac, kron_factors).'
+    )
+
+
+def _no_empirical_gradient(outputs: Outputs, targets: Targets) -> Outputs:
+    raise TypeError(
+        "this loss compares the examples of a batch with each other, so that single examples have "
+        "no gradient and there is no empirical Fisher; "
+        'take fisher="mc" or "exact" (curvax.kfac, kron_factors).'
     )
 
 

@@ -41,6 +41,13 @@ def share_of(
 
     The shares of all chunks of a batch sum to the loss of the batch.
     """
+    if loss.couples_examples:
+        raise TypeError(
+            "this loss compares the examples of a batch with each other, so that parts of a batch "
+            "and single examples have no share in it. What works on them (microbatch=, streamed "
+            "products, EK-FAC, curvax.fishervp, gradients of examples) cannot take it; "
+            "curvax.ggnvp, curvax.kfac and curvax.gauss_newton on the whole batch can."
+        )
     # N_c / N; no term in the whole batch: 0/0 is 0, such a batch has no loss and no curvature.
     return _scaled(loss, jax.tree.map(safe_divide, counts, totals))
 
@@ -110,6 +117,13 @@ def _scaled(loss: Loss, factors: PyTree[Scalar]) -> Loss:
     ) -> Outputs:
         return times(jnp.sqrt(factors), loss.pseudo_gradient(key, outputs, targets))
 
+    def empirical_gradient(outputs: Outputs, targets: Targets) -> Outputs:
+        return times(jnp.sqrt(factors), loss.empirical_gradient(outputs, targets))
+
     return dataclasses.replace(
-        loss, value=value, curvature_product=curvature_product, pseudo_gradient=pseudo_gradient
+        loss,
+        value=value,
+        curvature_product=curvature_product,
+        pseudo_gradient=pseudo_gradient,
+        empirical_gradient=empirical_gradient,
     )

@@ -119,11 +119,24 @@ def softmax_cross_entropy(ignore_index: int | None = None, label_smoothing: floa
     def smoothed_value(outputs: Logits, targets: Labels) -> Scalar:
         return value(outputs, targets, label_smoothing)
 
-    # The pseudo-gradient is the score of the unsmoothed likelihood, from which labels are drawn.
+    # A label is a term, on whatever axes labels have.
+    def term_axes(outputs: Logits, targets: Labels) -> int:
+        del outputs
+        return targets.ndim
+
+    # The pseudo-gradient is the score of the unsmoothed likelihood, from which labels are drawn;
+    # the gradients of the data are those of the loss.
     plain = from_function(
-        plain_value, curvature_product=curvature_product, sample=sample, num_terms=num_terms
+        plain_value,
+        curvature_product=curvature_product,
+        sample=sample,
+        num_terms=num_terms,
+        term_axes=term_axes,
     )
-    return dataclasses.replace(plain, value=smoothed_value)
+    smoothed = from_function(smoothed_value, num_terms=num_terms)
+    return dataclasses.replace(
+        plain, value=smoothed_value, empirical_gradient=smoothed.empirical_gradient
+    )
 
 
 def _check_labels(outputs: Any, targets: Any) -> None:

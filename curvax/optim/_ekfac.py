@@ -119,17 +119,17 @@ def ekfac(
     momentum: float | Float[Array, ""] = 0.9,
     max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
+    fisher: str = "mc",
 ) -> optax.GradientTransformationExtraArgs:
     """EK-FAC: natural gradient, diagonal in the eigenbasis of Kronecker factors of the Fisher.
 
     This is `estimating(scale_by_ekfac(layout, damping, inverse_every), estimator)` with the
-    estimator `kron.estimator(objective, layout, kron.eigen_curvature)`, followed by the limit of
-    `kl_clip`, momentum and the learning rate.
+    estimator `kron.estimator(objective, layout, kron.eigen_curvature, fisher=fisher)`, followed by
+    the limit of `kl_clip`, momentum and the learning rate.
 
     Args:
       learning_rate: a number or a schedule.
-      objective: the `curvax.Objective` that is minimized; its loss must be able to sample, and its
-        model must not mix examples.
+      objective: the `curvax.Objective` that is minimized; its model must not mix examples.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       damping: a number or a schedule, in units of an eigenvalue of the curvature.
       curvature_every: number of steps between estimates of factors and moments; step 0 estimates.
@@ -140,6 +140,9 @@ def ekfac(
         `curvax.kl_clip`; None means no limit. Without it, steps in directions that the sampled
         factors have hardly seen can be so long that training diverges.
       seed: the seed of the sampled targets.
+      fisher: "mc", targets sampled from the model, for losses that can sample; "exact", their
+        expectation, for models with few outputs; "empirical", the batch's own targets, for losses
+        that have no other Fisher (log densities). See `curvax.kron.eigen_curvature`.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
@@ -172,7 +175,7 @@ def ekfac(
     References: George et al. (2018), https://arxiv.org/abs/1806.03884.
     """
     # Moments need the gradients of single examples, so this curvature keeps inputs and cotangents.
-    estimator = kron.estimator(objective, layout, kron.eigen_curvature)
+    estimator = kron.estimator(objective, layout, kron.eigen_curvature, fisher=fisher)
     rule = scale_by_ekfac(layout, damping, inverse_every)
     estimated = estimating(rule, estimator, curvature_every, seed)
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
@@ -190,8 +193,10 @@ def _average_moments(
     for block in layout.blocks:
         basis, moments = block_state[block.name]
         # George et al. (2018), algorithm 1: M_new = sum_b (Q_A' D_b Q_G)^2, with D_b = a_b g_b'.
-        inputs, cotangents = curvature.inputs[block.name], curvature.cotangents[block.name]
-        of_batch = block_moments(block, basis, inputs, cotangents)
+        inputs, g = curvature.inputs[block.name], curvature.cotangents[block.name]
+        # Where the pairs of cotangents are not symmetric: (Q_A' D_b Q_G) * (Q_A' E_b Q_G).
+        h = None if curvature.paired is None else curvature.paired[block.name]
+        of_batch = block_moments(block, basis, inputs, g, h)
         # Sum and weight decay alike and M is their ratio, which makes it free of bias.
         new = WeightedMean(curvature.terms * of_batch, curvature.terms)
         averages[block.name] = EigenBlockState(basis, moving_average(moments, new, decay))

@@ -115,15 +115,16 @@ def kfac(
     momentum: float | Float[Array, ""] = 0.9,
     max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
+    fisher: str = "mc",
 ) -> optax.GradientTransformationExtraArgs:
-    """K-FAC: natural gradient with Kronecker factors of the Fisher, from sampled targets.
+    """K-FAC: natural gradient with Kronecker factors of the Fisher.
 
     This is `estimating(scale_by_kfac(layout, damping, inverse_every), kron.estimator(objective,
-    layout))`, followed by the limit of `kl_clip`, momentum and the learning rate.
+    layout, fisher=fisher))`, followed by the limit of `kl_clip`, momentum and the learning rate.
 
     Args:
       learning_rate: a number or a schedule.
-      objective: the `curvax.Objective` that is minimized; its loss must be able to sample.
+      objective: the `curvax.Objective` that is minimized.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       damping: a number or a schedule, in units of an eigenvalue of the curvature.
       curvature_every: number of steps between estimates of factors; step 0 estimates.
@@ -134,6 +135,9 @@ def kfac(
         `curvax.kl_clip`; None means no limit. Without it, steps in directions that the sampled
         factors have hardly seen can be so long that training diverges.
       seed: the seed of the sampled targets.
+      fisher: "mc", targets sampled from the model, for losses that can sample; "exact", their
+        expectation, for models with few outputs; "empirical", the batch's own targets, for losses
+        that have no other Fisher (log densities). See `curvax.kron_factors`.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.
@@ -179,10 +183,11 @@ def kfac(
     References: Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Ba, Grosse and Martens
       (2017) for the limit.
     """
-    # Martens and Grosse (2015), section 5: targets are sampled from the model, for with those of
-    # the data the factors would be those of the empirical Fisher matrix.
+    # Martens and Grosse (2015), section 5: by default targets are sampled from the model, for with
+    # those of the data the factors are those of the empirical Fisher matrix.
     rule = scale_by_kfac(layout, damping, inverse_every)
-    estimated = estimating(rule, kron.estimator(objective, layout), curvature_every, seed)
+    estimator = kron.estimator(objective, layout, fisher=fisher)
+    estimated = estimating(rule, estimator, curvature_every, seed)
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
 
 

@@ -166,7 +166,7 @@ def gauss_newton(
 
     Raises:
       ValueError, TypeError: At trace time, as `curvax.ggnvp`, `curvax.cg` and `curvax.estimating`
-        do.
+        do: the Gauss-Newton matrix of a loss that is linear in the outputs is zero.
 
     Cost: a linearization and up to `max_steps` + 1 Gauss-Newton products a step. Memory: five trees
       like params, none kept.

@@ -9,19 +9,19 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array
 
-from curvax._batch import batch_size
-from curvax._checks import check_count, describe
+from curvax._checks import check_choice, check_count, describe
 from curvax._shared import unwrap
 from curvax._trees import cast_like
 from curvax._types import Batch, Matvec, Outputs, Params, PRNGKey, Targets, tree_at_least_float32
 from curvax.losses import Loss
+from curvax.losses._linear import check_curved
 from curvax.losses._shares import pseudo_gradient_by_example
+from curvax.losses._terms import GROUPS, outer_products, outer_products_by_term
 from curvax.objective import Objective
 from curvax.products._linear import linearize, over_batch
 
-Samples: TypeAlias = PyTree[Float[Array, "samples batch ..."]]
 OutputMatvec: TypeAlias = Callable[[Outputs], Outputs]
 OutputCurvature: TypeAlias = Callable[[Loss, Outputs, Targets, Array], OutputMatvec]
 """From a loss, outputs, targets (with their `Shared` parts still wrapped) and row numbers to the
@@ -56,7 +56,8 @@ def ggnvp(
     Raises:
       ValueError: `microbatch` is below 1, or v is unlike params (the first differing path is
         named).
-      TypeError: params are not float, or a kernel has a backward pass only.
+      TypeError: params are not float, the loss is linear in the outputs (then the matrix is zero),
+        or a kernel has a backward pass only.
 
     Cost: building: one forward pass and its linearization, whose residuals stay in memory. Each
       product: about 4/3 gradients in FLOPs. With `microbatch`: a forward pass more for each
@@ -84,6 +85,7 @@ def ggnvp(
     ) -> OutputMatvec:
         """Return the product with the loss's own curvature S."""
         del index
+        check_curved(loss, outputs, unwrap(targets))
 
         # A plain function, whatever kind of callable the loss holds: it becomes part of the type
         # of a pytree, which must be comparable.
@@ -160,7 +162,7 @@ def fishervp(
 
         rounds = jnp.arange(num_samples, dtype=jnp.uint32)
         r = tree_at_least_float32(jax.vmap(draw)(rounds))
-        return Partial(_sum_of_row_outer_products, r)
+        return Partial(partial(outer_products, num_axes=1), r)
 
     return _through_outputs(curvature, objective, params, batch, microbatch)
 
@@ -170,32 +172,40 @@ def empirical_fishervp(
     params: Params,
     batch: Batch,
     *,
+    by: str = "example",
     microbatch: int | None = None,
 ) -> Matvec:
-    """Build the product with the empirical Fisher, `1/B sum_b g_b g_b'`.
+    """Build the product with the empirical Fisher, `1/N sum_b g_b g_b'` or `1/N sum_n g_n g_n'`.
 
-    `g_b` is row b of `curvax.per_example_grads`. The matrix is no estimate of the Fisher, since
-    targets are the data's own. No per-example gradient is formed.
+    `g_n` is the gradient of term n of the loss, of N, and `g_b` the sum of those of example b. With
+    one term an example this is the mean over examples of the outer products of
+    `curvax.per_example_grads`. Both have the unit of the Fisher of the mean loss, which they would
+    be in expectation if targets were drawn from the model; they differ in the products of different
+    terms of one example. The matrix is no estimate of the Fisher, since targets are the data's own.
+    No gradient of an example is formed.
 
     Args:
       objective: the `curvax.Objective` whose gradients are meant.
       params: pytree of float arrays.
       batch: the pair `(inputs, targets)`.
+      by: "example" or "term", of which outer products are taken.
       microbatch: rows worked on at a time; the same result in bounded memory.
 
     Returns:
       `matvec(v) -> tree like v`, which is linear, self-adjoint and positive semidefinite.
 
     Raises:
-      ValueError: `microbatch` is below 1, outputs lack the batch's leading axis, or v is unlike
-        params.
-      TypeError: params are not float, or a kernel has a backward pass only.
+      ValueError: `by` is unknown, `microbatch` is below 1, outputs lack the batch's leading axis,
+        or v is unlike params.
+      TypeError: params are not float, the loss compares examples with each other, or a kernel has a
+        backward pass only.
 
     Cost: as `ggnvp`.
 
     Deviates: for models that mix examples (BatchNorm in training) g_b is the part of the batch's
       gradient that flows through row b of the outputs, where `per_example_grads` evaluates the
-      model on b alone.
+      model on b alone. A head of a `weighted_sum` enters with its weight, and not with its square,
+      as into every other curvature.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -208,22 +218,30 @@ def empirical_fishervp(
     References: Kunstner, Balles and Hennig (2019), Limitations of the empirical Fisher
       approximation for natural gradient descent, https://arxiv.org/abs/1905.12558.
     """
-    root = batch_size(batch) ** 0.5
+    check_choice("by", by, GROUPS)
 
-    # With e_b = grad_{f_b} L, row b of the gradient of the mean loss, g_b = B J_b' e_b, so
-    # 1/B sum_b g_b g_b' = B sum_b J_b' e_b e_b' J_b: M = blockdiag_b(r_b r_b'), r_b = sqrt(B) e_b.
+    # With e_b = grad_{f_b} L, row b of the gradient of the mean loss, g_b = N J_b' e_b, so
+    # 1/N sum_b g_b g_b' = N sum_b J_b' e_b e_b' J_b: M = blockdiag_b(r_b r_b'), r_b = sqrt(N) e_b.
     def curvature(
         loss: Loss,
         outputs: Outputs,
         targets: Targets,
         index: Array,
     ) -> OutputMatvec:
-        """Return the product with the outer products of the rows of the gradient."""
+        """Return the product with the outer products of the rows of r, or of their terms."""
         _check_rows(outputs, index.size)
-        e = tree_at_least_float32(jax.grad(loss)(outputs, unwrap(targets)))
+        y = unwrap(targets)
+        gradient = tree_at_least_float32(loss.empirical_gradient(outputs, y))
         # A leading axis of one sample.
-        r = jax.tree.map(lambda x: root * x[None], e)
-        return Partial(_sum_of_row_outer_products, r)
+        r = jax.tree.map(lambda x: x[None], gradient)
+        if by == "example":
+            return Partial(partial(outer_products, num_axes=1), r)
+
+        # A plain function, as in `ggnvp`.
+        def product(y: Targets, r: Outputs, u: Outputs) -> Outputs:
+            return outer_products_by_term(loss, y, r, u)
+
+        return Partial(product, y, r)
 
     return _through_outputs(curvature, objective, params, batch, microbatch)
 
@@ -275,32 +293,6 @@ def _sandwich(
     r = cast_like(output_matvec(u), u)
     (product,) = jax.linear_transpose(jacobian, params)(r)
     return product
-
-
-# r: a tree of [k, b, ...] samples of examples; u: a tree of [b, ...]
-def _sum_of_row_outer_products(r: Samples, u: Outputs) -> Outputs:
-    """Apply `1/K sum_k blockdiag_b(r_kb r_kb')` to u, in at least float32."""
-    r_leaves = jax.tree.leaves(r)
-    contract = partial(
-        jnp.einsum, precision="highest", preferred_element_type=jnp.result_type(*r_leaves)
-    )
-    num_samples, size = r_leaves[0].shape[:2]
-
-    # r_kb . u_b: [k, b], over all outputs of an example together.
-    def dots_of(x: Array, y: Array) -> Array:
-        flat_x, flat_y = x.reshape(num_samples, size, -1), y.reshape(size, -1)
-        dots: Array = contract("kbi,bi->kb", flat_x, flat_y)
-        return dots
-
-    pairs = zip(r_leaves, jax.tree.leaves(u), strict=True)
-    r_dot_u = sum(dots_of(x, y) for x, y in pairs)
-
-    # 1/K sum_k r_kb (r_kb . u_b)
-    def product(x: Array, y: Array) -> Array:
-        mean: Array = contract("kb,kb...->b...", r_dot_u, x) / num_samples
-        return mean.astype(y.dtype)
-
-    return jax.tree.map(product, r, u)
 
 
 def _check_rows(outputs: Outputs, size: int) -> None:

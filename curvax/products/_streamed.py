@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from curvax._batch import batch_size
 from curvax._checks import check_like, check_params
 from curvax._host import OnHost
 from curvax._stream import check_rereadable, on_device
@@ -90,9 +89,8 @@ def streamed(
     check_rereadable(batches)
 
     # N, the terms of all batches, before the first product: every share is a part of it.
-    totals, rows, number = None, 0, 0
+    totals, number = None, 0
     for batch in on_device(batches):
-        rows += batch_size(batch)
         number += 1
         counts = _count(objective, params, batch)
         totals = counts if totals is None else jax.tree.map(jnp.add, totals, counts)
@@ -102,7 +100,6 @@ def streamed(
     # The key differs from batch to batch, and is an operand; what is static makes one program.
     key = options.pop("key", None)
     builder = (matvec_of, objective, tuple(sorted(options.items())))
-    size = (totals, float(rows))
 
     # C v = sum_c C_c v, with C_c the curvature of the share of batch c in the mean.
     def matvec(v: Params) -> Params:
@@ -114,7 +111,7 @@ def streamed(
             # One batch is worked on while the next one is fetched, no more.
             jax.block_until_ready(total)
             batch_key = None if key is None else jax.random.fold_in(key, seen)
-            total = _add(builder, total, params, batch, batch_key, size, v)
+            total = _add(builder, total, params, batch, batch_key, totals, v)
             seen += 1
         if seen != number:
             raise ValueError(
@@ -139,19 +136,14 @@ def _add(
     params: Params,
     batch: Batch,
     key: PRNGKey | None,
-    size: tuple[PyTree[Scalar], float],
+    totals: PyTree[Scalar],
     v: Params,
 ) -> PyTree[Array]:
-    """Add the share of a batch in the product; `size` holds the terms and rows of all batches."""
+    """Add the share of a batch in the product; `totals` are the terms of all batches."""
     matvec_of, objective, static_options = builder
-    totals, rows = size
     options = dict(static_options)
     if key is not None:
         options["key"] = key
     share = scaled_to_share(objective, params, batch, totals)
     part = matvec_of(share, params, batch, **options)(v)
-
-    # Of all products the empirical Fisher is quadratic in the loss. On the share of the mean it
-    # gives B_c sum_b e_b e_b' with the B_c rows of the batch, where the whole has B sum_b e_b e_b'.
-    factor = rows / batch_size(batch) if matvec_of is empirical_fishervp else 1
-    return jax.tree.map(lambda t, x: t + (factor * x).astype(t.dtype), total, part)
+    return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, part)

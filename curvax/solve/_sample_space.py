@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from curvax._types import Batch, Outputs, Params, Targets, at_least_float32
 from curvax._xla import with_auto_sharding
 from curvax.capture import UseCotangents, find_kernels, gram, plan, record, uncovered
 from curvax.losses import Loss
+from curvax.losses._linear import check_curved
 from curvax.objective import Objective
 from curvax.products import ggnvp, to_dense
 from curvax.products._linear import linearize
@@ -38,8 +40,8 @@ def sample_space(
 ) -> Formed:
     """Form the Gauss-Newton matrix of a batch for exact solves, in the smaller of two spaces.
 
-    `F = J'S J = U U'`, with S the output-space curvature (as in `curvax.ggnvp`), `S = R R'` by
-    example, `U = J'R`. Where the batch has fewer outputs n than there are parameters d, `U'U` is
+    `F = J'S J = U U'`, with S the output-space curvature (as in `curvax.ggnvp`), `S = R R'` (by
+    example, unless the loss compares examples with each other), `U = J'R`. Where the batch has fewer outputs n than there are parameters d, `U'U` is
     formed, and `(F + damping I)^-1` is applied through it; else F itself. No Jacobian is formed:
     `U'U` is the sum over layers of products of inner products of the layers' inputs and
     output-gradients. Negative curvature (of a user's loss) counts as none in sample space.
@@ -98,7 +100,9 @@ def _in_sample_space(objective: Objective, params: Params, batch: Batch) -> Samp
 
     # J once for both maps; U'U is formed without it.
     outputs, jacobian = linearize(outputs_at, params, "Use curvax.gauss_newton_bartlett.")
-    roots, gradient = _roots(objective.loss, outputs, targets)
+    couples_examples = objective.loss.couples_examples
+    roots_of = _identities if couples_examples else _roots
+    roots, gradient = roots_of(objective.loss, outputs, targets)
 
     def gram_of_rows(
         params: Params,
@@ -110,7 +114,8 @@ def _in_sample_space(objective: Objective, params: Params, batch: Batch) -> Samp
     matrix = with_auto_sharding(gram_of_rows, params, batch, roots)
     push = Partial(_push, jacobian, roots, params)
     pull = Partial(_pull, jacobian, roots, params, outputs)
-    return SampleSpace(matrix, push, pull, gradient)
+    of_rows = SampleSpace(matrix, push, pull, gradient)
+    return _coupled(objective.loss, outputs, targets, of_rows) if couples_examples else of_rows
 
 
 def _gram_of_rows(
@@ -149,6 +154,7 @@ def _roots(
 
     `R_b R_b' = S_b`, the curvature of the mean loss in the outputs of example b.
     """
+    check_curved(loss, outputs, unwrap(targets))
     flat = _flatten(outputs)
 
     def curvature_product(e: Float[Array, " c"]) -> Float[Array, "b c"]:
@@ -165,6 +171,68 @@ def _roots(
     rotated = jnp.einsum("bck,bc->kb", vectors, residual, precision=lax.Precision.HIGHEST)
     gradient = rotated / jnp.where(root_values > 0, root_values, jnp.inf).T
     return vectors * root_values[:, None, :], gradient.ravel()
+
+
+def _identities(
+    loss: Loss, outputs: Outputs, targets: Targets
+) -> tuple[Float[Array, "b c k"], Float[Array, " n"]]:
+    """Return R = I by example, and the gradient of the loss in the outputs."""
+    residual = _flatten(jax.grad(loss)(outputs, unwrap(targets)))
+    size, width = residual.shape
+    identity = jnp.eye(width, dtype=residual.dtype)
+    return jnp.broadcast_to(identity, (size, width, width)), residual.T.ravel()
+
+
+def _coupled(
+    loss: Loss,
+    outputs: Outputs,
+    targets: Targets,
+    of_rows: SampleSpace,
+) -> SampleSpace:
+    """Turn the space of J J' into that of `U = J'R`, with the root R of all of S at once.
+
+    So it is where the loss compares examples, and S has no block for each.
+    """
+    check_curved(loss, outputs, unwrap(targets))
+    size, width = _flatten(outputs).shape
+
+    # Rows are ordered [k, b], as in J J'.
+    def curvature_product(e: Float[Array, " n"]) -> Float[Array, " n"]:
+        direction = _unflatten(e.reshape(width, size).T, outputs)
+        product = loss.curvature_product(outputs, unwrap(targets), direction)
+        return _flatten(product).T.ravel()
+
+    # S = Q L Q', R = Q L^1/2, U'U = R'(J J')R; directions without curvature as in `_roots`.
+    rows = jnp.eye(size * width, dtype=of_rows.gradient.dtype)
+    values, vectors = jnp.linalg.eigh(lax.map(curvature_product, rows))
+    root_values = jnp.sqrt(jnp.maximum(values, 0))
+    root = vectors * root_values
+    dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    gradient = dot(vectors.T, of_rows.gradient) / jnp.where(root_values > 0, root_values, jnp.inf)
+    return SampleSpace(
+        gram=dot(root.T, dot(of_rows.gram, root)),
+        push=Partial(_push_by_root, root, of_rows.push),
+        pull=Partial(_pull_by_root, root, of_rows.pull),
+        gradient=gradient,
+    )
+
+
+def _push_by_root(
+    root: Float[Array, "n n"],
+    push: Callable[[Params], Float[Array, " n"]],
+    v: Params,
+) -> Float[Array, " n"]:
+    """Return `R'(J v)`."""
+    return jnp.matmul(root.T, push(v), precision=lax.Precision.HIGHEST)
+
+
+def _pull_by_root(
+    root: Float[Array, "n n"],
+    pull: Callable[[Float[Array, " n"]], Params],
+    q: Float[Array, " n"],
+) -> Params:
+    """Return `J'(R q)`."""
+    return pull(jnp.matmul(root, q, precision=lax.Precision.HIGHEST))
 
 
 def _push(

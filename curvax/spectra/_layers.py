@@ -20,7 +20,7 @@ from curvax._types import Batch, Matvec, Params, PRNGKey, Scalar, tree_at_least_
 from curvax._xla import fast_convs_in_loops, pin_to_iteration
 from curvax.estimate._hutchinson import Estimate, rademacher
 from curvax.objective import Objective, scaled_to_share, total_terms
-from curvax.products import empirical_fishervp, hvp
+from curvax.products import hvp
 from curvax.solve._damped import checked
 from curvax.spectra._eigsh import EigInfo, eigsh
 from curvax.spectra._lanczos import draw
@@ -146,15 +146,14 @@ def traces_over(
       key: a JAX key.
       by: None, an integer or a function of the path: it says what a layer is, as `By` describes.
       matvec_of: `curvax.hvp`, `curvax.ggnvp`, or another `(objective, params, batch) -> matvec`
-        that is linear in the loss, such as `functools.partial(curvax.ggnvp, microbatch=32)`; not
-        `curvax.empirical_fishervp`, which is quadratic.
+        of the mean loss, such as `functools.partial(curvax.ggnvp, microbatch=32)` or
+        `curvax.empirical_fishervp`.
 
     Returns:
       the estimates that `traces_by` returns.
 
     Raises:
       ValueError: the stream is empty; and as `traces_by`.
-      TypeError: matvec_of is `curvax.empirical_fishervp`.
 
     Cost: k products for each batch (with a `weighted_sum`, k for each head). Memory: one batch. It
       is compiled once for each shape of batch.
@@ -170,12 +169,6 @@ def traces_over(
 
     References: Dong et al. (2020), HAWQ-V2, https://arxiv.org/abs/1911.03852.
     """
-    if getattr(matvec_of, "func", matvec_of) is empirical_fishervp:
-        raise TypeError(
-            "traces_over adds up batches by their shares of the loss, in which the empirical "
-            "Fisher is not linear; take traces_by(curvax.streamed(curvax.empirical_fishervp, "
-            "objective, params, batches), ...)."
-        )
     total = None
     for batch in batches:
         # `jit` takes no arrays of PyTorch, but those of NumPy.

@@ -356,7 +356,7 @@ def test_padding_counts_nowhere(fisher):
     ).blocks["['w']"]
     f = np.asarray(x @ params["w"] + params["b"])
     p = np.exp(f) / np.exp(f).sum(-1, keepdims=True)
-    A, G, N, B = np.zeros((4, 4)), np.zeros((4, 4)), there.sum(), len(x)
+    A, G, N = np.zeros((4, 4)), np.zeros((4, 4)), there.sum()
     for b in np.flatnonzero(there.any(1)):
         a = np.append(np.asarray(x[b])[there[b]].mean(0), 1)
         A += np.outer(a, a) / there.any(1).sum()
@@ -364,9 +364,38 @@ def test_padding_counts_nowhere(fisher):
             G += sum(np.diag(q) - np.outer(q, q) for q in p[b][there[b]]) / N
         else:
             g = (p[b] - np.eye(4)[np.asarray(labels[b])])[there[b]].sum(0)
-            G += B * np.outer(g, g) / N**2
+            G += np.outer(g, g) / N
     np.testing.assert_allclose(found.a.mean[0], A, rtol=1e-9)
     np.testing.assert_allclose(found.g.mean[0], G, rtol=1e-9)
+
+
+def test_factors_by_term_take_no_products_of_terms_of_one_example():
+    """Signs make them vanish in expectation: a z-test of the diagonal, where no block is, and of
+    the moments of a block.
+    """
+    case = sequences()
+    layout = layout_of(case).edit("['w']", kind="diagonal")
+    by_block = layout_of(case)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        problem = case.objective, layout, case.params, case.batch, key
+        diagonal = curvax.kron_factors(*problem, fisher="empirical_by_term").diagonal
+        basis = {"['w']": curvax.kron.Basis(None, None)}
+        problem = case.objective, by_block, basis, case.params, case.batch, key
+        moments = curvax.kron.kron_moments(*problem, fisher="empirical_by_term").moments
+        return diagonal["['w']"].mean, moments["['w']"].mean[0, :-1]
+
+    def exact(by):
+        problem = case.objective, case.params, case.batch
+        return np.asarray(curvax.empirical_fisher_diagonal(*problem, by=by)["w"])
+
+    draws = draw(jax.random.split(KEY, 2000))
+    for x in map(np.asarray, draws):
+        sem = x.std(axis=0) / len(x) ** 0.5 + 1e-12
+        assert np.abs((x.mean(axis=0) - exact("term")) / sem).max() < 4.5
+        assert np.abs((x.mean(axis=0) - exact("example")) / sem).max() > 10
 
 
 def test_bfloat16_params_give_float32_factors():

@@ -53,6 +53,14 @@ def _example(name):
             {"a": labels, "b": 0.5 * f},
         ),
         "gaussian": lambda: (losses.gaussian(), (f, 0.3 * f - 0.2), 0.5 * f),
+        "gaussian_kl": lambda: (losses.gaussian_kl(), (f, 0.3 * f - 0.2), None),
+        "contrastive": lambda: (losses.contrastive(0.7), (f, 0.5 * f[::-1] + 0.2), None),
+        "contrastive_symmetric": lambda: (
+            losses.contrastive(0.7, symmetric=True),
+            (f, 0.5 * f[::-1] + 0.2),
+            None,
+        ),
+        "variance": lambda: (losses.variance(), f, None),
     }[name]()
 
 
@@ -66,6 +74,8 @@ NAMES = [
     "masked",
 ]
 NAMES += ["masked_softmax", "heads", "gaussian"]
+COUPLED = ["contrastive", "contrastive_symmetric", "variance"]
+WITHOUT_TARGETS = ["gaussian_kl", *COUPLED]
 
 
 def dense_hvp(loss, f, y):
@@ -95,11 +105,85 @@ def test_hvp_is_the_hessian_of_the_value(name):
     np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
+def test_the_curvature_of_the_gaussian_divergence_is_the_fisher_information():
+    """The Hessian of KL(N(f) || N(g)) in g at g = f."""
+    loss, f, y = _example("gaussian_kl")
+    flat, unravel = ravel_pytree(f)
+
+    def divergence(flat_g):
+        (m, s), (n, t) = f, unravel(flat_g)
+        by_entry = 0.5 * (t - s + jnp.exp(s - t) + (m - n) ** 2 * jnp.exp(-t) - 1)
+        return jnp.sum(by_entry) / len(m)
+
+    got, expected = jax.jit(lambda f, g: (dense_hvp(loss, f, y), jax.hessian(divergence)(g)))(
+        f, flat
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+    zero = jax.tree.map(jnp.zeros_like, f)
+    to_the_prior = jax.jit(lambda g: divergence(ravel_pytree(g)[0]))(zero)
+    np.testing.assert_allclose(loss(f, y), to_the_prior, rtol=1e-12)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_contrastive_loss_is_a_cross_entropy_of_similarities(symmetric):
+    """Value, gradient and Gauss-Newton matrix `J' H J` through the similarities."""
+    loss = losses.contrastive(0.7, symmetric)
+    _, f, _ = _example("contrastive")
+    flat, unravel = ravel_pytree(f)
+    n = len(f[0])
+
+    def similarities(flat):
+        u, v = unravel(flat)
+        return jnp.einsum("id,jd->ij", u, v).ravel() / 0.7
+
+    def info_nce(s):
+        rows = [s.reshape(n, n), s.reshape(n, n).T][: 1 + symmetric]
+        return sum(-jnp.mean(jnp.diag(jax.nn.log_softmax(x))) for x in rows) / len(rows)
+
+    @jax.jit
+    def compute(flat):
+        J, H = jax.jacobian(similarities)(flat), jax.hessian(info_nce)(similarities(flat))
+        value = jax.value_and_grad(lambda flat: info_nce(similarities(flat)))(flat)
+        ours = jax.value_and_grad(lambda flat: loss(unravel(flat), None))(flat)
+        return (*ours, dense_hvp(loss, unravel(flat), None)), (*value, J.T @ H @ J)
+
+    for got, expected in zip(*compute(flat), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+def test_the_variance_has_the_covariance_of_gradients_as_gauss_newton_matrix():
+    x = jax.random.normal(key(1), (6, 3))
+    energy = lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"]
+    params = {"a": jax.random.normal(key(2), (3, 2)), "b": jax.random.normal(key(3), (2,))}
+    metric = curvax.Objective(energy, losses.variance())
+
+    @jax.jit
+    def compute(params, x):
+        gradients = jax.vmap(lambda row: jax.grad(energy)(params, row))(x)
+        matvec = curvax.ggnvp(metric, params, (x, None))
+        gradient = jax.grad(metric)(params, (x, None))
+        space = curvax.solve.sample_space(metric, params, (x, None), space="samples")
+        step, _ = curvax.solve.direct(space, gradient, damping=0.1)
+        return gradients, curvax.to_dense(matvec, params), gradient, step, metric(params, (x, None))
+
+    gradients, ggn, gradient, step, value = compute(params, x)
+    rows = np.concatenate([np.reshape(g, (6, -1)) for g in jax.tree.leaves(gradients)], axis=1)
+    covariance = np.cov(rows.T, bias=True)
+    np.testing.assert_allclose(ggn, covariance, atol=1e-12)
+    np.testing.assert_allclose(value, 0.5 * np.var(energy(params, x)), rtol=1e-12)
+    want = np.linalg.solve(covariance + 0.1 * np.eye(len(ggn)), ravel_pytree(gradient)[0])
+    np.testing.assert_allclose(ravel_pytree(step)[0], want, atol=1e-10)
+
+
 @pytest.mark.parametrize("by_example", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *WITHOUT_TARGETS])
 def test_pseudo_gradients_have_the_curvature_as_second_moment(name, by_example):
     """Every entry of E[r r'] by z-test over 20,000 draws with fixed keys."""
     loss, f, y = _example(name)
+    if by_example and name in COUPLED:
+        with pytest.raises(TypeError, match=r"compares the examples.*EK-FAC.*curvax.fishervp"):
+            pseudo_gradient_by_example(loss, key(0), f, y, np.arange(3))
+        return
     if by_example and name == "heads":
         f = {"a": f["a"], "b": f["b"][:2]}  # the heads of one example share a leading axis
         y = {"a": y["a"], "b": y["b"][:2]}
@@ -115,10 +199,33 @@ def test_pseudo_gradients_have_the_curvature_as_second_moment(name, by_example):
         jax.jit(lambda keys: (draws(keys), dense_hvp(loss, f, y)))(jax.random.split(key(7), n)),
     )
     second, fourth = r.T @ r / n, (r**2).T @ r**2 / n
-    sem = np.sqrt((fourth - second**2) / n) + 1e-12
+    # Signs have squares of variance zero, up to rounding.
+    sem = np.sqrt(np.maximum(fourth - second**2, 0) / n) + 1e-12
     assert np.abs((second - exact) / sem).max() < 5
     z_mean = r.mean(0) / (r.std(0) / n**0.5 + 1e-12)
     assert np.abs(z_mean).max() < 5
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "softmax_smoothed"])
+def test_gradients_at_targets_of_the_model_have_the_curvature_as_second_moment(name):
+    """So the empirical Fisher has the unit of the Fisher, whatever a term is. (A smoothed label is
+    no draw from the model.)
+    """
+    loss, f, y = _example(name)
+    if name == "heads":
+        heads = {"a": (0.3, losses.softmax_cross_entropy(ignore_index=-1))}
+        loss, f, y = losses.weighted_sum(heads), {"a": f["a"]}, {"a": y["a"]}
+    n = 20_000
+
+    @jax.jit
+    @jax.vmap
+    def draw(k):
+        return ravel_pytree(loss.empirical_gradient(f, loss.sample(k, f, y)))[0]
+
+    r, exact = np.asarray(draw(jax.random.split(key(3), n))), np.asarray(dense_hvp(loss, f, y))
+    second, fourth = r.T @ r / n, (r**2).T @ r**2 / n
+    sem = np.sqrt((fourth - second**2) / n) + 1e-12
+    assert np.abs((second - exact) / sem).max() < 5
 
 
 def test_values_equal_those_of_optax():
@@ -212,7 +319,7 @@ def test_a_label_out_of_range_is_nan_not_a_wrong_number():
     assert jnp.isnan(loss(jnp.zeros((2, 3)), jnp.array([0, -1])))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *WITHOUT_TARGETS])
 def test_bfloat16_outputs_are_worked_on_in_float32(name):
     loss, f, y = _example(name)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), f)
@@ -331,3 +438,93 @@ def test_errors_say_what_and_where():
         losses.as_loss(lambda f, y: jnp.sum(f - y, axis=-1))(f, f)
     with pytest.raises(TypeError, match="loss must be callable"):
         curvax.Objective(lambda p, x: x, "cross_entropy")
+
+
+def test_log_densities_have_an_empirical_fisher_and_no_gauss_newton_matrix():
+    """What would divide by a matrix of zeros raises, also for a user's loss and one head of many."""
+    log_density = lambda w, x: -0.5 * (x @ w) ** 2
+    linear = losses.from_function(lambda f, y: -jnp.mean(y * f))
+    w, x, y = jnp.ones(2), jax.random.normal(key(0), (4, 2)), jnp.arange(4.0)
+    flow = curvax.Objective(log_density, losses.negative_log_density())
+    np.testing.assert_allclose(flow(w, (x, None)), -jnp.mean(log_density(w, x)), rtol=1e-12)
+    rows = jax.vmap(jax.grad(log_density), (None, 0))(w, x)
+    fisher = curvax.to_dense(curvax.empirical_fishervp(flow, w, (x, None)), w)
+    np.testing.assert_allclose(fisher, rows.T @ rows / 4, atol=1e-12)
+
+    heads = losses.weighted_sum({"a": (1.0, losses.squared_error()), "b": (1.0, linear)})
+    both = curvax.Objective(lambda w, x: {"a": x @ w, "b": x @ w}, heads)
+    cases = [
+        (flow, (x, None), "this loss is linear"),
+        (curvax.Objective(log_density, linear), (x, y), "this loss is linear"),
+        (curvax.Objective(log_density, losses.masked(linear)), (x, (y, y > 0)), "loss is linear"),
+        (both, (x, {"a": y, "b": y}), "head 'b' of this loss is linear"),
+    ]
+    for objective, batch, message in cases:
+        grads = jax.grad(objective)(w, batch)
+        for tx in (curvax.gauss_newton(1.0, objective), curvax.egn(1.0, objective)):
+            with pytest.raises(TypeError, match=rf"{message}.*fisher=\"empirical\".*newton_cg"):
+                jax.eval_shape(tx.update, grads, tx.init(w), w, batch=batch)
+        with pytest.raises(TypeError, match=message):
+            curvax.ggn_diagonal(objective, w, batch)
+        layout = curvax.kron_layout(objective, w, batch)
+        with pytest.raises(TypeError, match=message):
+            curvax.kron_factors(objective, layout, w, batch, key(0), fisher="exact")
+    with pytest.raises(TypeError, match=r"negative_log_density cannot sample.*\"empirical\""):
+        curvax.fishervp(flow, w, (x, None), key(0))
+
+
+@pytest.mark.parametrize("name", ["contrastive", "variance"])
+def test_what_compares_examples_refuses_parts_of_a_batch_by_name(name):
+    loss, f, _ = _example(name)
+    model = (lambda w, x: (x @ w, x)) if name == "contrastive" else (lambda w, x: x @ w)
+    objective, w = curvax.Objective(model, loss), jnp.eye(4)
+    batch = (jax.tree.leaves(f)[0], None)
+    layout = curvax.kron_layout(objective, w, batch)
+    problem = objective, w, batch
+    kron = objective, layout, w, batch, key(0)
+    ekfac = curvax.ekfac(0.1, objective, layout)
+    message = "compares the examples of a batch with each other"
+    for refused in (
+        lambda: curvax.ggnvp(*problem, microbatch=2),
+        lambda: curvax.streamed(curvax.ggnvp, objective, w, [batch])(w),
+        lambda: curvax.fishervp(*problem, key(0)),
+        lambda: curvax.empirical_fishervp(*problem),
+        lambda: curvax.empirical_fisher_diagonal(*problem),
+        lambda: curvax.per_example_grads(*problem),
+        lambda: curvax.kron_factors(*kron, microbatch=2),
+        lambda: curvax.kron_factors(*kron, fisher="empirical"),
+        lambda: curvax.kron.kron_moments(objective, layout, {}, *kron[2:], fisher="exact"),
+        lambda: ekfac.update(w, ekfac.init(w), w, batch=batch),
+    ):
+        with pytest.raises(TypeError, match=message):
+            product = refused()
+            product(w)  # some build their chunks only then
+    with pytest.raises(ValueError, match=message):
+        losses.masked(loss)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "variance"])
+def test_factors_of_what_compares_examples(name):
+    """G is the sum over examples of the blocks of S on the diagonal: by enumeration of all entries
+    with "exact", by z-test with "mc".
+    """
+    loss, f, _ = _example(name)
+    model = (lambda w, x: (x @ w, x)) if name == "contrastive" else (lambda w, x: x @ w)
+    objective, w, x = curvax.Objective(model, loss), jnp.eye(4), jax.tree.leaves(f)[0]
+    layout = curvax.kron_layout(objective, w, (x, None))
+
+    def g_of(key, fisher):
+        factors = curvax.kron_factors(objective, layout, w, (x, None), key, fisher=fisher)
+        return factors.blocks[""].g.mean[0]
+
+    @jax.jit
+    def compute(keys):
+        S = dense_hvp(loss, model(w, x), None)
+        return S, g_of(key(0), "exact"), jax.vmap(lambda k: g_of(k, "mc"))(keys)
+
+    S, exact, draws = map(np.asarray, compute(jax.random.split(key(1), 4000)))
+    blocks = S[: x.size, : x.size].reshape(3, 4, 3, 4)
+    want = np.einsum("bibj->ij", blocks)
+    np.testing.assert_allclose(exact, want, atol=1e-12)
+    sem = draws.std(axis=0) / len(draws) ** 0.5
+    assert np.abs((draws.mean(axis=0) - want) / sem).max() < 4.5

@@ -208,20 +208,57 @@ def test_ekfac_divides_by_averaged_moments_that_go_along_with_the_basis():
         close(steps["gain"], g["gain"] / (now["gain"] + DAMPING))
 
 
-def test_rows_of_ekfac_give_the_moments():
-    """In the basis of its own factors; and a first step with them is one with `kron_inverse`."""
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_rows_of_ekfac_give_the_moments(fisher):
+    """In the basis of its own factors; and a first step with them is one with `kron_inverse`.
+    Rows of two halves of the batch merge into those of the whole.
+    """
     rule = curvax.scale_by_ekfac(LAYOUT, DAMPING)
+
+    def rows_of(params, batch, key):
+        return curvax.kron.eigen_curvature(OBJECTIVE, LAYOUT, params, batch, key, fisher=fisher)
 
     @jax.jit
     def compute(params, batch, g):
         key = jax.random.key(5)
-        rows = sampled_rows(params, batch, key)
+        rows = rows_of(params, batch, key)
+        halves = [jax.tree.map(lambda x, i=i: x[3 * i : 3 * i + 3], batch) for i in (0, 1)]
+        merged = curvax.kron.merge(*[rows_of(params, half, key) for half in halves])
         basis = curvax.kron.kron_basis(LAYOUT, rows.factors)
-        found = curvax.kron.kron_moments(OBJECTIVE, LAYOUT, basis, params, batch, key)
-        inverse = curvax.kron_inverse(LAYOUT, found, DAMPING)
-        return rule.update(g, rule.init(params), curvature=rows)[0], inverse(g)
+        moments = curvax.kron.kron_moments(
+            OBJECTIVE, LAYOUT, basis, params, batch, key, fisher=fisher
+        )
+        inverse = curvax.kron_inverse(LAYOUT, moments, DAMPING)
+        steps = [rule.update(g, rule.init(params), curvature=x)[0] for x in (rows, merged)]
+        return inverse(g), *steps
 
-    chex.assert_trees_all_close(*compute(PARAMS, BATCHES[0], GRADIENTS[0]), rtol=1e-9)
+    want, step, merged_step = compute(PARAMS, BATCHES[0], GRADIENTS[0])
+    chex.assert_trees_all_close(step, want, rtol=1e-9)
+    if fisher != "mc":  # whose halves draw apart
+        chex.assert_trees_all_close(merged_step, want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_the_one_liners_take_their_fisher(fisher):
+    """The curvature in their state is that of the estimator by itself."""
+
+    @jax.jit
+    def compute(params, batch, g):
+        key = jax.random.key(0)
+        want = curvax.kron_factors(OBJECTIVE, LAYOUT, params, batch, key, fisher=fisher)
+        curvatures = []
+        for build in (curvax.kfac, curvax.ekfac):
+            tx = build(0.1, OBJECTIVE, LAYOUT, DAMPING, fisher=fisher)
+            _, state = tx.update(g, tx.init(params), params, batch=batch)
+            curvatures.append(optax.tree.get(state, "curvature"))
+        return want, *curvatures
+
+    def means(factors):
+        return jax.tree.map(lambda f: f.mean, factors, is_leaf=lambda f: isinstance(f, WeightedMean))
+
+    want, *curvatures = compute(PARAMS, BATCHES[0], GRADIENTS[0])
+    for curvature in curvatures:
+        chex.assert_trees_all_close(means(curvature), means(want), rtol=1e-9)
 
 
 def test_momentum_and_learning_rate():

@@ -87,18 +87,39 @@ def test_fishervp_equals_outer_products_of_its_draws_whatever_the_chunks(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_empirical_fisher_equals_outer_products_of_per_example_gradients(name):
+    """Of N terms in B examples `N/B 1/B sum_b g_b g_b'`; heads with the root of their weight."""
     case, matrices = CASES[name](), oracle.of(name)
-    size = batch_size(case.batch)
-    residual = jax.jit(jax.grad(case.objective.loss))(matrices.outputs, oracle.targets(case))
-    expected = size * oracle.sum_over_examples(matrices, residual)
-    rows = jax.jit(lambda p, b: curvax.per_example_grads(case.objective, p, b))(
-        case.params, case.batch
-    )
-    G = np.concatenate([np.reshape(x, (size, -1)) for x in jax.tree.leaves(rows)], axis=1)
-    np.testing.assert_allclose(G.T @ G / size, expected, rtol=0, atol=1e-10)
+    loss, targets = case.objective.loss, oracle.targets(case)
+    r = oracle.empirical_gradient(loss, matrices.outputs, targets)
+    expected = oracle.sum_over_examples(matrices, r)
+    if not loss.heads:
+        size, num_terms = batch_size(case.batch), loss.num_terms(matrices.outputs, targets)
+        rows = jax.jit(lambda p, b: curvax.per_example_grads(case.objective, p, b))(
+            case.params, case.batch
+        )
+        G = np.concatenate([np.reshape(x, (size, -1)) for x in jax.tree.leaves(rows)], axis=1)
+        np.testing.assert_allclose(num_terms * G.T @ G / size**2, expected, rtol=0, atol=1e-10)
     variants = [(curvax.empirical_fishervp, {"microbatch": m}) for m in chunks(name)]
     for got in all_dense(name, *variants):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "masked_sequence", "multi_head"])
+def test_empirical_fisher_by_term_takes_every_term_by_itself(name):
+    """Only one entry of the targets' axes at a time is in the gradient: of other terms no product
+    is taken. Its diagonal, and the factors with signs, are of the same matrix.
+    """
+    case, matrices = CASES[name](), oracle.of(name)
+    expected = oracle.empirical_fisher_by_term(case, matrices)
+    variants = [(curvax.empirical_fishervp, {"by": "term", "microbatch": m}) for m in chunks(name)]
+    for got in all_dense(name, *variants):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+    diagonal = jax.jit(
+        lambda p, b: curvax.empirical_fisher_diagonal(
+            case.objective, p, b, by="term", microbatch=2
+        )
+    )(case.params, case.batch)
+    np.testing.assert_allclose(oracle.flat(diagonal), np.diag(expected), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -240,13 +240,5 @@ def test_errors_say_what_and_where():
         top_eigenvalues_by(matvec, case.params, key, by=len)
     with pytest.raises(ValueError, match="by puts no leaf of params into a layer"):
         traces_by(matvec, case.params, 1, key, by=lambda path: None)
-    for product in (
-        curvax.empirical_fishervp,
-        functools.partial(curvax.empirical_fishervp, microbatch=2),
-    ):
-        with pytest.raises(
-            TypeError, match=r"empirical Fisher is not linear; take traces_by\(curvax.streamed\("
-        ):
-            traces_over(case.objective, case.params, [case.batch], 1, key, matvec_of=product)
     with pytest.raises(ValueError, match=r"batches is empty"):
         traces_over(case.objective, case.params, [], 1, key)

@@ -110,7 +110,7 @@ def fit(
     The method "ekfac" makes three passes: over the covariances of inputs and output-gradients, over
     the eigenbases of both (without data), and over the second moments of the examples' gradients in
     these bases, which correct the eigenvalues. Each pass is a sum over batches. For a
-    `weighted_sum` of losses, and with "empirical", a pass before them counts the terms.
+    `weighted_sum` of losses a pass before them counts the terms.
 
     One fit serves every query, at any damping, and also the methods "kfac", "identity" and "cg" of
     `influence`.
