@@ -288,6 +288,8 @@ class Counted(NamedTuple):
     terms: PyTree[Scalar]
 
 
+# One program for all zeros.
+@partial(jax.jit, static_argnums=0)
 def _init_counted(one_pass: DataPass, params: Params) -> Counted:
     # Terms are counted in float32 or wider: a user's loss may weigh them.
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))

@@ -584,8 +584,7 @@ def _eigh_on_host(factor: KronFactor) -> Eigen:
     # Other structures than a full one are diagonal, and lose nothing in their precision.
     if not isinstance(factor, Full):
         return factor.eigh()
-    values, vectors = eigh_on_host(factor.matrix)
-    return Eigen(jnp.maximum(values, 0), vectors)
+    return Eigen(*eigh_on_host(factor.matrix))
 
 
 def _in_batches(

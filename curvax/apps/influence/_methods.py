@@ -178,12 +178,22 @@ def mean_eigenvalues(fitted: Fitted, method: str | None = None) -> dict[str, Arr
       ([2.5], (1,))
     """
     method = check_fitted(fitted, method)
-    means = _means(fitted, fitted.method if method == "identity" else method)
+    means: dict[str, Array] = _scaled_means(
+        fitted, fitted.method if method == "identity" else method, 1.0
+    )
+    return means
+
+
+# One program: many small ones take most of a second to compile.
+@partial(jax.jit, static_argnums=1)
+def _scaled_means(fitted: Fitted, method: str, scale: float) -> dict[str, Array]:
+    """Return a multiple of the mean eigenvalue of every block."""
+    means = _means(fitted, method)
     if not means:
         return means
     # e.g. rows of an embedding that no batch looked up: any other scale is better than zero
     largest = jnp.max(jnp.concatenate(list(map(jnp.ravel, means.values()))))
-    return {name: jnp.where(x > 0, x, largest) for name, x in means.items()}
+    return {name: scale * jnp.where(x > 0, x, largest) for name, x in means.items()}
 
 
 def _means(fitted: Fitted, method: str) -> dict[str, Array]:
@@ -234,20 +244,20 @@ def dampings(fitted: Fitted, method: str, damping: Any) -> Any:
     Raises:
       ValueError: damping is not positive, or does not have the shapes of the blocks.
     """
-    means = mean_eigenvalues(fitted, method)
+    tenths = _scaled_means(fitted, method, 0.1)
     if damping is None:
         # Under `jit` there is nothing to check yet.
-        concrete = [x for x in means.values() if not isinstance(x, jax.core.Tracer)]
+        concrete = [x for x in tenths.values() if not isinstance(x, jax.core.Tracer)]
         if not all((np.asarray(x) > 0).all() for x in concrete):
             raise ValueError(
                 "the curvature is zero everywhere, or not finite: there is no mean eigenvalue to "
                 "take a tenth of. Look for a constant loss, or NaN in params and data; or give "
                 "damping a number."
             )
-        return {name: 0.1 * x for name, x in means.items()}
+        return tenths
     # One number for all blocks, or a mapping with one entry for each of them.
-    for name, mean in means.items():
-        _check_damping_of(name, damping, jnp.shape(mean), list(means))
+    for name, tenth in tenths.items():
+        _check_damping_of(name, damping, jnp.shape(tenth), list(tenths))
     return damping
 
 

@@ -31,12 +31,15 @@ from curvax.apps.influence._methods import (
 )
 from curvax.kron._gradient_products import LowRank, Vectors
 from curvax.kron._layout import Block, Layout, check_layout
-from curvax.kron._operator import block_matrix
+from curvax.kron._operator import block_matrix, kron_operator
 from curvax.objective import Objective
-from curvax.solve import SolveInfo
+from curvax.solve import SolveInfo, Window
 
 MeasurementOfOne: TypeAlias = Objective | Callable[[Params, Any], Scalar]
 """A measurement of a single query: an objective, or `(params, batch of one query) -> scalar`."""
+
+ByBlock: TypeAlias = tuple[dict[str, Any], dict[str, Array]]
+"""Trees like params with a leading axis, cut into matrices of blocks and leaves outside."""
 
 # f_q: measurement of query q, C: fitted curvature of the mean loss,
 # q: queries, s: stack, i: inputs (with the bias's 1), o: outputs, r: rank
@@ -173,14 +176,14 @@ def precondition(
     if method == "cg":
         # A solver in the whole space needs all gradients as trees first.
         gradients = _gradients(measurement, is_summed, layout, chunk_size, params, queries)
-        divided, solves = solve_each(
+        solved, solves = solve_each(
             fitted, objective, params, train_batches, gradients, damping, solver
         )
+        blocks, outside = jax.jit(_cut, static_argnums=0)(layout, solved)
     else:
         divisor = divisor_of(fitted, method)
         options = measurement, is_summed, layout, chunk_size
-        divided = _divided(*options, divisor, params, queries, damping)
-    blocks, outside = as_blocks(layout, divided)
+        blocks, outside = _divided(*options, divisor, params, queries, damping)
     prepared = Queries(blocks=blocks, outside=outside, terms=fitted.terms, layout=layout)
     return prepared, QueryInfo(damping, solves)
 
@@ -298,23 +301,41 @@ def _divided(
     params: Params,
     queries: Any,
     damping: Any,
-) -> Params:
-    """Return `(C + damping I)^-1 grad f_q` for every query, trees with a leading axis."""
+) -> ByBlock:
+    """Return `(C + damping I)^-1 grad f_q` for every query."""
 
-    def run(divisor: Any, params: Params, queries: Any, damping: Any) -> Params:
-        divide = inverse(layout, divisor, damping)
-
-        def of_chunk(rows: Any) -> Params:
+    def run(divisor: Any, params: Params, queries: Any, damping: Any) -> ByBlock:
+        def of_chunk(rows: Any) -> ByBlock:
             gradients = gradients_of_rows(measurement, layout, params, rows)
-            return jax.vmap(divide)(gradients)
+            return divided_by(layout, divisor, damping, gradients)
 
         if is_summed:
             total = _summed_gradient(measurement, layout, chunk_size, params, queries)
-            return jax.vmap(divide)(total)
-        divided: Params = map_chunks(of_chunk, queries, chunk_size)
+            return divided_by(layout, divisor, damping, total)
+        divided: ByBlock = map_chunks(of_chunk, queries, chunk_size)
         return divided
 
     return with_auto_sharding(run, divisor, params, queries, damping)
+
+
+def divided_by(
+    layout: Layout,
+    divisor: Curvature | None,
+    damping: Any,
+    gradients: Params,
+) -> ByBlock:
+    """Return `(C + damping I)^-1 g` for trees g with a leading axis, block by block."""
+    if divisor is None:
+        return _cut(layout, gradients)
+    if isinstance(divisor, Window):
+        # The curvature of a window goes across blocks.
+        return _cut(layout, jax.vmap(inverse(layout, divisor, damping))(gradients))
+    operator = kron_operator(layout, divisor, damping)
+    blocks, outside = _cut(layout, gradients)
+    divided: dict[str, Vectors] = {}
+    for name, matrices in blocks.items():
+        divided[name] = jax.vmap(operator.blocks[name].times)(matrices)
+    return divided, {path: operator.diagonal[path] * x for path, x in outside.items()}
 
 
 def gradients_of_rows(
@@ -365,11 +386,10 @@ def _measured(measurement: MeasurementOfOne, params: Params, row: Any) -> Scalar
     return check_scalar(value(params, row), name)
 
 
-@partial(jax.jit, static_argnums=0)
-def as_blocks(
+def _cut(
     layout: Layout,
     vectors: Params,
-) -> tuple[dict[str, Vectors], dict[str, Array]]:
+) -> ByBlock:
     """Cut trees into the matrices of blocks, and the leaves with entries in no block."""
     leaves = by_path(vectors)
 

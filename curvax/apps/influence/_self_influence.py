@@ -29,13 +29,12 @@ from curvax.apps.influence._methods import (
     check_fitted,
     dampings,
     divisor_of,
-    inverse,
 )
 from curvax.apps.influence._queries import (
+    ByBlock,
     MeasurementOfOne,
-    as_blocks,
+    divided_by,
     flat,
-    full_matrices,
     gradients_of_rows,
 )
 from curvax.capture import Capture
@@ -204,11 +203,9 @@ def _measure_batch(
         params: Params,
         batch: Batch,
     ) -> Any:
-        divide = inverse(layout, divisor, damping)
-
         def of_chunk(chunk: Batch) -> Float[Array, " examples"]:
             gradients = gradients_of_rows(measurement, layout, params, chunk)
-            v = jax.vmap(divide)(gradients)
+            v = divided_by(layout, divisor, damping, gradients)
             return _products_with_examples(objective, layout, v, terms, params, chunk)
 
         return map_chunks(of_chunk, batch, rows)
@@ -227,7 +224,7 @@ def _rows_at_a_time(microbatch: int | None, entries: int) -> int:
 def _products_with_examples(
     objective: Objective,
     layout: Layout,
-    vectors: Params,
+    vectors: ByBlock,
     terms: PyTree[Scalar],
     params: Params,
     chunk: Batch,
@@ -236,13 +233,13 @@ def _products_with_examples(
     inputs, targets = chunk
     capture = record_examples(objective, layout, params, inputs)
     cotangents = capture.pull(share_gradient(objective, capture, targets, terms))
-    blocks, outside = as_blocks(layout, vectors)
+    blocks, outside = vectors
     parts = []
     for path, gradients in cotangents.outside.items():
         parts.append(jnp.sum(flat(gradients) * flat(outside[path]), axis=1))
     for block in layout.blocks:
         gradients = gradient_of(block, pairs_of_block(block, capture, cotangents))
-        parts.append(jnp.sum(flat(gradients) * flat(full_matrices(blocks[block.name])), axis=1))
+        parts.append(jnp.sum(flat(gradients) * flat(blocks[block.name]), axis=1))
     return jnp.asarray(sum(parts))
 
 
