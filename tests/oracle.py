@@ -82,7 +82,9 @@ def ggn(case):
 
 
 def empirical_gradient(loss, outputs, targets):
-    """`sqrt(N)` times the gradient of a loss of N terms; by head, with the root of its weight."""
+    """`sqrt(N)` times the gradient of a loss of N terms; by head, with the root of its weight.
+    A position of weight m has m times the gradient of its term, and m times its curvature.
+    """
     if loss.heads:
         return {
             name: jax.tree.map(
@@ -93,6 +95,9 @@ def empirical_gradient(loss, outputs, targets):
         }
     root = np.sqrt(loss.num_terms(outputs, targets))
     gradient = jax.jit(jax.grad(loss))(outputs, targets)
+    if isinstance(targets, tuple):
+        mask = np.asarray(targets[1], float)
+        root = root / np.sqrt(np.where(mask > 0, mask, 1))[..., None]
     return jax.tree.map(lambda x: root * np.asarray(x), gradient)
 
 

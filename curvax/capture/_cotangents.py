@@ -157,7 +157,8 @@ def empirical_by_term(
 
         # Each draw is a batch of one.
         def signed(s: Array, x: Array) -> Array:
-            return (s[:, 0] * x / num_samples**0.5).astype(x.dtype)
+            product: Array = s[:, 0] * x / num_samples**0.5
+            return product.astype(x.dtype)
 
         return jax.tree.map(signed, signs, r), None
 

@@ -186,7 +186,9 @@ def kron_factors(
     # Reduce pools the positions of one example, and only "mc" draws for a whole batch at once.
     reduces = any(block.sharing == "reduce" for block in layout.blocks)
     by_example = reduces or fisher != "mc"
-    options = PassOptions(fisher, num_samples, microbatch, by_example)
+    options = PassOptions(
+        fisher=fisher, num_samples=num_samples, microbatch=microbatch, by_example=by_example
+    )
     (inputs, outputs, squares), terms = accumulate(
         objective, layout, params, batch, key, reduction=factor_sums(layout), options=options
     )

@@ -144,7 +144,9 @@ def kron_moments(
     """
     _check_examples(objective)
     # Squares are of sums over one example's positions, so that examples must be told apart.
-    options = PassOptions(fisher, num_samples, microbatch, by_example=True)
+    options = PassOptions(
+        fisher=fisher, num_samples=num_samples, microbatch=microbatch, by_example=True
+    )
     reduction = moment_sums(layout, basis)
     sums, terms = accumulate(
         objective, layout, params, batch, key, reduction=reduction, options=options
@@ -262,11 +264,19 @@ def eigen_curvature(
         batch,
         key,
         reduction=Reduction(Partial(contribution), Partial(finish)),
-        options=PassOptions(fisher, 1, None, by_example=True, stack_rounds=True),
+        options=PassOptions(
+            fisher=fisher, num_samples=1, microbatch=None, by_example=True, stack_rounds=True
+        ),
     )
     a, g, squares = factor_parts
     factors = make_factors(a, g, squares, terms)
-    return EigenCurvature(factors, inputs, cotangents, terms.of_batch, paired)
+    return EigenCurvature(
+        factors=factors,
+        inputs=inputs,
+        cotangents=cotangents,
+        terms=terms.of_batch,
+        paired=paired,
+    )
 
 
 def _check_examples(objective: Objective) -> None:

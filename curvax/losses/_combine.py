@@ -78,7 +78,8 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
         for name, w, loss in parts:
             product = loss.curvature_product(outputs[name], targets[name], v[name])
             products[name] = times(w, product)
-        return by_head(outputs, products)
+        weighted: Heads = by_head(outputs, products)
+        return weighted
 
     # Head i draws with the key `fold_in(key, i)`, so that heads are independent.
     def sample(
@@ -106,7 +107,8 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
             head_key = jax.random.fold_in(key, i)
             r = loss.pseudo_gradient(head_key, outputs[name], targets[name])
             draws[name] = times(jnp.sqrt(w), r)
-        return by_head(outputs, draws)
+        r_by_head: Heads = by_head(outputs, draws)
+        return r_by_head
 
     # The same root of the weight, at the targets of the data.
     def empirical_gradient(outputs: Heads, targets: Heads) -> Heads:
@@ -115,7 +117,8 @@ def weighted_sum(heads: Mapping[str, tuple[Any, Any]]) -> Loss:
         for name, w, loss in parts:
             r = loss.empirical_gradient(outputs[name], targets[name])
             gradients[name] = times(jnp.sqrt(w), r)
-        return by_head(outputs, gradients)
+        r_by_head: Heads = by_head(outputs, gradients)
+        return r_by_head
 
     sum_of_heads = from_function(
         value,

@@ -164,7 +164,8 @@ def variance() -> Loss:
         del targets
         check_entries("variance", outputs, outputs)
         z = jax.random.normal(key, outputs.shape, at_least_float32(outputs).dtype)
-        return (_centered(z) / outputs.shape[0] ** 0.5).astype(outputs.dtype)
+        r: Array = _centered(z) / outputs.shape[0] ** 0.5
+        return r.astype(outputs.dtype)
 
     return from_function(
         value,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -172,7 +173,7 @@ def _fisher_information(log_variance: Array) -> list[Array]:
 def _by_entry(
     outputs: Gaussians,
     diagonals: list[Array],
-    v: Gaussians,
+    v: Sequence[Array],
 ) -> Outputs:
     """Multiply v by a diagonal matrix for mean and log-variance, as that of the mean over rows."""
     n = diagonals[0].shape[0]

@@ -231,7 +231,7 @@ def times(factor: Any, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
 
 
-def by_head(outputs: Outputs, parts: dict[str, Any]) -> Outputs:
+def by_head(outputs: Outputs, parts: dict[str, Any]) -> Any:
     """Put what belongs to the heads of a weighted sum into the kind of container of its outputs."""
 
     def part(path: tuple[Any, ...], head_outputs: Any) -> Any:
@@ -239,8 +239,7 @@ def by_head(outputs: Outputs, parts: dict[str, Any]) -> Outputs:
         return parts[path[0].key]
 
     # Everything below the container, such as an OrderedDict, counts as a leaf: one for each head.
-    container: Outputs = jax.tree.map_with_path(part, outputs, is_leaf=lambda x: x is not outputs)
-    return container
+    return jax.tree.map_with_path(part, outputs, is_leaf=lambda x: x is not outputs)
 
 
 def _leading_axis(outputs: Outputs, targets: Targets) -> Scalar:
@@ -260,6 +259,7 @@ def _no_sample(
     outputs: Outputs,
     targets: Targets,
 ) -> Targets:
+    """Raise: nothing says how to draw targets."""
     raise TypeError(
         "this loss has no way to sample targets from the model's prediction, which the Fisher, "
         "Gauss-Newton-Bartlett and Sophia-G need; give one: "

@@ -41,10 +41,11 @@ def sample_space(
     """Form the Gauss-Newton matrix of a batch for exact solves, in the smaller of two spaces.
 
     `F = J'S J = U U'`, with S the output-space curvature (as in `curvax.ggnvp`), `S = R R'` (by
-    example, unless the loss compares examples with each other), `U = J'R`. Where the batch has fewer outputs n than there are parameters d, `U'U` is
-    formed, and `(F + damping I)^-1` is applied through it; else F itself. No Jacobian is formed:
-    `U'U` is the sum over layers of products of inner products of the layers' inputs and
-    output-gradients. Negative curvature (of a user's loss) counts as none in sample space.
+    example, unless the loss compares examples with each other), `U = J'R`. Where the batch has
+    fewer outputs n than there are parameters d, `U'U` is formed, and `(F + damping I)^-1` is
+    applied through it; else F itself. No Jacobian is formed: `U'U` is the sum over layers of
+    products of inner products of the layers' inputs and output-gradients. Negative curvature (of a
+    user's loss) counts as none in sample space.
 
     Args:
       objective: the `curvax.Objective` whose curvature is formed.

@@ -441,7 +441,7 @@ def test_errors_say_what_and_where():
 
 
 def test_log_densities_have_an_empirical_fisher_and_no_gauss_newton_matrix():
-    """What would divide by a matrix of zeros raises, also for a user's loss and one head of many."""
+    """What would divide by a matrix of zeros raises, for a user's loss and one head of many too."""
     log_density = lambda w, x: -0.5 * (x @ w) ** 2
     linear = losses.from_function(lambda f, y: -jnp.mean(y * f))
     w, x, y = jnp.ones(2), jax.random.normal(key(0), (4, 2)), jnp.arange(4.0)

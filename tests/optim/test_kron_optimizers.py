@@ -254,7 +254,9 @@ def test_the_one_liners_take_their_fisher(fisher):
         return want, *curvatures
 
     def means(factors):
-        return jax.tree.map(lambda f: f.mean, factors, is_leaf=lambda f: isinstance(f, WeightedMean))
+        return jax.tree.map(
+            lambda f: f.mean, factors, is_leaf=lambda f: isinstance(f, WeightedMean)
+        )
 
     want, *curvatures = compute(PARAMS, BATCHES[0], GRADIENTS[0])
     for curvature in curvatures:

@@ -56,5 +56,5 @@ def test_preferences_are_learned(build):
     tx = build(0.1, objective, layout, damping=1e-2)
     params, loss = train(tx, objective, REFERENCE, batch_of, 60)
     assert loss.max() < 1.2 * loss[0] and loss[-5:].mean() < 0.6 * loss[0]
-    margins = model(params, batch_of(jax.random.key(9))[0])
+    margins = objective.outputs(params, batch_of(jax.random.key(9))[0])
     assert jnp.mean(margins > 0) > 0.85
