@@ -288,12 +288,18 @@ class Counted(NamedTuple):
     terms: PyTree[Scalar]
 
 
-# One program for all zeros.
-@partial(jax.jit, static_argnums=0)
 def _init_counted(one_pass: DataPass, params: Params) -> Counted:
+    """Return the zeros of a pass and of its count of terms."""
     # Terms are counted in float32 or wider: a user's loss may weigh them.
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
-    return Counted(one_pass.init(params), _init_terms(one_pass.objective.loss, dtype))
+
+    def init(params: Params) -> Counted:
+        return Counted(one_pass.init(params), _init_terms(one_pass.objective.loss, dtype))
+
+    # From NumPy: zeros of JAX are a program for every shape, half a second to compile.
+    shapes = jax.eval_shape(init, params)
+    zeros: Counted = jax.tree.map(lambda s: jnp.asarray(np.zeros(s.shape, s.dtype)), shapes)
+    return zeros
 
 
 def _init_terms(loss: Loss, dtype: Any) -> PyTree[Scalar]:

@@ -178,16 +178,21 @@ def mean_eigenvalues(fitted: Fitted, method: str | None = None) -> dict[str, Arr
       ([2.5], (1,))
     """
     method = check_fitted(fitted, method)
-    means: dict[str, Array] = _scaled_means(
-        fitted, fitted.method if method == "identity" else method, 1.0
-    )
-    return means
+    return _scaled_means(fitted, fitted.method if method == "identity" else method, 1.0)
 
 
-# One program: many small ones take most of a second to compile.
-@partial(jax.jit, static_argnums=1)
 def _scaled_means(fitted: Fitted, method: str, scale: float) -> dict[str, Array]:
-    """Return a multiple of the mean eigenvalue of every block."""
+    """Return a multiple of the mean eigenvalue of every block, and of leaves after them."""
+    means: dict[str, Array] = _scaled_means_in_a_program(fitted, method, scale)
+    # JAX returns a dict in the order of the alphabet.
+    blocks = [block.name for block in fitted.layout.blocks if block.name in means]
+    return {name: means[name] for name in (*blocks, *means)}
+
+
+# Many small programs would take most of a second to compile.
+@partial(jax.jit, static_argnums=1)
+def _scaled_means_in_a_program(fitted: Fitted, method: str, scale: float) -> dict[str, Array]:
+    """Compute what `_scaled_means` returns."""
     means = _means(fitted, method)
     if not means:
         return means
