@@ -340,6 +340,8 @@ def test_self_influence_of_a_measurement_is_the_diagonal(name):
         assert np.abs(want).min() > 0
     close(own([rows(case.batch, 0, 2), rows(case.batch, 2)], method="identity"), want, 1e-10)
     close(own([case.batch], microbatch=1, method="identity"), want, 1e-10)
+    with pytest.raises(TypeError, match="measurement must be hashable, an Objective or a func"):
+        own([case.batch], measurement=influence.Summed(measure))
     # The objective as a measurement is what None stands for, by another way.
     plain = influence.self_influence(fitted(name), case.objective, case.params, [case.batch])
     loss = influence.self_influence(

@@ -166,10 +166,7 @@ def precondition(
     check_params(params)
     check_layout(fitted.layout, params)
     check_count(1, chunk_size=chunk_size, num_queries=batch_size(queries))
-    if not isinstance(measurement, Hashable):
-        raise TypeError(
-            f"measurement must be hashable, an Objective or a function; got {measurement!r}."
-        )
+    check_measurement(measurement)
     # (C + damping I)^-1 grad f_q: by a matrix at hand, or with "cg" by a solve for each query
     damping = None if method == "identity" else dampings(fitted, method, damping)
     layout, solves = fitted.layout, None
@@ -259,6 +256,14 @@ def flat(x: Array) -> Float[Array, "n d"]:
 def _ratio(lost_squares: Any, squares: Any) -> Array:
     # 0/0: a query that is zero loses nothing
     return jnp.sqrt(lost_squares / jnp.where(squares > 0, squares, 1))
+
+
+def check_measurement(measurement: Any) -> None:
+    """Raise unless the measurement of one query can be a static argument of a program."""
+    if not isinstance(measurement, Hashable) or not callable(measurement):
+        raise TypeError(
+            f"measurement must be hashable, an Objective or a function; got {measurement!r}."
+        )
 
 
 def _unpacked(

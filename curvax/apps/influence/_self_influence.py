@@ -33,6 +33,7 @@ from curvax.apps.influence._methods import (
 from curvax.apps.influence._queries import (
     ByBlock,
     MeasurementOfOne,
+    check_measurement,
     divided_by,
     flat,
     gradients_of_rows,
@@ -115,6 +116,7 @@ def self_influence(
             _score_batch, objective, layout, microbatch, operator, fitted.terms, params
         )
     else:
+        check_measurement(measurement)
         divisor = divisor_of(fitted, _without_solves(method))
         damping = None if method == "identity" else dampings(fitted, method, damping)
         options = objective, measurement, layout, microbatch
