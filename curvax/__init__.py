@@ -17,7 +17,7 @@ from curvax.estimate import (
     per_example_grads,
 )
 from curvax.kron import kron_factors, kron_inverse, kron_layout
-from curvax.objective import Objective
+from curvax.objective import Objective, penalty, total
 from curvax.optim import (
     adahessian,
     egn,
@@ -26,6 +26,7 @@ from curvax.optim import (
     gauss_newton,
     gradient_regularized_newton,
     kfac,
+    kfac_auto,
     kl_clip,
     lazy_newton,
     levenberg_marquardt,
@@ -54,6 +55,8 @@ __version__ = "0.1.0"
 __all__ = [
     # Objectives
     "Objective",
+    "total",
+    "penalty",
     "Shared",
     "losses",
     # Products: `v -> C v`, linearized once
@@ -76,6 +79,7 @@ __all__ = [
     "sophia_h",
     "sophia_g",
     "kfac",
+    "kfac_auto",
     "ekfac",
     "mfac",
     "gauss_newton",

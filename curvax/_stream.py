@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,15 +26,24 @@ def check_rereadable(batches: Iterable[Batch]) -> None:
         )
 
 
-def on_device(batches: Iterable[Batch]) -> Iterator[Batch]:
+def on_device(batches: Iterable[Any]) -> Iterator[Any]:
     """Go through batches of NumPy, JAX or PyTorch arrays as JAX arrays."""
     for batch in batches:
-        # The pair is checked before conversion, which would turn a bare array into rows.
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"batches must hold pairs (inputs, targets), got {describe(batch)}.")
-        arrays: Batch = jax.tree.map(_as_jax, tuple(batch))
-        check_batch(arrays)
-        yield arrays
+        # Of an objective with several parts a batch is a dict of pairs, None for a penalty.
+        if isinstance(batch, Mapping):
+            yield {name: None if pair is None else _arrays(pair) for name, pair in batch.items()}
+        else:
+            yield _arrays(batch)
+
+
+def _arrays(batch: Any) -> Batch:
+    """Return a batch of JAX arrays, or raise if it is no pair."""
+    # The pair is checked before conversion, which would turn a bare array into rows.
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise TypeError(f"batches must hold pairs (inputs, targets), got {describe(batch)}.")
+    arrays: Batch = jax.tree.map(_as_jax, tuple(batch))
+    check_batch(arrays)
+    return arrays
 
 
 def _as_jax(x: Any) -> Array:

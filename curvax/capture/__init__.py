@@ -15,8 +15,9 @@ from curvax.capture._gradient_pairs import (
     gradient_pairs,
 )
 from curvax.capture._gram import gram
+from curvax.capture._join import join_examples, joined_captures
 from curvax.capture._kernels import Kernel, UseKind
-from curvax.capture._plan import Plan, find_kernels, plan
+from curvax.capture._plan import Plan, find_kernels, plan, uses_in_part
 from curvax.capture._record import Capture, PerUseArray, UseCotangents, record
 from curvax.capture._views import View, entry_numbers, leaf_view, uncovered
 
@@ -24,6 +25,7 @@ __all__ = [
     "Plan",
     "plan",
     "find_kernels",
+    "uses_in_part",
     "Kernel",
     "UseKind",
     "View",
@@ -39,4 +41,6 @@ __all__ = [
     "DensePair",
     "LookupPair",
     "gram",
+    "join_examples",
+    "joined_captures",
 ]

@@ -7,8 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -88,6 +89,58 @@ def group_uses(
         kernels = _by_kernel(_usable(uses, reasons), reasons, shapes)
         if len(reasons) == before:
             return kernels, reasons
+
+
+def match_uses(
+    kernels: Sequence[Kernel],
+    uses: Sequence[Use],
+    reasons: Mapping[str, str],
+    shapes: Shapes,
+) -> dict[Kernel, tuple[int, ...]]:
+    """Group uses by kernels that are known already, such as those of several programs together.
+
+    Args:
+      kernels: the kernels; their own uses do not matter.
+      uses: the uses, as the walk through a program met them.
+      reasons: why leaves are refused in this program.
+      shapes: shapes of all leaves.
+
+    Returns:
+      The kernels with what their uses are in this program, and the numbers of these; kernels
+      without a use, and uses of other kernels, are not there.
+    """
+    # A stand-in goes before the uses, and so says which way round the kernel is, and what its bias.
+    first = [_stand_in(kernel) for kernel in kernels]
+    leaves = {path for kernel in kernels for view in kernel.views for path in view.leaves}
+    others = {path: "is in no kernel" for path in shapes if path not in leaves}
+    grouped, _ = group_uses([*first, *uses], {**reasons, **others}, shapes)
+    matched = {}
+    for kernel, (number, *numbers) in grouped.items():
+        if number < len(first) and numbers:
+            kinds = kernel.uses[1:]
+            known = dataclasses.replace(kernel, uses=kinds)
+            matched[known] = tuple(n - len(first) for n in numbers)
+    return matched
+
+
+def _stand_in(kernel: Kernel) -> Use:
+    """Return a use of a kernel that is in no program."""
+    nothing = jax.ShapeDtypeStruct((), np.float32)
+
+    def unchanged(x: Any) -> Any:
+        return x
+
+    return Use(
+        kind="dot",
+        view=kernel.view,
+        operand=0,
+        output=nothing,
+        axes=(),
+        spread=(),
+        to_inputs=unchanged,
+        to_outputs=unchanged,
+        bias=kernel.bias,
+    )
 
 
 def _usable(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ from curvax._jaxpr import trace_model
 from curvax._shared import is_shared, unwrap
 from curvax._trees import by_path
 from curvax._types import Params
-from curvax.capture._find import HoldsView, find_uses
-from curvax.capture._kernels import Kernel, Reasons, group_uses
+from curvax.capture._find import Findings, HoldsView, find_uses
+from curvax.capture._kernels import Kernel, Reasons, Shapes, UseKind, group_uses, match_uses
 from curvax.capture._mixing import mixing_operation
 from curvax.capture._uses import Use
 from curvax.capture._views import leaf_view
@@ -81,6 +81,22 @@ def find_kernels(
     return _find_kernels(_trace(objective, params, inputs), params, inputs)
 
 
+def uses_in_part(
+    objective: Objective, params: Params, inputs: Any, kernels: Sequence[Kernel]
+) -> list[tuple[UseKind, ...]]:
+    """Return what the uses of every kernel are in the model of one part of an objective.
+
+    Args:
+      objective: the part.
+      params: pytree of float arrays, or of their shapes.
+      inputs: the inputs of its batch, or their shapes.
+      kernels: the kernels of all parts together, as `find_kernels` finds them in `curvax.total`.
+    """
+    matched = _match_kernels(_trace(objective, params, inputs), params, inputs, kernels)
+    kinds = {kernel.view: kernel.uses for kernel in matched}
+    return [kinds.get(kernel.view, ()) for kernel in kernels]
+
+
 def plan(
     objective: Objective,
     params: Params,
@@ -116,6 +132,9 @@ def plan(
         rows = jax.eval_shape(lambda: map_rows(lambda x: x[:1], inputs))
     model = _trace(objective, params, rows)
     uses_of, _ = _find_kernels(model, params, rows)
+    # Kernels of several parts together: another part may say which way round one is, and its bias.
+    if any(kernel not in uses_of for kernel in kernels.values()):
+        uses_of = _match_kernels(model, params, rows, list(kernels.values()))
     # By value: a layout made earlier, in another process even, is recognized.
     for name, kernel in kernels.items():
         if kernel not in uses_of:
@@ -147,17 +166,38 @@ def _find_kernels(
     model: _Model, params: Params, inputs: Any
 ) -> tuple[dict[Kernel, tuple[Use, ...]], Reasons]:
     """Find the kernels of a program whose arguments are the leaves of params and of inputs."""
+    findings, shapes = _findings(model, params, inputs)
+    kernels, reasons = group_uses(findings.uses, findings.reasons, shapes)
+    return _with_uses(kernels, findings), reasons
+
+
+def _match_kernels(
+    model: _Model, params: Params, inputs: Any, kernels: Sequence[Kernel]
+) -> dict[Kernel, tuple[Use, ...]]:
+    """Find the uses of known kernels in a program."""
+    findings, shapes = _findings(model, params, inputs)
+    matched = match_uses(kernels, findings.uses, findings.reasons, shapes)
+    return _with_uses(matched, findings)
+
+
+def _findings(model: _Model, params: Params, inputs: Any) -> tuple[Findings, Shapes]:
+    """Walk through a program; return what was met, and the shapes of the leaves of params."""
     # Of the leaves alone: a kernel is made of entries of params.
     shapes = {path: tuple(x.shape) for path, x in by_path(params).items()}
     # The arguments of the program: first the leaves of params, then the inputs.
     views = [HoldsView(leaf_view(path, shape)) for path, shape in shapes.items()]
     nothing = [None] * len(jax.tree.leaves(inputs))
-    findings = find_uses(model.program, [*views, *nothing], model.live)
-    kernels, reasons = group_uses(findings.uses, findings.reasons, shapes)
+    return find_uses(model.program, [*views, *nothing], model.live), shapes
+
+
+def _with_uses(
+    kernels: Mapping[Kernel, tuple[int, ...]], findings: Findings
+) -> dict[Kernel, tuple[Use, ...]]:
+    """Replace the numbers of uses by the uses."""
     uses_of = {}
     for kernel, numbers in kernels.items():
         uses_of[kernel] = tuple(findings.uses[number] for number in numbers)
-    return uses_of, reasons
+    return uses_of
 
 
 def _unknown_kernel(name: str, kernel: Kernel, per_example: bool) -> str:

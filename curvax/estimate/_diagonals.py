@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
@@ -15,7 +17,7 @@ from curvax._types import Batch, Outputs, Params, PRNGKey, at_least_float32, tre
 from curvax.losses import pseudo_gradient
 from curvax.losses._linear import check_curved
 from curvax.losses._terms import GROUPS, apart_by_term
-from curvax.objective import Objective, scaled_to_share, total_terms
+from curvax.objective import Objective, scaled_to_share, sum_over_parts, total_terms
 
 
 def gauss_newton_bartlett(
@@ -59,6 +61,8 @@ def gauss_newton_bartlett(
       language model pre-training, algorithm 2, https://arxiv.org/abs/2305.14342.
     """
     check_params(params)
+    if objective.parts:
+        return sum_over_parts(gauss_newton_bartlett, objective, params, batch, key)
     check_batch(batch)
     inputs, targets = batch
 
@@ -108,6 +112,9 @@ def ggn_diagonal(
       [0.5, 4.5]
     """
     check_params(params)
+    if objective.parts:
+        of_part = partial(ggn_diagonal, microbatch=microbatch)
+        return sum_over_parts(of_part, objective, params, batch)
     check_batch(batch)
     check_count(1, microbatch=microbatch)
     totals = total_terms(objective, params, batch, microbatch)
@@ -183,10 +190,14 @@ def empirical_fisher_diagonal(
       >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
       >>> x, y = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.array([2.0, 1.0])
       >>> batch = (x, y)                                                  # g: (-2, 0), (0, -3)
-      >>> curvax.estimate.empirical_fisher_diagonal(objective, jnp.zeros(2), batch).tolist()
+      >>> diagonal = curvax.estimate.empirical_fisher_diagonal(objective, jnp.zeros(2), batch)
+      >>> diagonal.round(4).tolist()
       [2.0, 4.5]
     """
     check_params(params)
+    if objective.parts:
+        of_part = partial(empirical_fisher_diagonal, microbatch=microbatch, by=by)
+        return sum_over_parts(of_part, objective, params, batch)
     check_batch(batch)
     check_choice("by", by, GROUPS)
     check_count(1, microbatch=microbatch)

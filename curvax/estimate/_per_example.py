@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 from curvax._batch import batch_size, check_batch, map_chunks, map_examples
 from curvax._checks import check_count, check_params
 from curvax._types import Batch, Params, Scalar
-from curvax.objective import Objective, scaled_to_share, total_terms
+from curvax.objective import Objective, Part, of_parts, scaled_to_share, total_terms
 
 
 def per_example_grads(
@@ -32,7 +32,8 @@ def per_example_grads(
         which is B trees like params.
 
     Returns:
-      A tree like params with a leading axis B, in the order of the batch.
+      A tree like params with a leading axis B, in the order of the batch. Of a `curvax.total` a
+      dict of them by part, without the weights: the examples of two parts have nothing in common.
 
     Raises:
       ValueError: `microbatch` is below 1, or leading axes disagree.
@@ -53,6 +54,8 @@ def per_example_grads(
       [[-2.0, -0.0], [-0.0, -3.0]]
     """
     check_params(params)
+    if objective.parts:
+        return _grads_by_part(objective, params, batch, microbatch)
     check_batch(batch)
     size = batch_size(batch)
     chunk = size if microbatch is None else microbatch
@@ -65,6 +68,20 @@ def per_example_grads(
 
     shares = map_chunks(shares_of, batch, chunk)
     return jax.tree.map(lambda g: size * g, shares)
+
+
+def _grads_by_part(
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    microbatch: int | None,
+) -> dict[str, PyTree[Array]]:
+    """Return the gradients of the examples of every part, each scaled as by itself."""
+
+    def of_part(part: Part, params: Params, rows: Batch) -> PyTree[Array]:
+        return per_example_grads(part.objective, params, rows, microbatch=microbatch)
+
+    return {part.name: rows for part, rows in of_parts(of_part, objective, params, batch)}
 
 
 def gradient_shares(

@@ -35,6 +35,7 @@ from curvax.capture._cotangents import (
 )
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
 from curvax.kron._layout import Layout, check_layout
+from curvax.kron._parts import by_part, sum_of_factors
 from curvax.kron._plan import layout_plan
 from curvax.kron._statistics import (
     counted_positions,
@@ -44,7 +45,7 @@ from curvax.kron._statistics import (
 )
 from curvax.losses import Loss
 from curvax.losses._shares import share_of, term_counts
-from curvax.objective import Objective, total_terms
+from curvax.objective import Objective, penalty_diagonal, total_terms
 
 
 class Reduction(NamedTuple):
@@ -136,6 +137,13 @@ def kron_factors(
     .45 against .50 of EK-FAC). `kron_layout(..., positions="all")` keeps them, as kronfluence does,
     and so does `layout.edit(path, positions="all")` for one block.
 
+    Of a `curvax.total` every part p has products `A_p x G_p`, whose sum with its weights is
+    approximated by the one product that has the same traces over inputs and over outputs:
+    `A = sum_p w_p tr(G_p) A_p / sum_p w_p tr G_p`, `G = sum_p w_p (tr A_p / tr A) G_p`. It is exact
+    where the A_p, or the G_p, are multiples of each other. Two products are kept apart with
+    `layout.edit(path, two_products="exact")`. A `curvax.penalty` adds to the damping of a block
+    the mean of its curvature over the block's entries.
+
     Args:
       objective: the `curvax.Objective` whose curvature is estimated.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
@@ -183,6 +191,12 @@ def kron_factors(
       layers, https://arxiv.org/abs/1602.01407; Eschenhagen et al. (2023), sections 3.1 and 3.2,
       https://arxiv.org/abs/2311.00636.
     """
+    if objective.parts:
+        estimate = partial(
+            kron_factors, fisher=fisher, num_samples=num_samples, microbatch=microbatch
+        )
+        results = by_part(estimate, objective, layout, params, batch, key)
+        return sum_of_factors(layout, results, penalty_diagonal(objective, params))
     # Reduce pools the positions of one example, and only "mc" draws for a whole batch at once.
     reduces = any(block.sharing == "reduce" for block in layout.blocks)
     by_example = reduces or fisher != "mc"
@@ -234,9 +248,19 @@ def make_factors(inputs: Any, outputs: Any, squares: Any, terms: TermCounts) -> 
     for name, (a, transposed_a) in inputs.items():
         # G carries the scale of the loss and A has none: A x G is curvature of the mean loss.
         g, *transposed_g = [terms.factor(moment) for moment in outputs[name]]
-        transposed = None if transposed_a is None else (transposed_a, *transposed_g)
-        blocks[name] = BlockFactors(a, g, transposed)
+        # Of transposed uses, cotangents are on the inputs' side, and inputs on the outputs'.
+        second = None if transposed_a is None else (*transposed_g, transposed_a)
+        blocks[name] = BlockFactors(a, g, second)
     return Factors(blocks, {path: terms.factor(x) for path, x in squares.items()})
+
+
+def check_one_part(objective: Objective) -> None:
+    """Raise if an objective has several parts, where work goes over one batch."""
+    if objective.parts:
+        raise TypeError(
+            "a curvax.total has a batch for each part, which streaming fits and influence do not "
+            "take: fit each part by itself, with layout.of_part(name)."
+        )
 
 
 def accumulate(
@@ -251,6 +275,7 @@ def accumulate(
     position: StreamPosition | None = None,
 ) -> tuple[PyTree[Array], TermCounts]:
     """Sum a reduction over rounds of cotangents and chunks of a batch, which may be of a stream."""
+    check_one_part(objective)
     position = StreamPosition(0) if position is None else position
     check_params(params)
     check_layout(layout, params)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from curvax._batch import check_batch
 from curvax._checks import check_choice, check_params
 from curvax._types import Batch, Params
-from curvax.capture import Kernel, View, entry_numbers, find_kernels
+from curvax.capture import Kernel, View, entry_numbers, find_kernels, uses_in_part
 from curvax.kron._layout import POSITIONS, SHARING, UNMATCHED, Block, Layout, Leaf, leaf_shapes
-from curvax.objective import Objective
+from curvax.objective import Objective, checked_inputs
 
 T = TypeVar("T")
 
@@ -97,7 +97,9 @@ def kron_layout(
       counts, "" begins them all. For a block that is the longest among all its leaves.
 
     Returns:
-      A `Layout`; print it. It can be changed with `layout.edit(path, ...)`.
+      A `Layout`; print it. It can be changed with `layout.edit(path, ...)`. For a `curvax.total`
+      the uses of a kernel in all parts are one block; a leaf that can be in no block in one of the
+      parts is in none, and the table says in which part it is not.
 
     Raises:
       ValueError: there are leaves in no block, with `unmatched="error"`, listed with the reasons; a
@@ -124,7 +126,7 @@ def kron_layout(
       https://arxiv.org/abs/2311.00636.
     """
     check_params(params)
-    check_batch(batch)
+    inputs = checked_inputs(objective, batch)
     shapes = leaf_shapes(params)
     choices = Choices(
         unmatched=_by_path("unmatched", unmatched, shapes, UNMATCHED),
@@ -133,9 +135,12 @@ def kron_layout(
         positions=_by_path("positions", positions, shapes, POSITIONS),
     )
     # A use is where a leaf enters a linear map; those of one kernel make a block.
-    kernels, reasons = find_kernels(objective, params, batch[0])
+    kernels, reasons = find_kernels(objective, params, inputs)
     names = unique_names(list(kernels))
     blocks = [_block(name, kernel, choices) for name, kernel in zip(names, kernels, strict=True)]
+    if objective.parts:
+        blocks = _with_parts(blocks, list(kernels), objective, params, inputs)
+        reasons = _reasons_by_part(reasons, objective, params, inputs)
     # A leaf may lie in blocks wholly, in part, or not at all.
     covered = _covered(blocks, shapes)
     leaves = []
@@ -225,6 +230,47 @@ def _block(name: str, kernel: Kernel, choices: Choices) -> Block:
         sharing=chosen(choices.sharing),
         positions=chosen(choices.positions),
     )
+
+
+def _with_parts(
+    blocks: Sequence[Block],
+    kernels: Sequence[Kernel],
+    objective: Objective,
+    params: Params,
+    inputs: Mapping[str, Any],
+) -> list[Block]:
+    """Note in which parts of an objective every block is used, and how."""
+    uses: list[list[tuple[str, Any]]] = [[] for _ in blocks]
+    is_penalized = any(part.objective.is_penalty for part in objective.parts)
+    for name, _, part in objective.parts:
+        if part.is_penalty:
+            continue
+        # The kernels are those of all parts together: one may have its bias in another part only.
+        for of_block, kinds in zip(
+            uses, uses_in_part(part, params, inputs[name], kernels), strict=True
+        ):
+            if kinds:
+                of_block.append((name, kinds))
+    return [
+        dataclasses.replace(block, parts=tuple(of_block), is_penalized=is_penalized)
+        for block, of_block in zip(blocks, uses, strict=True)
+    ]
+
+
+def _reasons_by_part(
+    reasons: Mapping[str, str], objective: Objective, params: Params, inputs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Say for every leaf in no block in which part of an objective the reason is."""
+    named = dict(reasons)
+    for name, _, part in objective.parts:
+        if part.is_penalty:
+            continue
+        _, of_part = find_kernels(part, params, inputs[name])
+        for path, reason in of_part.items():
+            # The first part that has one: what is a kernel elsewhere does not help.
+            if path in named and named[path] == reasons[path]:
+                named[path] = f"{reason}, in part {name}"
+    return named
 
 
 def _covered(blocks: Sequence[Block], shapes: Shapes) -> dict[str, int]:

@@ -44,13 +44,16 @@ class BlockFactors(NamedTuple):
     Attributes:
       a: A, the mean over positions (or examples) of `a a'`.
       g: G, the sum over positions (or examples) of `g g'`, as curvature of the mean loss.
-      transposed: the same two of the uses that multiply by the kernel's transpose: their `a` is on
-        the outputs' side, their `g` on the inputs'. None if there are no such uses.
+      second: A and G of a second product, or None. Such is that of uses which multiply by the
+        kernel's transpose: their `g g'` is on the inputs' side, the mean of their `a a'` on the
+        outputs'. With `two_products="exact"` it may be that of a second part of the objective.
+      shift: the curvature that penalties on params add to every eigenvalue, `[stack]`, or None.
     """
 
     a: WeightedMean
     g: WeightedMean
-    transposed: tuple[WeightedMean, WeightedMean] | None
+    second: tuple[WeightedMean, WeightedMean] | None
+    shift: WeightedMean | None = None
 
 
 class Factors(NamedTuple):
@@ -120,7 +123,10 @@ def _init_block(block: Block, leaves: dict[str, Array]) -> BlockFactors:
         return WeightedMean(jnp.zeros(shape, dtype), jnp.zeros(weight_shape, dtype))
 
     # Of transposed uses the inputs are on the outputs' side, and the cotangents on the inputs'.
-    transposed = None
+    second = None
     if block.has_transposed_uses:
-        transposed = zeros(g_shape, (stack,)), zeros(a_shape, ())
-    return BlockFactors(zeros(a_shape, (stack,)), zeros(g_shape, ()), transposed)
+        second = zeros(a_shape, ()), zeros(g_shape, (stack,))
+    elif block.has_second_product:
+        second = zeros(a_shape, (stack,)), zeros(g_shape, ())
+    shift = zeros((stack,), ()) if block.is_penalized else None
+    return BlockFactors(zeros(a_shape, (stack,)), zeros(g_shape, ()), second, shift)

@@ -18,7 +18,7 @@ from curvax._stream import check_rereadable, on_device
 from curvax._types import Batch, Params, PRNGKey, Scalar
 from curvax._xla import with_auto_sharding
 from curvax.capture._cotangents import check_fisher
-from curvax.kron._accumulate import PassOptions
+from curvax.kron._accumulate import PassOptions, check_one_part
 from curvax.kron._factors import Factors
 from curvax.kron._fit_passes import (
     DataPass,
@@ -224,6 +224,9 @@ def fit_passes(
     check_layout(layout, params)
     check_fisher(options.fisher, options.num_samples)
     saving = as_saving(folder)
+    for one_pass in passes:
+        if isinstance(one_pass, DataPass):
+            check_one_part(one_pass.objective)
     # An iterator is exhausted after one pass.
     if len(passes) > 1:
         check_rereadable(batches)

@@ -75,7 +75,9 @@ def kron_inverse(
       Kronecker products, `A1 x G1 + A2 x G2`, and the paper has no such case. With
       `layout.edit(path, two_products="balanced")`, the default, it is approximated by one product;
       with "exact", `A1 x G1 + (A2 + pi sqrt(damping) I) x (G2 + sqrt(damping) / pi I)` is inverted
-      exactly under both schemes, since `damping I` would be a third product.
+      exactly under both schemes, since `damping I` would be a third product. The same choice is
+      there for a kernel in two parts of a `curvax.total`, whose one product by default is in
+      `curvax.kron_factors`. Penalties on params add to the damping of a block.
     """
     if not isinstance(factors, Factors | EigenFactors):
         raise TypeError(

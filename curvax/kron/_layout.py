@@ -52,9 +52,13 @@ class Block:
       g_structure: structure of G, which has `out` rows.
       sharing: how positions of one example are taken together: "expand" or "reduce".
       two_products: what becomes of the sum of two Kronecker products that a kernel has which is
-        used transposed too: "balanced", approximated by one; "exact", inverted as it is.
+        used transposed too, or in two parts of an objective: "balanced", approximated by one;
+        "exact", inverted as it is.
       positions: which positions A is a mean over: "active", those with a cotangent that is not
         zero; "all".
+      parts: for an objective of several parts, what the uses are in each part that has any, by the
+        name of the part; together they are `uses`.
+      is_penalized: whether a penalty on params is a part of the objective.
     """
 
     name: str
@@ -66,6 +70,8 @@ class Block:
     sharing: str
     two_products: str = "balanced"
     positions: str = "active"
+    parts: tuple[tuple[str, tuple[UseKind, ...]], ...] = ()
+    is_penalized: bool = False
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -96,6 +102,25 @@ class Block:
     def has_transposed_uses(self) -> bool:
         """Whether some use multiplies by the kernel's transpose."""
         return any(use.transposed for use in self.uses)
+
+    @property
+    def num_products(self) -> int:
+        """How many Kronecker products the curvature of the block is the sum of."""
+        # In each part one of the uses as they are, and one of the transposed ones.
+        uses_by_part = [uses for _, uses in self.parts] or [self.uses]
+        return sum(len({use.transposed for use in uses}) for uses in uses_by_part)
+
+    @property
+    def has_second_product(self) -> bool:
+        """Whether factors of two products are accumulated, and not of one."""
+        return self.has_transposed_uses or self.two_products == "exact"
+
+    def of_part(self, name: str) -> Block | None:
+        """Return the block as one part of an objective has it; None if it has no use there."""
+        uses = dict(self.parts).get(name)
+        if uses is None:
+            return None
+        return dataclasses.replace(self, uses=uses, parts=(), two_products="balanced")
 
 
 @dataclass(frozen=True)
@@ -172,6 +197,16 @@ class Layout:
             masks[leaf.path] = mask
         return masks
 
+    def of_part(self, name: str) -> Layout:
+        """Return the layout of one part of an objective: the blocks with a use there."""
+        if not all(block.parts for block in self.blocks):
+            raise ValueError(
+                "the layout is of an objective without parts. Make it for the total: "
+                "curvax.kron_layout(objective, params, batch)."
+            )
+        blocks = (block.of_part(name) for block in self.blocks)
+        return Layout(tuple(block for block in blocks if block is not None), self.leaves)
+
     def edit(self, path: str, **changes: str) -> Layout:
         """Return a layout with other choices for the block (or leaf) of `path`.
 
@@ -179,9 +214,9 @@ class Layout:
           path: the leaf's path, as the printed layout shows it.
           **changes: of a block `a_structure`, `g_structure` ("full", "diagonal", "identity"),
             `sharing` ("expand", "reduce"), `positions` ("active", "all"), or `two_products`
-            ("balanced", "exact") where the kernel is used transposed too, see
-            `curvax.kron_inverse`; or `kind` ("diagonal", "identity"), which takes the leaf, and all
-            that share a block with it, out of blocks.
+            ("balanced", "exact") where the kernel is used transposed too, or in two parts of the
+            objective, see `curvax.kron_inverse`; or `kind` ("diagonal", "identity"), which takes
+            the leaf, and all that share a block with it, out of blocks.
 
         Raises:
           ValueError: the path or the choice does not exist; the message lists those that do.
@@ -205,10 +240,11 @@ class Layout:
                 f"{sorted(changes)}."
             )
         for block in edited:
-            if changes.get("two_products") == "exact" and not block.has_transposed_uses:
+            if changes.get("two_products") == "exact" and block.num_products != 2:
                 raise ValueError(
-                    f"{block.name} is never used transposed, so that its curvature is one "
-                    'Kronecker product: two_products="exact" does not apply.'
+                    f"the curvature of {block.name} is the sum of {block.num_products} Kronecker "
+                    "product(s), one for each part of the objective that uses it, and one more if "
+                    'it is used transposed: two_products="exact" is for two.'
                 )
         # Structures and sharing move no entry in or out of a block: the leaves stay as they are.
         choices: dict[str, Any] = dict(changes)

@@ -78,6 +78,8 @@ def _notes(block: Block, leaf: Leaf) -> list[str]:
     notes += ["all positions"] if block.positions == "all" else []
     if block.two_products != "balanced":
         notes.append(f"two products: {block.two_products}")
+    if block.parts:
+        notes.append("in " + ", ".join(name for name, _ in block.parts))
     return notes
 
 
@@ -87,8 +89,8 @@ def _listed(texts: Iterable[str], separator: str = ", ") -> str:
 
 
 def _floats(block: Block) -> int:
-    """Count the floats of a block's factors, of which transposed uses have a second pair."""
-    return (1 + block.has_transposed_uses) * sum(map(math.prod, block.factor_shapes))
+    """Count the floats of a block's factors, of which a second product has a second pair."""
+    return (1 + block.has_second_product) * sum(map(math.prod, block.factor_shapes))
 
 
 def _memory(floats: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from curvax._types import Batch, Params, PRNGKey
 from curvax.capture import Capture, PerUseArray, UseCotangents
@@ -25,9 +25,17 @@ from curvax.kron._factors import Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis, block_moments
 from curvax.kron._kron_factor import Eigen, KronFactor, eigh_all, matmul
 from curvax.kron._layout import Block, Layout
+from curvax.kron._parts import (
+    by_part,
+    join_rows,
+    mean_of_block,
+    shifted,
+    sum_of_diagonals,
+    sum_of_factors,
+)
 from curvax.kron._statistics import diagonal_sums
 from curvax.kron._two_products import combined_factors
-from curvax.objective import Objective
+from curvax.objective import Objective, Part, penalty_diagonal
 
 
 class EigenFactors(NamedTuple):
@@ -142,6 +150,16 @@ def kron_moments(
     References: George et al. (2018), Fast approximate natural gradient descent in a
       Kronecker-factored eigenbasis, section 3, https://arxiv.org/abs/1806.03884.
     """
+    if objective.parts:
+        estimate = partial(
+            kron_moments,
+            basis=basis,
+            fisher=fisher,
+            num_samples=num_samples,
+            microbatch=microbatch,
+        )
+        results = by_part(estimate, objective, layout, params, batch, key)
+        return _sum_of_moments(layout, basis, results, penalty_diagonal(objective, params))
     _check_examples(objective)
     # Squares are of sums over one example's positions, so that examples must be told apart.
     options = PassOptions(
@@ -152,6 +170,23 @@ def kron_moments(
         objective, layout, params, batch, key, reduction=reduction, options=options
     )
     return EigenFactors(basis, *make_moments(sums, terms))
+
+
+def _sum_of_moments(
+    layout: Layout,
+    basis: dict[str, Basis],
+    results: Sequence[tuple[Part, EigenFactors]],
+    penalties: PyTree[Array] | None,
+) -> EigenFactors:
+    """Add the second moments of the parts of an objective: all are diagonals in one basis."""
+    moments = sum_of_diagonals([(part.weight, x.moments) for part, x in results], None)
+    diagonal = sum_of_diagonals([(part.weight, x.diagonal) for part, x in results], penalties)
+    if penalties is not None:
+        # c I is c I in every basis.
+        for block in layout.blocks:
+            shift = mean_of_block(block, penalties)
+            moments[block.name] = shifted(moments[block.name], shift[:, None, None])
+    return EigenFactors(basis, moments, diagonal)
 
 
 def moment_sums(layout: Layout, basis: dict[str, Basis]) -> Reduction:
@@ -236,6 +271,10 @@ def eigen_curvature(
     Cost: as `kron_factors`. Memory: inputs and cotangents of all uses; with "exact" once for every
       entry of one example's outputs.
     """
+    if objective.parts:
+        estimate = partial(eigen_curvature, fisher=fisher)
+        results = by_part(estimate, objective, layout, params, batch, key)
+        return _joined(layout, results, penalty_diagonal(objective, params))
     _check_examples(objective)
     of_factors = factor_sums(layout)
 
@@ -287,6 +326,37 @@ def _check_examples(objective: Objective) -> None:
             "sum over examples, of which EK-FAC takes second moments; use curvax.kfac "
             "(kron_factors, scale_by_kfac)."
         )
+
+
+def _joined(
+    layout: Layout,
+    results: Sequence[tuple[Part, EigenCurvature]],
+    penalties: PyTree[Array] | None,
+) -> EigenCurvature:
+    """Join the curvature of the parts of an objective, with the rows of all their examples."""
+    of_factors = [(part, curvature.factors) for part, curvature in results]
+    factors = sum_of_factors(layout, of_factors, penalties)
+    inputs, cotangents, paired = join_rows(layout, results)
+    terms = jnp.asarray(sum(curvature.terms for _, curvature in results))
+    return EigenCurvature(
+        factors=factors,
+        inputs=inputs,
+        cotangents=cotangents,
+        terms=terms,
+        paired=paired,
+    )
+
+
+def moments_in(block: Block, basis: Basis, curvature: EigenCurvature) -> Float[Array, "s i o"]:
+    """Return the second moments of a block that the rows of a curvature have in a basis."""
+    inputs, g = curvature.inputs[block.name], curvature.cotangents[block.name]
+    # Where the pairs of cotangents are not symmetric: (Q_A' D_b Q_G) * (Q_A' E_b Q_G).
+    h = None if curvature.paired is None else curvature.paired[block.name]
+    # George et al. (2018), algorithm 1: M = sum_b (Q_A' D_b Q_G)^2, with D_b = a_b g_b'.
+    moments = block_moments(block, basis, inputs, g, h)
+    shift = curvature.factors.blocks[block.name].shift
+    # The c I of a penalty is c I in every basis.
+    return moments if shift is None else moments + shift.mean[:, None, None]
 
 
 def carried_moments(old: Basis, new: Basis, moments: WeightedMean) -> WeightedMean:

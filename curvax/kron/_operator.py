@@ -179,6 +179,13 @@ def damping_of(damping: Any, name: str) -> Any:
     return damping[name] if isinstance(damping, Mapping) else damping
 
 
+def shifted_damping(damping: Any, name: str, factors: Factors) -> Any:
+    """Return the damping of a block with what penalties add, `A x G + (c + damping) I`."""
+    shift = factors.blocks[name].shift
+    amount = damping_of(damping, name)
+    return amount if shift is None else amount + shift.mean
+
+
 def apply(layout: Layout, operator: KronOperator, v: Params) -> Params:
     """Multiply a tree like params by an operator, but for blocks with a leaf that is masked out.
 
@@ -254,7 +261,7 @@ def _factored_blocks(
     damped, traces = [], []
     for block in blocks:
         of_block = factors.blocks[block.name]
-        amount = damping_of(damping, block.name)
+        amount = shifted_damping(damping, block.name, factors)
         a, g, trace = _damp(block.structures, of_block, amount)
         damped += [a, g]
         traces.append(trace)
@@ -300,7 +307,8 @@ def _eigen_blocks(blocks: Sequence[Block], factors: Factors, damping: Any, power
     """Raise every block to a power in its Kronecker eigenbasis."""
     built: Built = {}
     for name, (a, g) in decompose(blocks, factors).items():
-        built[name] = _of_eigen(a, g, damping_of(damping, name), power=power)
+        amount = shifted_damping(damping, name, factors)
+        built[name] = _of_eigen(a, g, amount, power=power)
     return built
 
 
@@ -346,7 +354,8 @@ def _of_two_products(
             f'{power}. Use layout.edit("{block.leaves[0]}", two_products="balanced").'
         )
     first, second = kron_products(block.structures, factors.blocks[block.name])
-    inverse, spectrum = _invert_sum(first, second, damping_of(damping, block.name))
+    amount = shifted_damping(damping, block.name, factors)
+    inverse, spectrum = _invert_sum(first, second, amount)
     return inverse, spectrum
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,11 @@ def input_moments(
     block: Block, inputs: PerUse, counted: list[Counted]
 ) -> tuple[WeightedMean, WeightedMean | None]:
     """Return A of a block's uses, and of those of the transpose if there are any."""
-    moment = _input_moment(block, inputs, counted, transposed=False)
+    # In one part of an objective all uses of a block may be transposed.
+    if not _of_orientation(block, False):
+        moment = _no_inputs(block, counted[0].dtype)
+    else:
+        moment = _input_moment(block, inputs, counted, transposed=False)
     if not block.has_transposed_uses:
         return moment, None
     return moment, _input_moment(block, inputs, counted, transposed=True)
@@ -38,7 +42,10 @@ def input_moments(
 
 def output_moments(block: Block, g: PerUse, h: PerUse | None) -> list[Array]:
     """Return the sum of `g h'` of a block's uses, and if there are any of transposed ones."""
-    moments = [_output_moment(block, g, h, False)]
+    if not _of_orientation(block, False):
+        moments = [jnp.zeros(block.factor_shapes[1], at_least_float32(g[0]).dtype)]
+    else:
+        moments = [_output_moment(block, g, h, False)]
     if block.has_transposed_uses:
         moments.append(_output_moment(block, g, h, True))
     return moments
@@ -71,6 +78,11 @@ def counted_positions(block: Block, g: PerUse) -> list[Counted]:
         return jnp.any(x != 0, axis=-1).astype(dtype)
 
     return [counted(x) for x in g]
+
+
+def _no_inputs(block: Block, dtype: Any) -> WeightedMean:
+    """Return A of no use, with the weight 0."""
+    return WeightedMean(jnp.zeros(block.factor_shapes[0], dtype), jnp.zeros(block.shape[0], dtype))
 
 
 def _input_moment(

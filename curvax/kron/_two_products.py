@@ -1,8 +1,9 @@
-"""A block's curvature as one Kronecker product, or as the sum of two where weights are tied.
+"""A block's curvature as one Kronecker product, or as the sum of two.
 
-Uses that multiply by the kernel's transpose have their input on the outputs' side. With `A1 x G1`
-of the uses and `A2 x G2` of those of the transpose (A2 from output-cotangents, G2 from inputs) the
-block is `A1 x G1 + A2 x G2`.
+Two there are where weights are tied, and in an objective of two parts. Uses that multiply by the
+kernel's transpose have their input on the outputs' side. With `A1 x G1` of the uses and `A2 x G2`
+of those of the transpose (A2 from output-cotangents, G2 from inputs) the block is
+`A1 x G1 + A2 x G2`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def kron_products(structures: tuple[str, str], factors: BlockFactors) -> list[Fa
         return a_structure.from_moment(a), g_structure.from_moment(g)
 
     products = [pair(factors.a.mean, factors.g.mean)]
-    if factors.transposed is not None:
-        inputs, cotangents = factors.transposed
-        products.append(pair(cotangents.mean, inputs.mean))
+    if factors.second is not None:
+        a, g = factors.second
+        products.append(pair(a.mean, g.mean))
     return products
 
 

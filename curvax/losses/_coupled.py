@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from curvax._checks import describe
 from curvax._trees import cast_like
 from curvax._types import PRNGKey, Scalar, at_least_float32
+from curvax._xla import with_auto_sharding
 from curvax.losses._likelihoods import check_entries
 from curvax.losses._loss import Loss, from_function
 from curvax.losses._softmax import softmax_cross_entropy
@@ -69,8 +70,13 @@ def contrastive(temperature: float | Array = 0.1, symmetric: bool = False) -> Lo
     def similarities(outputs: Embeddings) -> Logits:
         """Return the logits of all anchors, in which the right one of anchor i is number i."""
         u, v = map(at_least_float32, outputs)
-        s = jnp.matmul(u, v.T, precision="highest") / temperature
-        return jnp.concatenate([s, s.T]) if symmetric else s
+
+        # Of a batch that is sharded explicitly every row meets every other.
+        def of_all(u: Array, v: Array) -> Logits:
+            s = jnp.matmul(u, v.T, precision="highest") / temperature
+            return jnp.concatenate([s, s.T]) if symmetric else s
+
+        return with_auto_sharding(of_all, u, v)
 
     def right_ones(logits: Logits) -> Array:
         num_anchors, n = logits.shape

@@ -13,6 +13,7 @@ from curvax.optim._gradient_regularized import (
     scale_by_gradient_regularized_newton,
 )
 from curvax.optim._kfac import kfac, scale_by_kfac
+from curvax.optim._kfac_auto import kfac_auto
 from curvax.optim._kl_clip import KlClipState, kl_clip
 from curvax.optim._kronecker import BlockInfo, KronInfo, ScaleByKronState
 from curvax.optim._lazy_newton import (
@@ -37,7 +38,7 @@ from curvax.optim._newton import (
     scale_by_newton,
 )
 from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelState, quadratic_model
-from curvax.optim._refresh import refresh_if
+from curvax.optim._refresh import Interval, growing_interval, refresh_if
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
 from curvax.optim._sophia import SophiaInfo, scale_by_sophia, sophia_g, sophia_h
 
@@ -48,6 +49,7 @@ __all__ = [
     "EstimatingState",
     "GradientRegularizedInfo",
     "GradientRegularizedState",
+    "Interval",
     "KlClipState",
     "KronInfo",
     "LazyNewtonInfo",
@@ -74,7 +76,9 @@ __all__ = [
     "flax_axes",
     "gauss_newton",
     "gradient_regularized_newton",
+    "growing_interval",
     "kfac",
+    "kfac_auto",
     "kl_clip",
     "lazy_newton",
     "levenberg_marquardt",

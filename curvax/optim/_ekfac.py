@@ -22,13 +22,13 @@ from curvax.kron import (
     moving_average,
 )
 from curvax.kron._factors import init_factors
-from curvax.kron._gradient_pairs import block_moments
-from curvax.kron._moments import EigenFactors, carried_moments, decompose
+from curvax.kron._moments import EigenFactors, carried_moments, decompose, moments_in
 from curvax.kron._operator import KronOperator, eigen_spectrum, kron_operator
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
 from curvax.optim._kronecker import BlockStates, KronRule, Refreshed, scale_by_kron
+from curvax.optim._refresh import Interval, growing_interval
 
 
 class EigenBlockState(NamedTuple):
@@ -46,7 +46,7 @@ class EigenBlockState(NamedTuple):
 def scale_by_ekfac(
     layout: Layout,
     damping: optax.ScalarOrSchedule = 1e-3,
-    inverse_every: int | Int[Array, ""] = 1,
+    inverse_every: Interval = 1,
     decay: float | Float[Array, ""] = 0.95,
     stagger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -114,8 +114,8 @@ def ekfac(
     objective: Objective,
     layout: Layout,
     damping: optax.ScalarOrSchedule = 1e-3,
-    curvature_every: int | Int[Array, ""] = 1,
-    inverse_every: int | Int[Array, ""] = 1,
+    curvature_every: Interval = 1,
+    inverse_every: Interval = 1,
     momentum: float | Float[Array, ""] = 0.9,
     max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
@@ -132,8 +132,10 @@ def ekfac(
       objective: the `curvax.Objective` that is minimized; its model must not mix examples.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       damping: a number or a schedule, in units of an eigenvalue of the curvature.
-      curvature_every: number of steps between estimates of factors and moments; step 0 estimates.
-      inverse_every: number of steps between eigendecompositions; step 0 decomposes.
+      curvature_every: number of steps between estimates of factors and moments. They begin with
+        one in each step and get rarer, see `curvax.optim.growing_interval`; a schedule is used as
+        it is.
+      inverse_every: number of steps between eigendecompositions, likewise.
       momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the
         buffer.
       max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see
@@ -176,8 +178,8 @@ def ekfac(
     """
     # Moments need the gradients of single examples, so this curvature keeps inputs and cotangents.
     estimator = kron.estimator(objective, layout, kron.eigen_curvature, fisher=fisher)
-    rule = scale_by_ekfac(layout, damping, inverse_every)
-    estimated = estimating(rule, estimator, curvature_every, seed)
+    rule = scale_by_ekfac(layout, damping, growing_interval(inverse_every))
+    estimated = estimating(rule, estimator, growing_interval(curvature_every), seed)
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
 
 
@@ -193,10 +195,7 @@ def _average_moments(
     for block in layout.blocks:
         basis, moments = block_state[block.name]
         # George et al. (2018), algorithm 1: M_new = sum_b (Q_A' D_b Q_G)^2, with D_b = a_b g_b'.
-        inputs, g = curvature.inputs[block.name], curvature.cotangents[block.name]
-        # Where the pairs of cotangents are not symmetric: (Q_A' D_b Q_G) * (Q_A' E_b Q_G).
-        h = None if curvature.paired is None else curvature.paired[block.name]
-        of_batch = block_moments(block, basis, inputs, g, h)
+        of_batch = moments_in(block, basis, curvature)
         # Sum and weight decay alike and M is their ratio, which makes it free of bias.
         new = WeightedMean(curvature.terms * of_batch, curvature.terms)
         averages[block.name] = EigenBlockState(basis, moving_average(moments, new, decay))

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree, UInt32
+from jaxtyping import Array, PyTree, UInt32
 
 from curvax._checks import check_function, check_integer, check_no_masked, check_params
 from curvax._types import Batch, Count, Params, PRNGKey
-from curvax.optim._refresh import refresh_if
-from curvax.optim._rule import transformation, zero_count
+from curvax.optim._refresh import Interval, check_interval, refresh_if
+from curvax.optim._rule import resolve_schedule, transformation, zero_count
 
 Estimator: TypeAlias = Callable[[Params, Batch, PRNGKey], PyTree[Array]]
 """`(params, batch, key) -> curvature`, what the wrapped rule takes as `curvature=`."""
@@ -36,7 +36,7 @@ class EstimatingState(NamedTuple):
 def estimating(
     inner: optax.GradientTransformation,
     estimator: Estimator,
-    curvature_every: int | Int[Array, ""] = 1,
+    curvature_every: Interval = 1,
     seed: int | UInt32[Array, ""] = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Estimate curvature from `batch=` at intervals, and hand it to `inner` as `curvature=`.
@@ -49,7 +49,8 @@ def estimating(
         `optax.partition` and `optax.masked` forward it to the groups, each of which selects its
         leaves.
       estimator: the function `(params, batch, key) -> curvature`.
-      curvature_every: number of steps between refreshes; 1 refreshes unconditionally.
+      curvature_every: number of steps between refreshes; 1 refreshes unconditionally. A schedule
+        (`curvax.optim.growing_interval`) refreshes in the steps that its value divides.
       seed: the seed of the estimator's randomness; it may be traced, so that each member of a
         `vmap` has another one.
 
@@ -92,7 +93,7 @@ def estimating(
       >>> grads, curvature = jax.tree.map(lambda x: x.mean(0), each)
       >>> updates, state = tx.update(grads, state, params, curvature=curvature)
     """
-    check_integer(1, 2**31 - 1, curvature_every=curvature_every)
+    check_interval(curvature_every=curvature_every)
     check_integer(0, 2**32 - 1, seed=seed)
     example = (
         "lambda params, batch, key: curvax.gauss_newton_bartlett(objective, params, batch, key)"
@@ -140,7 +141,8 @@ def estimating(
             # branch could not.
             updates, inner_state = refresh(updates, state.inner_state)
         else:
-            is_due = state.count % curvature_every == 0
+            interval = resolve_schedule(curvature_every, state.count)
+            is_due = state.count % interval == 0
             updates, inner_state = refresh_if(is_due, refresh, keep, updates, state.inner_state)
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, EstimatingState(state.seed, count, inner_state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,14 +40,24 @@ def on_fraction(estimator: Estimator, fraction: float) -> Estimator:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
 
     def estimator_of_fraction(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
-        size = batch_size(batch)
-        number = max(1, round(fraction * size))
-        # A strided slice where the distance is an integer: that keeps a sharded batch sharded, a
-        # gather does not.
-        rows: Any = np.arange(number) * size // number
-        if size % number == 0:
-            rows = slice(None, None, size // number)
-        selected: Batch = map_rows(lambda x: x[rows], batch)
-        return estimator(params, selected, key)
+        return estimator(params, _fraction_of(batch, fraction), key)
 
     return estimator_of_fraction
+
+
+def _fraction_of(batch: Any, fraction: float) -> Any:
+    """Select that fraction of the rows of a batch, or of each part's."""
+    # Of an objective with several parts: a dict of batches, None for a penalty.
+    if isinstance(batch, Mapping):
+        return {
+            name: None if rows is None else _fraction_of(rows, fraction)
+            for name, rows in batch.items()
+        }
+    size = batch_size(batch)
+    number = max(1, round(fraction * size))
+    # A strided slice where the distance is an integer: that keeps a sharded batch sharded, a gather
+    # does not.
+    rows: Any = np.arange(number) * size // number
+    if size % number == 0:
+        rows = slice(None, None, size // number)
+    return map_rows(lambda x: x[rows], batch)

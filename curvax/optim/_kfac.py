@@ -24,12 +24,13 @@ from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
 from curvax.optim._kronecker import BlockStates, KronRule, Refreshed, scale_by_kron
+from curvax.optim._refresh import Interval, growing_interval
 
 
 def scale_by_kfac(
     layout: Layout,
     damping: optax.ScalarOrSchedule = 1e-3,
-    inverse_every: int | Int[Array, ""] = 1,
+    inverse_every: Interval = 1,
     decay: float | Float[Array, ""] = 0.95,
     damping_scheme: str = "factored",
     stagger: bool = False,
@@ -110,8 +111,8 @@ def kfac(
     objective: Objective,
     layout: Layout,
     damping: optax.ScalarOrSchedule = 1e-3,
-    curvature_every: int | Int[Array, ""] = 1,
-    inverse_every: int | Int[Array, ""] = 1,
+    curvature_every: Interval = 1,
+    inverse_every: Interval = 1,
     momentum: float | Float[Array, ""] = 0.9,
     max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
@@ -127,8 +128,9 @@ def kfac(
       objective: the `curvax.Objective` that is minimized.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       damping: a number or a schedule, in units of an eigenvalue of the curvature.
-      curvature_every: number of steps between estimates of factors; step 0 estimates.
-      inverse_every: number of steps between inversions; step 0 inverts.
+      curvature_every: number of steps between estimates of factors. They begin with one in each
+        step and get rarer, see `curvax.optim.growing_interval`; a schedule is used as it is.
+      inverse_every: number of steps between inversions, likewise.
       momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the
         buffer.
       max_kl: limit of the symmetric Kullback-Leibler divergence of a step before momentum, see
@@ -185,9 +187,9 @@ def kfac(
     """
     # Martens and Grosse (2015), section 5: by default targets are sampled from the model, for with
     # those of the data the factors are those of the empirical Fisher matrix.
-    rule = scale_by_kfac(layout, damping, inverse_every)
+    rule = scale_by_kfac(layout, damping, growing_interval(inverse_every))
     estimator = kron.estimator(objective, layout, fisher=fisher)
-    estimated = estimating(rule, estimator, curvature_every, seed)
+    estimated = estimating(rule, estimator, growing_interval(curvature_every), seed)
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
 
 

@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import check_count, check_decay, check_integer, check_precision
+from curvax._checks import check_count, check_decay, check_precision
 from curvax._trees import all_finite
 from curvax._types import Count, Params, Scalar
 from curvax.kron._factors import Factors, init_factors, moving_average
 from curvax.kron._layout import Block, Layout, check_layout, present
 from curvax.kron._operator import BlockSpectrum, KronOperator, apply
-from curvax.optim._refresh import refresh_if
+from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._rule import (
     StepContext,
     StepResult,
     curvature_rule,
     keep_changed,
+    resolve_schedule,
     zero_count,
     zero_number,
 )
@@ -112,17 +113,17 @@ def scale_by_kron(
     layout: Layout,
     method: KronRule,
     damping: optax.ScalarOrSchedule,
-    inverse_every: int | Int[Array, ""],
+    inverse_every: Interval,
     decay: float | Array,
     stagger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Build a rule from a `KronRule`; the arguments are those of `scale_by_kfac`."""
     check_precision(decay=decay)
     check_decay(decay=decay)
-    check_integer(1, 2**31 - 1, inverse_every=inverse_every)
+    check_interval(inverse_every=inverse_every)
     if stagger:
         # Blocks get their turns at trace time, so the period has to be known there.
-        check_count(1, inverse_every=inverse_every)
+        check_count(1, inverse_every=inverse_every)  # raises for a schedule
 
     def init(params: Params) -> ScaleByKronState:
         check_layout(layout, params)
@@ -194,7 +195,8 @@ def scale_by_kron(
         if isinstance(inverse_every, int) and inverse_every == 1:  # nothing is conditional
             state = _refresh(method, unmasked, None, is_finite, state, damping)
             return state._replace(inverse_age=jnp.where(is_finite, 0, state.inverse_age))
-        is_due = is_ready & (is_first | (state.inverse_age >= inverse_every))
+        interval = resolve_schedule(inverse_every, state.count)
+        is_due = is_ready & (is_first | (state.inverse_age >= interval))
         state = _refresh(method, unmasked, is_due, is_finite, state, damping)
         return state._replace(inverse_age=jnp.where(is_due, 0, state.inverse_age))
 
@@ -262,7 +264,7 @@ def _refresh(
         for name, old in records.items():
             # The one selection of these arrays: a failure and a gradient that is not finite
             # together.
-            is_good = all_finite(fresh[name])
+            is_good = _is_finite(spectra[name])
             new = fresh[name], _info_of_block(spectra[name], old.info)
             block_state, info = keep_changed(is_usable & is_good, new, (old.block_state, old.info))
             num_failures = old.num_failures + (is_usable & ~is_good)
@@ -282,6 +284,14 @@ def _refresh(
         num_failures[name] = record.num_failures
     info = state.info._replace(blocks=blocks, num_failures=num_failures)
     return state._replace(block_state=block_state, info=info)
+
+
+def _is_finite(spectrum: BlockSpectrum) -> Bool[Array, ""]:
+    """Tell whether an inverse or eigenbasis is finite, by what is known of its spectrum."""
+    # A factorization that fails is NaN throughout, and so are its eigenvalues. Of an inverse X the
+    # entries are at most its largest diagonal entry, |X_ij|^2 <= X_ii X_jj, from which the power
+    # iteration for the smallest eigenvalue starts.
+    return all_finite((spectrum.largest, spectrum.smallest))
 
 
 def _keep_records(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from curvax._shared import unwrap
 from curvax._trees import all_finite, inner_product, keep_unless
 from curvax._types import Batch, Params, Scalar, at_least_float32
-from curvax.objective import Objective
+from curvax.objective import Objective, Part, of_parts, penalty_diagonal
 from curvax.optim._rule import transformation, zero_number
 from curvax.products._linear import linearize
 
@@ -146,6 +146,8 @@ def quadratic_form(
     objective: Objective, params: Params, batch: Batch, vectors: Sequence[Params]
 ) -> Float[Array, "k k"]:
     """Return `v_i' F v_j` with F the Gauss-Newton matrix, by a Jacobian product for each vector."""
+    if objective.parts:
+        return _form_of_parts(objective, params, batch, vectors)
     inputs, targets = batch
     outputs, jacobian = linearize(
         lambda p: objective.outputs(p, inputs), params, "Use a fixed learning rate."
@@ -159,6 +161,23 @@ def quadratic_form(
         pushed.append(in_outputs)
         curved.append(objective.loss.curvature_product(outputs, unwrap(targets), in_outputs))
     return _gram(pushed, curved)
+
+
+def _form_of_parts(
+    objective: Objective, params: Params, batch: Batch, vectors: Sequence[Params]
+) -> Float[Array, "k k"]:
+    """Return `v_i' F v_j` of several parts, `F = sum_p w_p F_p` and the diagonals of penalties."""
+
+    def of_part(part: Part, params: Params, rows: Batch) -> Float[Array, "k k"]:
+        return quadratic_form(part.objective, params, rows, vectors)
+
+    terms = [part.weight * form for part, form in of_parts(of_part, objective, params, batch)]
+    diagonal = penalty_diagonal(objective, params)
+    if diagonal is not None:
+        # v' diag(h) w = v . (h w)
+        curved = [jax.tree.map(jnp.multiply, diagonal, vector) for vector in vectors]
+        terms.append(_gram(vectors, curved))
+    return jnp.asarray(sum(terms))
 
 
 def _gram(rows: Sequence[PyTree], columns: Sequence[PyTree]) -> Float[Array, "k k"]:

@@ -25,7 +25,7 @@ from curvax.losses._terms import (
     outer_products_by_term,
 )
 from curvax.objective import Objective
-from curvax.products._linear import linearize, over_batch
+from curvax.products._linear import linearize, over_batch, product_of_parts
 
 OutputMatvec: TypeAlias = Callable[[Outputs], Outputs]
 OutputCurvature: TypeAlias = Callable[[Loss, Outputs, Targets, Array], OutputMatvec]
@@ -80,6 +80,9 @@ def ggnvp(
       descent; Martens (2020), New insights and perspectives on the natural gradient method,
       section 8, https://arxiv.org/abs/1412.1193.
     """
+    if objective.parts:
+        of_part = partial(ggnvp, microbatch=microbatch)
+        return product_of_parts(of_part, objective, params, batch)
 
     # M = S
     def curvature(
@@ -153,6 +156,9 @@ def fishervp(
       section 5, https://arxiv.org/abs/1412.1193.
     """
     check_count(1, num_samples=num_samples)
+    if objective.parts:
+        of_part = partial(fishervp, num_samples=num_samples, microbatch=microbatch)
+        return product_of_parts(of_part, objective, params, batch, key)
 
     # M = 1/K sum_k blockdiag_n(r_nk r_nk')
     def curvature(
@@ -233,6 +239,9 @@ def empirical_fishervp(
       approximation for natural gradient descent, https://arxiv.org/abs/1905.12558.
     """
     check_choice("by", by, GROUPS)
+    if objective.parts:
+        of_part = partial(empirical_fishervp, microbatch=microbatch, by=by)
+        return product_of_parts(of_part, objective, params, batch)
 
     # With e_b = grad_{f_b} L, row b of the gradient of the mean loss, g_b = N J_b' e_b, so
     # 1/N sum_b g_b g_b' = N sum_b J_b' e_b e_b' J_b: M = blockdiag_b(r_b r_b'), r_b = sqrt(N) e_b.

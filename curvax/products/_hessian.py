@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array
 from curvax._checks import check_params, check_scalar, look_up
 from curvax._types import Batch, Matvec, Params, Scalar
 from curvax.objective import Objective
-from curvax.products._linear import linearize, on_params, over_batch
+from curvax.products._linear import linearize, on_params, over_batch, product_of_parts
 
 
 def hvp(
@@ -79,6 +80,9 @@ def hvp(
             "how many terms the mean of a chunk is over. Wrap the model and loss: "
             "curvax.hvp(curvax.Objective(model, loss), params, batch)."
         )
+    if fun.parts:
+        of_part = partial(hvp, mode=mode, microbatch=microbatch)
+        return product_of_parts(of_part, fun, params, args[0])
 
     # H = sum_c H_c, with H_c the Hessian of the share of chunk c in the mean.
     def build(

@@ -14,8 +14,15 @@ from jaxtyping import Array, PyTree
 from curvax._batch import check_batch, sum_over_chunks, with_index
 from curvax._checks import check_count, check_like, check_params
 from curvax._jaxpr import primitives, replacing
-from curvax._types import Batch, Matvec, Params
-from curvax.objective import Objective, scaled_to_share, total_terms
+from curvax._types import Batch, Matvec, Params, PRNGKey, at_least_float32
+from curvax.objective import (
+    Objective,
+    Part,
+    of_parts,
+    penalty_diagonal,
+    scaled_to_share,
+    total_terms,
+)
 
 T = TypeVar("T")
 
@@ -95,6 +102,48 @@ def over_batch(
 
     # Arrays go in as operands of the `Partial`, not by closure: it is a pytree.
     return on_params(Partial(apply, params, rows, totals), params)
+
+
+def product_of_parts(
+    matvec_of: Callable[..., Matvec],
+    objective: Objective,
+    params: Params,
+    batch: Any,
+    key: PRNGKey | None = None,
+) -> Matvec:
+    """Build the product with the curvature of several parts, `v -> sum_p w_p C_p v`.
+
+    Args:
+      matvec_of: `(objective, params, batch[, key]) -> matvec`, called for every part.
+      objective: the result of `curvax.total`.
+      params: pytree of float arrays.
+      batch: the batches by part.
+      key: JAX key, from which each part gets one, where `matvec_of` takes one.
+    """
+
+    def of_part(part: Part, *args: Any) -> Matvec:
+        return matvec_of(part.objective, *args)
+
+    terms = []
+    for part, matvec in of_parts(of_part, objective, params, batch, key):
+        terms.append((part.weight, matvec))
+    # Weights and matvecs are operands of the `Partial`, not in a closure: it is a pytree.
+    return on_params(Partial(_weighted_sum, terms, penalty_diagonal(objective, params)), params)
+
+
+def _weighted_sum(
+    terms: list[tuple[Any, Matvec]],
+    diagonal: PyTree[Array] | None,
+    v: Params,
+) -> Params:
+    """Return `sum_p w_p C_p v`, and h v for the diagonal h of penalties, if there are any."""
+    products = []
+    for weight, matvec in terms:
+        products.append(jax.tree.map(lambda x, w=weight: w * at_least_float32(x), matvec(v)))
+    if diagonal is not None:
+        products.append(jax.tree.map(lambda h, x: h * at_least_float32(x), diagonal, v))
+    # The sum is rounded once, to the dtypes of v.
+    return jax.tree.map(lambda x, *y: sum(y).astype(x.dtype), v, *products)
 
 
 def linearize(

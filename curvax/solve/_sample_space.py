@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from curvax._batch import check_batch
 from curvax._checks import check_choice, check_params
 from curvax._shared import unwrap
 from curvax._trees import by_path, dimension
 from curvax._types import Batch, Outputs, Params, Targets, at_least_float32
 from curvax._xla import with_auto_sharding
-from curvax.capture import UseCotangents, find_kernels, gram, plan, record, uncovered
+from curvax.capture import (
+    Capture,
+    Kernel,
+    UseCotangents,
+    find_kernels,
+    gram,
+    joined_captures,
+    plan,
+    record,
+    uncovered,
+    uses_in_part,
+)
 from curvax.losses import Loss
 from curvax.losses._linear import check_curved
-from curvax.objective import Objective
+from curvax.objective import Objective, Part, checked_inputs, of_parts
 from curvax.products import ggnvp, to_dense
 from curvax.products._linear import linearize
 from curvax.solve._direct import Dense, Formed, SampleSpace
@@ -45,7 +58,8 @@ def sample_space(
     fewer outputs n than there are parameters d, `U'U` is formed, and `(F + damping I)^-1` is
     applied through it; else F itself. No Jacobian is formed: `U'U` is the sum over layers of
     products of inner products of the layers' inputs and output-gradients. Negative curvature (of a
-    user's loss) counts as none in sample space.
+    user's loss) counts as none in sample space. Of a `curvax.total` the columns of U are those of
+    all parts, `sqrt(w_p) U_p`.
 
     Args:
       objective: the `curvax.Objective` whose curvature is formed.
@@ -82,18 +96,77 @@ def sample_space(
     """
     check_choice("space", space, SPACES)
     check_params(params)
-    check_batch(batch)
-    shapes = jax.tree.leaves(jax.eval_shape(lambda: objective.outputs(params, batch[0])))
+    inputs = checked_inputs(objective, batch)
+    shapes = jax.tree.leaves(jax.eval_shape(lambda: objective.outputs(params, inputs)))
     num_rows = sum(math.prod(shape.shape) for shape in shapes)
-    in_params = space == "auto" and num_rows > dimension(params)
+    # A penalty on params has as many rows as there are parameters.
+    penalties = [part.name for part in objective.parts if part.objective.is_penalty]
+    in_params = space == "auto" and (num_rows > dimension(params) or penalties)
     if space == "params" or in_params:
         matrix = to_dense(ggnvp(objective, params, batch), params, chunk_size=8)
         return Dense(at_least_float32(matrix))
+    if penalties:
+        raise ValueError(
+            f"in sample space the penalty {penalties[0]!r} would be as many rows as there are "
+            'parameters. Use space="params"; or leave it out and add its weight to the damping, '
+            "which is the same for weight decay."
+        )
     return _in_sample_space(objective, params, batch)
 
 
-def _in_sample_space(objective: Objective, params: Params, batch: Batch) -> SampleSpace:
-    """Form `U'U`, and the two maps `v -> U'v` and `q -> J'R q` between the spaces."""
+def _in_sample_space(objective: Objective, params: Params, batch: Any) -> SampleSpace:
+    """Form `U'U`, and the two maps `v -> U'v` and `q -> U q` between the spaces."""
+    if objective.parts:
+
+        def of_part(part: Part, params: Params, rows: Batch) -> _Rows:
+            if part.objective.loss.couples_examples:
+                raise ValueError(
+                    f"the loss of the part {part.name!r} compares examples with each other, so "
+                    'that its curvature has no root by example. Use space="params".'
+                )
+            return _rows(part.objective, params, rows, part.weight)
+
+        # F = sum_p w_p U_p U_p': the columns of U are those of all sqrt(w_p) U_p.
+        spaces = [rows for _, rows in of_parts(of_part, objective, params, batch)]
+    else:
+        spaces = [_rows(objective, params, batch, 1.0)]
+
+    def gram_of_rows(
+        params: Params,
+        batch: Any,
+        roots: list[Array],
+    ) -> Float[Array, "n n"]:
+        return _gram_of_rows(objective, params, batch, roots)
+
+    matrix = with_auto_sharding(gram_of_rows, params, batch, [rows.roots for rows in spaces])
+    pushes = [rows.push for rows in spaces]
+    pulls = [(rows.pull, rows.gradient.size) for rows in spaces]
+    gradient = jnp.concatenate([rows.gradient for rows in spaces])
+    space = SampleSpace(matrix, Partial(_push_all, pushes), _pull_all(pulls), gradient)
+    if not objective.parts and objective.loss.couples_examples:
+        inputs, targets = batch
+        return _coupled(objective.loss, objective.outputs(params, inputs), targets, space)
+    return space
+
+
+class _Rows(NamedTuple):
+    """The rows `U' = R'J` of one batch.
+
+    Attributes:
+      roots: R by example, `[b, c, k]`.
+      push: `v -> U'v`.
+      pull: `q -> U q`.
+      gradient: q with `U q` the gradient.
+    """
+
+    roots: Float[Array, "b c k"]
+    push: Partial
+    pull: Partial
+    gradient: Float[Array, " n"]
+
+
+def _rows(objective: Objective, params: Params, batch: Batch, weight: Any) -> _Rows:
+    """Return the rows of a batch, of the loss times a weight."""
     inputs, targets = batch
 
     def outputs_at(p: Params) -> Outputs:
@@ -101,32 +174,42 @@ def _in_sample_space(objective: Objective, params: Params, batch: Batch) -> Samp
 
     # J once for both maps; U'U is formed without it.
     outputs, jacobian = linearize(outputs_at, params, "Use curvax.gauss_newton_bartlett.")
-    couples_examples = objective.loss.couples_examples
-    roots_of = _identities if couples_examples else _roots
-    roots, gradient = roots_of(objective.loss, outputs, targets)
-
-    def gram_of_rows(
-        params: Params,
-        batch: Batch,
-        roots: Array,
-    ) -> Float[Array, "n n"]:
-        return _gram_of_rows(objective, params, batch, roots)
-
-    matrix = with_auto_sharding(gram_of_rows, params, batch, roots)
+    roots_of = _identities if objective.loss.couples_examples else _roots
+    # R R' = w S, and of w times the gradient R^-1 has the root of w too.
+    roots, gradient = jax.tree.map(
+        partial(jnp.multiply, jnp.sqrt(weight)), roots_of(objective.loss, outputs, targets)
+    )
     push = Partial(_push, jacobian, roots, params)
     pull = Partial(_pull, jacobian, roots, params, outputs)
-    of_rows = SampleSpace(matrix, push, pull, gradient)
-    return _coupled(objective.loss, outputs, targets, of_rows) if couples_examples else of_rows
+    return _Rows(roots, push, pull, gradient)
+
+
+def _push_all(pushes: Sequence[Partial], v: Params) -> Float[Array, " n"]:
+    """Return `U'v` of the rows of all batches, one after the other."""
+    return jnp.concatenate([push(v) for push in pushes])
+
+
+def _pull_all(pulls: Sequence[tuple[Partial, int]]) -> Partial:
+    """Return `q -> U q` for the rows of all batches."""
+    ends = np.cumsum([size for _, size in pulls])[:-1].tolist()
+
+    def pull(functions: Sequence[Partial], q: Float[Array, " n"]) -> Params:
+        # U q = sum_p U_p q_p
+        pulled = [fn(part) for fn, part in zip(functions, jnp.split(q, ends), strict=True)]
+        return jax.tree.map(lambda *x: sum(x), *pulled)
+
+    return Partial(pull, [fn for fn, _ in pulls])
 
 
 def _gram_of_rows(
     objective: Objective,
     params: Params,
-    batch: Batch,
-    roots: Float[Array, "b c k"],
+    batch: Any,
+    roots: Sequence[Float[Array, "b c k"]],
 ) -> Float[Array, "n n"]:
-    """Return `U'U`, the inner products of all rows `J_b' R_b e_k`."""
-    kernels, _ = find_kernels(objective, params, batch[0])
+    """Return `U'U`, the inner products of all rows `J_b' R_b e_k`, of one batch or of all parts."""
+    inputs = checked_inputs(objective, batch)
+    kernels, _ = find_kernels(objective, params, inputs)
     # Kernels need names only to find their arrays again.
     named = {str(number): kernel for number, kernel in enumerate(kernels)}
     views = [view for kernel in kernels for view in kernel.views]
@@ -136,16 +219,54 @@ def _gram_of_rows(
         # Leaves that kernels cover wholly need no gradient beside theirs.
         if mask.any():
             masks[path] = mask
+    if not objective.parts:
+        capture, cotangents = _captured(objective, params, inputs, named, masks, roots[0])
+        return gram(named, masks, capture, cotangents)
+
+    captures = []
+    for part, of_part in zip(objective.parts, roots, strict=True):
+        name, _, member = part
+        kinds = uses_in_part(member, params, inputs[name], list(kernels))
+        used = {}
+        for number, uses in enumerate(kinds):
+            if uses:
+                used[str(number)] = dataclasses.replace(named[str(number)], uses=uses)
+        captures.append(_captured(member, params, inputs[name], used, masks, of_part))
+    capture, cotangents = joined_captures(captures, list(named))
+    # Of the padded rows [k, b] those that are there, part by part.
+    chosen = _row_numbers([of_part.shape for of_part in roots])
+    return gram(named, masks, capture, cotangents)[chosen[:, None], chosen]
+
+
+def _captured(
+    objective: Objective,
+    params: Params,
+    inputs: Any,
+    kernels: Mapping[str, Kernel],
+    leaves: Iterable[str],
+    roots: Float[Array, "b c k"],
+) -> tuple[Capture, UseCotangents]:
+    """Capture a batch by example, and pull back the columns of R."""
     # By example: the rows of J of two examples must not be summed.
-    planned = plan(objective, params, batch[0], named, masks, per_example=True)
-    capture = record(planned, params, batch[0])
+    planned = plan(objective, params, inputs, kernels, leaves, per_example=True)
+    capture = record(planned, params, inputs)
 
     def pull_column(column: Float[Array, "b c"]) -> UseCotangents:
         return capture.pull(_unflatten(column, capture.outputs))
 
     # The k-th cotangent of every example: [k, b, c].
-    cotangents = jax.vmap(pull_column)(jnp.moveaxis(roots, -1, 0))
-    return gram(named, masks, capture, cotangents)
+    return capture, jax.vmap(pull_column)(jnp.moveaxis(roots, -1, 0))
+
+
+def _row_numbers(shapes: Sequence[tuple[int, ...]]) -> Int[np.ndarray, " n"]:
+    """Return the numbers that the rows of all parts have among the padded rows `[k, b]`."""
+    num_examples = sum(shape[0] for shape in shapes)
+    numbers, first = [], 0
+    for b, _, k in shapes:
+        examples = first + np.arange(b)
+        numbers.append(num_examples * np.arange(k)[:, None] + examples)
+        first += b
+    return np.concatenate([of_part.ravel() for of_part in numbers])
 
 
 def _roots(

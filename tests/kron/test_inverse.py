@@ -88,12 +88,9 @@ def full(side, structure):
 def dense_sides(block, factors):
     """A and G of a block; those of the transposed use are balanced with the others, and added."""
     a, g = full(mean(factors.a), block.a_structure), full(mean(factors.g), block.g_structure)
-    if factors.transposed is None:
+    if factors.second is None:
         return a, g
-    c, d = (
-        full(mean(x), side)
-        for x, side in zip(factors.transposed, (block.g_structure, block.a_structure), strict=True)
-    )
+    d, c = (full(mean(x), side) for x, side in zip(factors.second, block.structures, strict=True))
     tr = lambda x: np.trace(x, axis1=1, axis2=2)[:, None, None]
     left = a * np.sqrt(tr(g) / tr(a)) + d * np.sqrt(tr(c) / tr(d))
     right = g * np.sqrt(tr(a) / tr(g)) + c * np.sqrt(tr(d) / tr(c))
@@ -265,9 +262,7 @@ def test_sides_of_a_tied_block_add_up_after_balancing():
     factors = drawn_factors(layout, params).blocks[block.name]
     tr = lambda x: np.trace(x, axis1=1, axis2=2)
     left, right = (x.matrix for x in combined_factors(block.structures, factors))
-    (a, g), (c, d) = (
-        tuple(map(mean, pair)) for pair in ((factors.a, factors.g), factors.transposed)
-    )
+    (a, g), (d, c) = (tuple(map(mean, pair)) for pair in ((factors.a, factors.g), factors.second))
     np.testing.assert_allclose(tr(left) * tr(right), tr(a) * tr(g) + tr(c) * tr(d), rtol=1e-12)
     for got, want in zip((left, right), dense_sides(block, factors), strict=True):
         close(got, want, 1e-12)
@@ -277,7 +272,7 @@ def test_sides_of_a_tied_block_add_up_after_balancing():
     for got, want in zip(combined_factors(block.structures, split), (left, right), strict=True):
         close(got.matrix, want, 1e-12)
     # where one of the uses has no curvature, the other's is all there is
-    alone = factors._replace(transposed=tuple(scale(factor, 0.0) for factor in factors.transposed))
+    alone = factors._replace(second=tuple(scale(factor, 0.0) for factor in factors.second))
     left, right = (x.matrix for x in combined_factors(block.structures, alone))
     close(np.kron(left[0], right[0]), np.kron(a[0], g[0]), 1e-12)
 

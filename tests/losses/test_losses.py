@@ -1,11 +1,13 @@
 """Losses: values and curvature against formulas and autodiff, the law of pseudo-gradients."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import curvax
 from curvax import losses
@@ -528,3 +530,76 @@ def test_factors_of_what_compares_examples(name):
     np.testing.assert_allclose(exact, want, atol=1e-12)
     sem = draws.std(axis=0) / len(draws) ** 0.5
     assert np.abs((draws.mean(axis=0) - want) / sem).max() < 4.5
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", ["contrastive", "variance"])
+def test_what_compares_examples_does_so_across_eight_devices(name, axis_type):
+    """Factors and products of a batch that lies on eight devices are those of the whole batch."""
+    loss = losses.variance() if name == "variance" else losses.contrastive(0.7)
+    model = (lambda w, x: (x @ w, x)) if name == "contrastive" else (lambda w, x: x @ w)
+    objective, w = curvax.Objective(model, loss), jax.random.normal(key(1), (3, 3))
+    x = jax.random.normal(key(2), (8, 3))
+    layout = curvax.kron_layout(objective, w, (x, None))
+
+    @jax.jit
+    def compute(w, x):
+        problem = objective, layout, w, (x, None), key(0)
+        factors = [curvax.kron_factors(*problem, fisher=fisher) for fisher in ("mc", "exact")]
+        return factors, curvax.ggnvp(objective, w, (x, None))(w)
+
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        got = compute(w, jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch"))))
+    want = compute(w, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_an_elbo_in_chunks_by_example_and_of_an_ensemble_is_that_of_the_whole():
+    """No targets for the divergence: `None`, beside those of the reconstruction."""
+    elbo = losses.weighted_sum(
+        {"reconstruction": (1.0, losses.sigmoid_cross_entropy()), "kl": (0.5, losses.gaussian_kl())}
+    )
+
+    def model(p, x):
+        mean, log_variance = x @ p["mean"], x @ p["log_variance"]
+        code = mean + jnp.exp(log_variance / 2) * jnp.sin(3 * mean)
+        return {"reconstruction": code @ p["decoder"], "kl": (mean, log_variance)}
+
+    objective = curvax.Objective(model, elbo)
+    x = jax.random.normal(key(0), (5, 3))
+    batch = (x, {"reconstruction": jax.nn.sigmoid(x), "kl": None})
+    members = {
+        "mean": 0.3 * jax.random.normal(key(1), (2, 3, 2)),
+        "log_variance": 0.3 * jax.random.normal(key(2), (2, 3, 2)),
+        "decoder": jax.random.normal(key(3), (2, 2, 3)),
+    }
+    layout = curvax.kron_layout(objective, jax.tree.map(lambda p: p[0], members), batch)
+
+    def every_way(params, microbatch):
+        problem = objective, params, batch
+        kron = objective, layout, params, batch, key(0)
+        gradient = jax.grad(objective)(params, batch)
+        rows = curvax.per_example_grads(*problem, microbatch=microbatch)
+        return {
+            "gradient": gradient,
+            "mean": jax.tree.map(lambda g: g.mean(axis=0), rows),
+            "ggnvp": curvax.ggnvp(*problem, microbatch=microbatch)(gradient),
+            "empirical": curvax.empirical_fishervp(*problem, microbatch=microbatch)(gradient),
+            "exact": curvax.kron_factors(*kron, fisher="exact", microbatch=microbatch),
+            "g": curvax.kron_factors(*kron, fisher="empirical", microbatch=microbatch),
+        }
+
+    @jax.jit
+    def compute(members):
+        whole = jax.vmap(lambda params: every_way(params, None))(members)
+        return whole, jax.lax.map(lambda params: every_way(params, 2), members)
+
+    whole, chunked = compute(members)
+    chex.assert_trees_all_close(chunked, whole, atol=1e-12)
+    chex.assert_trees_all_close(whole["mean"], whole["gradient"], atol=1e-12)
+    masked, mask = losses.masked(losses.gaussian_kl()), jnp.array([1.0, 1, 0, 0, 1])
+    f = model(jax.tree.map(lambda p: p[0], members), x)["kl"]
+    at_mask = jax.tree.map(lambda x: x[mask > 0], f)
+    np.testing.assert_allclose(masked(f, (None, mask)), losses.gaussian_kl()(at_mask, None))

@@ -177,3 +177,47 @@ def test_errors():
         direct(Dense(jnp.eye(2)), jnp.ones(3), damping=1.0)
     with pytest.raises(ValueError, match="damping must be positive"):
         direct(SampleSpace(jnp.eye(2), None, None, jnp.ones(2)), case.params, damping=0.0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rows_of_several_parts_stand_side_by_side():
+    """Parts with one output and with three, of other numbers of examples."""
+    shared = cases.mlp()
+    first = shared.objective
+    last = curvax.Objective(
+        lambda p, x: first.outputs(p, x)[:, :1] ** 2, curvax.losses.squared_error()
+    )
+    weights = {"first": 0.5, "last": 3.0}
+    objective = curvax.total({"first": first, "last": last}, weights)
+    x = jax.random.normal(jax.random.key(8), (2, 3))
+    batch = {"first": jax.tree.map(lambda x: x[:4], shared.batch), "last": (x, jnp.ones((2, 1)))}
+    space, rows = space_and_rows(objective, shared.params, batch)
+    matrix = 0.0
+    for name, part in (("first", first), ("last", last)):
+        matrix += weights[name] * oracle.ggn(cases.Case(part, shared.params, batch[name]))
+    assert space.gram.shape == (14, 14)
+    np.testing.assert_allclose(space.gram, rows @ rows.T, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(rows.T @ rows, matrix, rtol=1e-10, atol=1e-12)
+    gradient = jax.jit(jax.grad(objective))(shared.params, batch)
+    pulled = oracle.flat(space.pull(space.gradient))
+    np.testing.assert_allclose(pulled, oracle.flat(gradient), rtol=1e-8, atol=1e-10)
+    pushed = rows @ oracle.flat(shared.params)
+    np.testing.assert_allclose(space.push(shared.params), pushed, rtol=1e-10, atol=1e-12)
+    got, info = direct(space, gradient, damping=1e-3, tol=1e-9)
+    want = np.linalg.solve(matrix + 1e-3 * np.eye(len(matrix)), oracle.flat(gradient))
+    np.testing.assert_allclose(oracle.flat(got), want, rtol=1e-8)
+    assert info.converged
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_penalty_goes_into_the_matrix_over_params():
+    case = cases.mlp()
+    parts = {"fit": case.objective, "decay": curvax.penalty(lambda w: 0.5 * w**2)}
+    objective = curvax.total(parts, {"decay": 0.2})
+    batch = {"fit": jax.tree.map(lambda x: x[:1], case.batch)}
+    space = jax.jit(lambda p, b: curvax.solve.sample_space(objective, p, b))(case.params, batch)
+    assert isinstance(space, Dense)
+    fit = oracle.ggn(cases.Case(case.objective, case.params, batch["fit"]))
+    np.testing.assert_allclose(space.matrix, fit + 0.2 * np.eye(len(fit)), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="penalty 'decay' would be as many rows"):
+        curvax.solve.sample_space(objective, case.params, batch, space="samples")
