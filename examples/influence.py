@@ -218,7 +218,7 @@ def scores_by_method(
     found = {
         "EK-FAC": run(factored, cut(data)),
         "K-FAC": run(factored, cut(data), method="kfac"),
-        "CG, Gauss-Newton": run(factored, [data], method="cg", solver=solver),
+        "CG, Gauss-Newton": run(factored, [data], method=solver),
         f"M-FAC, {window_size} gradients": run(window, cut(data)),
         "diagonal Fisher": run(diagonal, cut(data)),
         "gradients' product": run(factored, cut(data), method="identity"),

@@ -251,7 +251,7 @@ def search(
             text[at],
             change,
             by_token.by_token[query, at],
-            float(by_token.rest[query, at]),
+            float(by_token.elsewhere[query, at]),
             parts,
         )
 

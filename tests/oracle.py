@@ -116,6 +116,34 @@ def empirical_fisher_by_term(case, matrices):
     return gradients.T @ gradients
 
 
+def blocks(outputs, targets):
+    """Of each flattened output the number of its diagonal block of the curvature: a label of a
+    cross-entropy, a row of a user's loss (with a dict of targets), else an entry (a Gaussian's mean
+    and variance together); by head.
+    """
+    if isinstance(outputs, dict):
+        numbers, first = [], 0
+        for name in sorted(outputs):
+            numbers.append(first + blocks(outputs[name], targets[name]))
+            first = numbers[-1].max() + 1
+        return np.concatenate(numbers)
+    if isinstance(outputs, tuple):
+        return np.tile(np.arange(outputs[0].size), len(outputs))
+    if isinstance(targets, dict):
+        return np.arange(outputs.size) // (outputs.size // len(outputs))
+    labels = targets[0] if isinstance(targets, tuple) else targets
+    return np.arange(outputs.size) // (outputs.shape[-1] if labels.ndim < outputs.ndim else 1)
+
+
+def sum_over_blocks(case, matrices, r):
+    """`sum_n (J_n' r_n)(J_n' r_n)'` for a cotangent r of the outputs, n the blocks."""
+    number = blocks(matrices.outputs, targets(case))
+    r = np.concatenate([np.ravel(x) for x in jax.tree.leaves(r)])
+    r = r * (number == np.arange(number.max() + 1)[:, None])  # [blocks, outputs]
+    gradients = r @ matrices.jacobian
+    return gradients.T @ gradients
+
+
 def sum_over_examples(matrices, r):
     """`sum_b (J_b' r_b)(J_b' r_b)'` for a cotangent r of the outputs."""
     number = lambda f: np.broadcast_to(

@@ -26,6 +26,7 @@ from curvax.kron._operator import (
     apply,
     kron_operator,
 )
+from curvax.kron._storage import Saving
 
 __all__ = [
     "Basis",
@@ -44,6 +45,7 @@ __all__ = [
     "KronOperator",
     "Layout",
     "Leaf",
+    "Saving",
     "WeightedMean",
     "apply",
     "block_matrices",

@@ -130,8 +130,12 @@ def kron_factors(
       expand: `A = mean_bt a a'`, `G = sum_bt g g'`;
       reduce: `A = mean_b (mean_t a)(mean_t a)'`, `G = sum_b (sum_t g)(sum_t g)'`.
 
-    Positions whose cotangent is exactly zero (padding, masked terms, branches not taken) are left
-    out of A.
+    Positions whose cotangent is exactly zero are left out of A: padding, masked terms, units that
+    are dead or not pooled, the first query under causal attention, branches not taken. They are in
+    no term of the Fisher matrix `sum_n (a_n a_n') x (g_n g_n')`, to which the product of factors is
+    nearer without them (on a convolutional network, relative error .54 against .61 with "reduce",
+    .45 against .50 of EK-FAC). `kron_layout(..., positions="all")` keeps them, as kronfluence does,
+    and so does `layout.edit(path, positions="all")` for one block.
 
     Of a `curvax.total` every part p has products `A_p x G_p`, whose sum with its weights is
     approximated by the one product that has the same traces over inputs and over outputs:
@@ -217,7 +221,10 @@ def factor_sums(layout: Layout) -> Reduction:
             outputs[block.name] = output_moments(block, u.blocks[block.name], h)
         # With exact, u is a unit vector for every example alike: only v = S u is 0 at masked terms.
         blocks = (u if v is None else v).blocks
-        return outputs, diagonal_sums(u, v), jax.tree.map(counted_positions, blocks)
+        counted = {
+            block.name: counted_positions(block, blocks[block.name]) for block in layout.blocks
+        }
+        return outputs, diagonal_sums(u, v), counted
 
     def finish(capture: Capture, sums: PyTree[Array]) -> PyTree[Array]:
         outputs, squares, rounds_counted = sums

@@ -12,7 +12,7 @@ import numpy as np
 from curvax._checks import check_choice, check_params
 from curvax._types import Batch, Params
 from curvax.capture import Kernel, View, entry_numbers, find_kernels, uses_in_part
-from curvax.kron._layout import SHARING, UNMATCHED, Block, Layout, Leaf, leaf_shapes
+from curvax.kron._layout import POSITIONS, SHARING, UNMATCHED, Block, Layout, Leaf, leaf_shapes
 from curvax.objective import Objective, checked_inputs
 
 T = TypeVar("T")
@@ -45,14 +45,21 @@ class Choices(NamedTuple):
       unmatched: "error", "diagonal" or "identity".
       sharing: "expand" or "reduce".
       max_dim: longest side with a full factor.
+      positions: "active" or "all".
     """
 
     unmatched: Mapping[str, Choice]
     sharing: Mapping[str, Choice]
     max_dim: Mapping[str, Choice]
+    positions: Mapping[str, Choice]
 
 
-DEFAULTS: Mapping[str, Any] = {"unmatched": "diagonal", "sharing": "expand", "max_dim": 8192}
+DEFAULTS: Mapping[str, Any] = {
+    "unmatched": "diagonal",
+    "sharing": "expand",
+    "max_dim": 8192,
+    "positions": "active",
+}
 """What counts for all leaves, or for those that no key of a dict matches."""
 
 
@@ -63,6 +70,7 @@ def kron_layout(
     unmatched: ByPath[str] = "diagonal",
     sharing: ByPath[str] = "expand",
     max_dim: ByPath[int] = 8192,
+    positions: ByPath[str] = "active",
 ) -> Layout:
     """Find the Kronecker blocks of a model by following every leaf to the linear maps it enters.
 
@@ -81,8 +89,11 @@ def kron_layout(
         where every position has its own loss; "reduce", summed over first, exact where they are
         pooled before the loss.
       max_dim: factors with more rows than this are diagonal.
+      positions: which positions A is a mean over: "active", those whose output has a cotangent;
+        "all", those without one too (padding, masked terms, dead or unpooled units), see
+        `curvax.kron_factors`.
 
-      Each of the three may be a dict by path: the longest key with which a leaf's path begins
+      Each of the four may be a dict by path: the longest key with which a leaf's path begins
       counts, "" begins them all. For a block that is the longest among all its leaves.
 
     Returns:
@@ -118,9 +129,10 @@ def kron_layout(
     inputs = checked_inputs(objective, batch)
     shapes = leaf_shapes(params)
     choices = Choices(
-        _by_path("unmatched", unmatched, shapes, UNMATCHED),
-        _by_path("sharing", sharing, shapes, SHARING),
-        _by_path("max_dim", max_dim, shapes, None),
+        unmatched=_by_path("unmatched", unmatched, shapes, UNMATCHED),
+        sharing=_by_path("sharing", sharing, shapes, SHARING),
+        max_dim=_by_path("max_dim", max_dim, shapes, None),
+        positions=_by_path("positions", positions, shapes, POSITIONS),
     )
     # A use is where a leaf enters a linear map; those of one kernel make a block.
     kernels, reasons = find_kernels(objective, params, inputs)
@@ -216,6 +228,7 @@ def _block(name: str, kernel: Kernel, choices: Choices) -> Block:
         a_structure="diagonal" if only_lookups else structure(rows + (kernel.bias is not None)),
         g_structure=structure(columns),
         sharing=chosen(choices.sharing),
+        positions=chosen(choices.positions),
     )
 
 
@@ -292,4 +305,4 @@ def _leaf(path: str, shape: tuple[int, ...], covered: int, reason: str, choice: 
         return Leaf(path=path, shape=shape, kind="kron")
     # Slices that enter no linear map are treated as a leaf in no block would be.
     partial = f"{size - covered} of {size} entries are in no linear map"
-    return Leaf(path=path, shape=shape, kind="kron", rest=choice, reason=partial)
+    return Leaf(path=path, shape=shape, kind="kron", unmatched=choice, reason=partial)

@@ -31,7 +31,16 @@ from curvax.kron._fit_passes import (
 )
 from curvax.kron._layout import Layout, check_layout
 from curvax.kron._moments import EigenFactors
-from curvax.kron._storage import Position, Snapshot, Store, checksum, facts_of, open_store
+from curvax.kron._storage import (
+    Position,
+    Saving,
+    Snapshot,
+    Store,
+    as_saving,
+    checksum,
+    facts_of,
+    open_store,
+)
 from curvax.losses import Loss
 from curvax.objective import Objective, total_terms
 
@@ -47,8 +56,7 @@ def fit_factors(
     *,
     fisher: str = "mc",
     microbatch: int | None = None,
-    folder: Path | str | None = None,
-    save_every: int = 100,
+    folder: Path | str | Saving | None = None,
     progress: bool = True,
 ) -> Factors:
     """Fit the Kronecker factors of the mean loss over a whole data set, one batch at a time.
@@ -68,11 +76,11 @@ def fit_factors(
       fisher: "mc" uses targets sampled from the model, "exact" their expectation, "empirical" the
         targets of the data.
       microbatch: the number of rows worked on at a time.
-      folder: the folder in which the fit is saved. An interrupted fit, even one whose process was
+      folder: the folder in which the fit is saved, every 100 batches, or with another number
+        `curvax.kron.Saving(folder, every)`. An interrupted fit, even one whose process was
         killed, resumes when it is called again with the same arguments, and its result is equal in
         every bit. A complete fit is read back. The layout, the values of the params, the key,
         `fisher` and the batches are checked to be the same; the objective is not.
-      save_every: the number of batches between two saves.
       progress: whether a progress bar is shown for each pass.
 
     Returns:
@@ -111,7 +119,6 @@ def fit_factors(
         method="kfac",
         options=options,
         folder=folder,
-        save_every=save_every,
         progress=progress,
     )
     return results.require_factors()
@@ -126,8 +133,7 @@ def fit_moments(
     *,
     fisher: str = "mc",
     microbatch: int | None = None,
-    folder: Path | str | None = None,
-    save_every: int = 100,
+    folder: Path | str | Saving | None = None,
     progress: bool = True,
 ) -> EigenFactors:
     """Fit the EK-FAC curvature of the mean loss over a whole data set, one batch at a time.
@@ -138,15 +144,13 @@ def fit_moments(
 
     Args:
       objective: the `curvax.Objective` whose curvature is fitted.
-      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
+      layout: its `Layout`.
       params: pytree of float arrays.
-      batches: an iterable of `(inputs, targets)` that can be iterated over again and again, in the
-        same order: a list, a PyTorch DataLoader.
+      batches: as in `fit_factors`, but iterated over again and again: a list, a DataLoader.
       key: JAX key, for "mc".
-      fisher: "mc", "exact" or "empirical", as in `fit_factors`.
+      fisher: as in `fit_factors`.
       microbatch: the number of rows worked on at a time.
-      folder: the folder in which the fit is saved, and from which it resumes, as in `fit_factors`.
-      save_every: the number of batches between two saves.
+      folder: as in `fit_factors`.
       progress: whether a progress bar is shown for each pass.
 
     Returns:
@@ -157,7 +161,7 @@ def fit_moments(
       TypeError: `batches` is an iterator.
 
     Cost: that of `kron_factors` and of `kron_moments` for each batch, and an eigendecomposition of
-      every full factor. Memory: one batch in work and the next one, and twice the factors.
+      every full factor, on the host in float64. Memory: as `fit_factors`.
 
     Example: for a linear model the moments are the eigenvalues of the Gauss-Newton matrix.
       >>> import jax, jax.numpy as jnp, curvax
@@ -183,7 +187,6 @@ def fit_moments(
         method="ekfac",
         options=options,
         folder=folder,
-        save_every=save_every,
         progress=progress,
     )
     return results.require_eigen()
@@ -198,8 +201,7 @@ def fit_passes(
     *,
     method: str,
     options: PassOptions,
-    folder: Path | str | None,
-    save_every: int,
+    folder: Path | str | Saving | None,
     progress: bool,
 ) -> FitResults:
     """Run passes one after the other, each given the results of those before it.
@@ -212,8 +214,7 @@ def fit_passes(
       key: JAX key, from which every pass gets one of its own.
       method: a name for the list of passes, saved with the fit.
       options: the `PassOptions` that the passes have.
-      folder: the folder in which the fit is saved, or None.
-      save_every: the number of batches between two saves.
+      folder: the folder in which the fit is saved, as in `fit_factors`.
       progress: whether a progress bar is shown for each pass.
 
     Returns:
@@ -222,7 +223,7 @@ def fit_passes(
     check_params(params)
     check_layout(layout, params)
     check_fisher(options.fisher, options.num_samples)
-    check_count(1, save_every=save_every)
+    saving = as_saving(folder)
     for one_pass in passes:
         if isinstance(one_pass, DataPass):
             check_one_part(one_pass.objective)
@@ -234,10 +235,10 @@ def fit_passes(
     # A fit that is saved is identified by its layout, params, key and choices; the microbatch is
     # none of them: it changes only the rounding.
     facts: dict[str, Any] = {}
-    if folder is not None:
+    if saving is not None:
         choices = {"method": method, "fisher": options.fisher, "key": int(checksum(key))}
         facts = facts_of(layout, params) | choices
-    store = open_store(folder, facts, save_every)
+    store = open_store(saving, facts)
     results = FitResults()
     previous: Position | None = None
     for number, one_pass in enumerate(passes):
@@ -291,9 +292,17 @@ class Counted(NamedTuple):
 
 
 def _init_counted(one_pass: DataPass, params: Params) -> Counted:
+    """Return the zeros of a pass and of its count of terms."""
     # Terms are counted in float32 or wider: a user's loss may weigh them.
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
-    return Counted(one_pass.init(params), _init_terms(one_pass.objective.loss, dtype))
+
+    def init(params: Params) -> Counted:
+        return Counted(one_pass.init(params), _init_terms(one_pass.objective.loss, dtype))
+
+    # From NumPy: zeros of JAX are a program for every shape, half a second to compile.
+    shapes = jax.eval_shape(init, params)
+    zeros: Counted = jax.tree.map(lambda s: jnp.asarray(np.zeros(s.shape, s.dtype)), shapes)
+    return zeros
 
 
 def _init_terms(loss: Loss, dtype: Any) -> PyTree[Scalar]:
@@ -400,11 +409,6 @@ def _derived(one_pass: DerivedPass, results: FitResults, params: Params, store: 
     if snapshot is not None:
         return snapshot.value
     # There is nothing to resume within it: it is saved when it is complete.
-    value = _derive(one_pass, results)
+    value = one_pass.derive(results)
     store.write(one_pass.name, value, Position(complete=True))
     return value
-
-
-@partial(jax.jit, static_argnums=0)
-def _derive(one_pass: DerivedPass, results: FitResults) -> PyTree[Array]:
-    return one_pass.derive(results)

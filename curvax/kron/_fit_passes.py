@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
@@ -12,7 +11,6 @@ from jaxtyping import Array, Int, PyTree
 
 from curvax._batch import batch_size
 from curvax._types import Batch, Params, PRNGKey, Scalar
-from curvax._xla import with_auto_sharding
 from curvax.kron._accumulate import (
     PassOptions,
     Reduction,
@@ -121,7 +119,7 @@ class DerivedPass(Protocol):
         """Return the shapes of the result, by which a saved one is read."""
 
     def derive(self, results: FitResults) -> PyTree[Array]:
-        """Compute the result from those of earlier passes; traced by `jax.jit`."""
+        """Compute the result from those of earlier passes; not traced, so that the host may."""
 
     def put(self, results: FitResults, value: Any) -> FitResults:
         """Return the results with this one put in its place."""
@@ -212,8 +210,8 @@ class EigenbasisPass:
         return shapes
 
     def derive(self, results: FitResults) -> dict[str, Basis]:
-        # Replicated: the factors are sums over all devices, and every device has all of them.
-        return with_auto_sharding(partial(kron_basis, self.layout), results.require_factors())
+        # On the host, in float64. The sums over all devices are replicated, and so is the basis.
+        return kron_basis(self.layout, results.require_factors())
 
     def put(self, results: FitResults, value: Any) -> FitResults:
         return results._replace(basis=value)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from curvax.kron._host_eigh import eigh_on_host, is_traced
+
 F = TypeVar("F", bound="KronFactor")
 T = TypeVar("T")
 
@@ -558,8 +560,13 @@ def invert_all(factors: Sequence[KronFactor]) -> list[Inverted]:
 
 
 def eigh_all(factors: Sequence[KronFactor]) -> list[Eigen]:
-    """Decompose factors, full ones of equal size as one batch."""
-    return _in_batches(_eigh, factors, _equal_sizes)
+    """Decompose factors: on the host in float64, or if they are traced, in the program around.
+
+    In a program, full ones of equal size are a batch.
+    """
+    if is_traced(factors):
+        return _in_batches(_eigh, factors, _equal_sizes)
+    return [_eigh_on_host(factor) for factor in factors]
 
 
 def _equal_sizes(sizes: Sequence[int]) -> dict[int, int]:
@@ -590,6 +597,13 @@ def _invert(factor: KronFactor) -> Inverted:
 
 def _eigh(factor: KronFactor) -> Eigen:
     return factor.eigh()
+
+
+def _eigh_on_host(factor: KronFactor) -> Eigen:
+    # Other structures than a full one are diagonal, and lose nothing in their precision.
+    if not isinstance(factor, Full):
+        return factor.eigh()
+    return Eigen(*eigh_on_host(factor.matrix))
 
 
 def _in_batches(

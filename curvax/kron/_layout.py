@@ -21,11 +21,13 @@ from curvax.kron._match import Match, match_leaves
 
 UNMATCHED = ("error", "diagonal", "identity")
 SHARING = ("expand", "reduce")
+POSITIONS = ("active", "all")
 TWO_PRODUCTS = ("balanced", "exact")
 CHANGES = {
     "a_structure": tuple(STRUCTURES),
     "g_structure": tuple(STRUCTURES),
     "sharing": SHARING,
+    "positions": POSITIONS,
     "two_products": TWO_PRODUCTS,
     # A leaf that is taken out of its block by choice is no error.
     "kind": UNMATCHED[1:],
@@ -52,6 +54,8 @@ class Block:
       two_products: what becomes of the sum of two Kronecker products that a kernel has which is
         used transposed too, or in two parts of an objective: "balanced", approximated by one;
         "exact", inverted as it is.
+      positions: which positions A is a mean over: "active", those with a cotangent that is not
+        zero; "all".
       parts: for an objective of several parts, what the uses are in each part that has any, by the
         name of the part; together they are `uses`.
       is_penalized: whether a penalty on params is a part of the objective.
@@ -65,6 +69,7 @@ class Block:
     g_structure: str
     sharing: str
     two_products: str = "balanced"
+    positions: str = "active"
     parts: tuple[tuple[str, tuple[UseKind, ...]], ...] = ()
     is_penalized: bool = False
 
@@ -126,21 +131,21 @@ class Leaf:
       path: as `jax.tree_util.keystr` prints it.
       shape: shape of the leaf.
       kind: "kron" if any of it is in a block, else "diagonal" or "identity".
-      rest: for the entries of a "kron" leaf that are in no block, "diagonal" or "identity"; None if
-        there are none.
+      unmatched: for the entries of a "kron" leaf that are in no block, "diagonal" or "identity";
+        None if there are none.
       reason: why it is not, or not wholly, in a block.
     """
 
     path: str
     shape: tuple[int, ...]
     kind: str
-    rest: str | None = None
+    unmatched: str | None = None
     reason: str = ""
 
     @property
     def outside(self) -> str | None:
         """What is done with entries in no block; None if all are in one."""
-        return self.rest if self.kind == "kron" else self.kind
+        return self.unmatched if self.kind == "kron" else self.kind
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ class Layout:
         # Only leaves that lie in blocks in part need their entries numbered.
         masks = {}
         for leaf in self.leaves:
-            if leaf.kind != "kron" or leaf.rest is None:
+            if leaf.kind != "kron" or leaf.unmatched is None:
                 masks[leaf.path] = np.broadcast_to(leaf.kind != "kron", leaf.shape)
                 continue
             mask = np.ones(leaf.shape, bool)
@@ -209,10 +214,10 @@ class Layout:
         Args:
           path: the leaf's path, as the printed layout shows it.
           **changes: of a block `a_structure`, `g_structure` ("full", "diagonal", "identity"),
-            `sharing` ("expand", "reduce"), or `two_products` ("balanced", "exact") where the kernel
-            is used transposed too, or in two parts of the objective, see `curvax.kron_inverse`; or
-            `kind` ("diagonal", "identity"), which takes the leaf, and all that share a block with
-            it, out of blocks.
+            `sharing` ("expand", "reduce"), `positions` ("active", "all"), or `two_products`
+            ("balanced", "exact") where the kernel is used transposed too, or in two parts of the
+            objective, see `curvax.kron_inverse`; or `kind` ("diagonal", "identity"), which takes
+            the leaf, and all that share a block with it, out of blocks.
 
         Raises:
           ValueError: the path or the choice does not exist; the message lists those that do.
@@ -262,7 +267,7 @@ class Layout:
                 f"{[block.name for block in edited]}."
             )
         leaves = [
-            dataclasses.replace(leaf, kind=kind, rest=None, reason="by choice")
+            dataclasses.replace(leaf, kind=kind, unmatched=None, reason="by choice")
             if leaf.path in removed
             else leaf
             for leaf in self.leaves

@@ -53,7 +53,7 @@ def _row(layout: Layout, leaf: Leaf) -> tuple[str, ...]:
             notes.append(f"{role} {block.leaves[0]}")
     # A leaf that is in blocks in part has a reason too, and a choice for the other entries.
     if leaf.reason:
-        notes.append(f"{leaf.reason}: {leaf.rest}")
+        notes.append(f"{leaf.reason}: {leaf.unmatched}")
     # A block's numbers stand beside its first leaf only, so that the column has each once.
     uses, memory = "", ""
     if described:
@@ -75,6 +75,7 @@ def _notes(block: Block, leaf: Leaf) -> list[str]:
     """Write what is not the default in a block."""
     notes = [block.name] if block.name != leaf.path else []
     notes += [block.sharing] if block.sharing != "expand" else []
+    notes += ["all positions"] if block.positions == "all" else []
     if block.two_products != "balanced":
         notes.append(f"two products: {block.two_products}")
     if block.parts:

@@ -23,7 +23,7 @@ from curvax.kron._accumulate import (
 )
 from curvax.kron._factors import Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis, block_moments
-from curvax.kron._kron_factor import Eigen, eigh_all, matmul
+from curvax.kron._kron_factor import Eigen, KronFactor, eigh_all, matmul
 from curvax.kron._layout import Block, Layout
 from curvax.kron._parts import (
     by_part,
@@ -60,6 +60,10 @@ def kron_basis(layout: Layout, factors: Factors) -> dict[str, Basis]:
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       factors: the `Factors` of `curvax.kron_factors`.
 
+    Returns:
+      For each block a `Basis`, in the dtype of the factors. It is computed on the host, in float64;
+      where the function is traced (`jit`, `vmap`), in the program and in the factors' precision.
+
     Raises:
       ValueError: a block has `two_products="exact"`.
 
@@ -82,8 +86,6 @@ def kron_basis(layout: Layout, factors: Factors) -> dict[str, Basis]:
 
 def decompose(blocks: Sequence[Block], factors: Factors) -> dict[str, tuple[Eigen, Eigen]]:
     """Decompose A and G of every block."""
-    # All factors in one list, so that those of equal size can be decomposed as one batch.
-    pairs: list[Any] = []
     for block in blocks:
         if block.two_products == "exact":
             raise ValueError(
@@ -91,9 +93,19 @@ def decompose(blocks: Sequence[Block], factors: Factors) -> dict[str, tuple[Eige
                 "Kronecker eigenbasis, which EK-FAC needs. "
                 f'Use layout.edit("{block.leaves[0]}", two_products="balanced").'
             )
-        pairs += combined_factors(block.structures, factors.blocks[block.name])
-    decompositions = iter(eigh_all(pairs))
+    # All factors in one list, so that those of equal size can be decomposed as one batch.
+    decompositions = iter(eigh_all(_combined(tuple(blocks), factors)))
     return {block.name: (next(decompositions), next(decompositions)) for block in blocks}
+
+
+# One program for all blocks, where this is not part of a program anyway.
+@partial(jax.jit, static_argnums=0)
+def _combined(blocks: tuple[Block, ...], factors: Factors) -> list[KronFactor]:
+    """Return A and G of every block, one after the other."""
+    pairs: list[KronFactor] = []
+    for block in blocks:
+        pairs += combined_factors(block.structures, factors.blocks[block.name])
+    return pairs
 
 
 def kron_moments(

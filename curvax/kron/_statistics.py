@@ -64,9 +64,20 @@ def diagonal_sums(u: UseCotangents, v: UseCotangents | None) -> dict[str, Array]
     return sums
 
 
-def counted_positions(g: PerUseArray) -> Counted:
-    """Give 1 to positions that have a cotangent; padding, and branches not taken, have none."""
-    return jnp.any(g != 0, axis=-1).astype(at_least_float32(g).dtype)
+def counted_positions(block: Block, g: PerUse) -> list[Counted]:
+    """Give 1 to the positions of every use that A is a mean over.
+
+    Unless the block's choice is "all", they are those that have a cotangent: padding, units that
+    are dead or not pooled, and branches not taken, have none.
+    """
+
+    def counted(x: PerUseArray) -> Counted:
+        dtype = at_least_float32(x).dtype
+        if block.positions == "all":
+            return jnp.ones(x.shape[:-1], dtype)
+        return jnp.any(x != 0, axis=-1).astype(dtype)
+
+    return [counted(x) for x in g]
 
 
 def _no_inputs(block: Block, dtype: Any) -> WeightedMean:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, UInt
 
 from curvax._batch import batch_size
-from curvax._checks import describe
+from curvax._checks import check_count, describe
 from curvax._types import Batch, Params
 from curvax.kron._layout import Layout, named_leaves
 
@@ -63,6 +63,18 @@ class Snapshot(NamedTuple):
 
     value: Any
     position: Position
+
+
+class Saving(NamedTuple):
+    """Where a fit is saved, and how often.
+
+    Attributes:
+      folder: the path of the folder.
+      every: the number of batches between two saves.
+    """
+
+    folder: Path | str
+    every: int = 100
 
 
 class Store(NamedTuple):
@@ -115,24 +127,34 @@ class Store(NamedTuple):
             manager.save(step, args=parts)
 
 
-def open_store(folder: Path | str | None, facts: Mapping[str, Any], save_every: int) -> Store:
+def as_saving(folder: Path | str | Saving | None) -> Saving | None:
+    """Return a folder with how often it is saved to; a path alone gets the default."""
+    if folder is None:
+        return None
+    saving = folder if isinstance(folder, Saving) else Saving(folder)
+    check_count(1, every=saving.every)
+    return saving
+
+
+def open_store(saving: Saving | None, facts: Mapping[str, Any]) -> Store:
     """Open a folder for saving; an existing one must belong to a fit with the same facts.
 
     Raises:
       ValueError: the folder belongs to another fit.
     """
-    if folder is None:
-        return Store(folder=None, save_every=save_every)
-    path = Path(folder).absolute()
+    if saving is None:
+        return Store(folder=None, save_every=1)
+    path = Path(saving.folder).absolute()
+    store = Store(path, saving.every)
     if (path / FACTS).exists():
         check_facts(read_facts(path), facts)
-        return Store(path, save_every)
+        return store
     path.mkdir(parents=True, exist_ok=True)
     # A rename is atomic: a process that is killed here leaves no half-written facts behind.
     unfinished = path / f"{FACTS}.{os.getpid()}"
     unfinished.write_text(json.dumps(facts, indent=1))
     unfinished.replace(path / FACTS)
-    return Store(path, save_every)
+    return store
 
 
 def read_facts(folder: Path | str) -> dict[str, Any]:
@@ -162,9 +184,12 @@ def facts_of(layout: Layout, params: Params) -> dict[str, Any]:
     blocks = {}
     for block in layout.blocks:
         structures = f"{block.a_structure} x {block.g_structure}"
+        # Only what is not the default is added, so that folders of earlier fits are still read.
+        positions = ", all positions" if block.positions == "all" else ""
         # Arrays are saved by number: fits whose second pair stood the other way round are refused.
         second = ", second A x G" if block.has_second_product else ""
-        blocks[block.name] = f"{list(block.shape)} {structures}, {block.sharing}{second}"
+        sharing = f"{block.sharing}{positions}{second}"
+        blocks[block.name] = f"{list(block.shape)} {structures}, {sharing}"
     outside = {leaf.path: leaf.outside or "" for leaf in layout.leaves}
     return {
         "leaves": leaves,

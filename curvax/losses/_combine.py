@@ -259,6 +259,12 @@ def masked(loss: Any) -> Loss:
         _, mask = _check_mask(outputs, targets)
         return mask.ndim
 
+    # A position's block, or the blocks that `inner` has in it; for `inner` it is a batch of one.
+    def block_axes(outputs: PyTree, targets: PyTree) -> int:
+        f, y, _ = read(outputs, targets)
+        position = jax.tree.map(lambda x: x[0], (f, y))
+        return term_axes(outputs, targets) + inner.block_axes(*position) - 1
+
     return from_function(
         value,
         curvature_product=curvature_product,
@@ -267,6 +273,7 @@ def masked(loss: Any) -> Loss:
         pseudo_gradient=pseudo_gradient,
         empirical_gradient=empirical_gradient,
         term_axes=term_axes,
+        block_axes=block_axes,
     )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from curvax._checks import describe
 from curvax._trees import cast_like
 from curvax._types import Outputs, PRNGKey, Scalar, at_least_float32
-from curvax.losses._likelihoods import check_entries
+from curvax.losses._likelihoods import check_entries, every_axis
 from curvax.losses._loss import Loss, from_function
 
 Gaussians = tuple[Array, Array]
@@ -73,7 +73,9 @@ def gaussian() -> Loss:
         noise = jax.random.normal(key, m.shape, m.dtype)
         return m + jnp.exp(0.5 * s) * noise
 
-    return from_function(value, curvature_product=curvature_product, sample=sample)
+    return from_function(
+        value, curvature_product=curvature_product, sample=sample, block_axes=every_axis
+    )
 
 
 def gaussian_kl() -> Loss:
@@ -154,6 +156,7 @@ def gaussian_kl() -> Loss:
         curvature_product=curvature_product,
         sample=sample,
         pseudo_gradient=pseudo_gradient,
+        block_axes=every_axis,
     )
 
 

@@ -144,7 +144,15 @@ def _independent_entries(
         check_entries(name, outputs, targets)
         return draw(key, at_least_float32(outputs))
 
-    return from_function(value, curvature_product=curvature_product, sample=sample)
+    return from_function(
+        value, curvature_product=curvature_product, sample=sample, block_axes=every_axis
+    )
+
+
+def every_axis(outputs: Any, targets: Any) -> int:
+    """Return the number of axes: the curvature of independent entries is diagonal."""
+    del targets
+    return int(jax.tree.leaves(outputs)[0].ndim)
 
 
 def check_entries(

@@ -42,6 +42,9 @@ class Loss:
         the empirical Fisher is made: `sqrt(num_terms)` times the gradient.
       term_axes: `(outputs, targets) -> int`, how many leading axes of the outputs say which term
         an entry is of. (Of a `weighted_sum` each head has its own.)
+      block_axes: `(outputs, targets) -> int`, how many leading axes of the outputs tell the
+        diagonal blocks of the curvature apart: those of the terms, or more. Products of a
+        pseudo-gradient's entries in different blocks have the mean zero.
       couples_examples: whether the loss compares examples of a batch with each other, as
         `contrastive` does. Then single examples have no loss of their own.
       heads: `(name, weight, loss)` of each head of a `weighted_sum`, else empty.
@@ -54,6 +57,7 @@ class Loss:
     pseudo_gradient: PseudoGradient
     empirical_gradient: EmpiricalGradient
     term_axes: TermAxes
+    block_axes: TermAxes
     couples_examples: bool = False
     # Weights may be arrays, which have no hash; objectives are static arguments of `jit`.
     heads: tuple[tuple[str, Any, Loss], ...] = field(default=(), compare=False)
@@ -76,6 +80,7 @@ def from_function(
     pseudo_gradient: PseudoGradient | None = None,
     empirical_gradient: EmpiricalGradient | None = None,
     term_axes: TermAxes | None = None,
+    block_axes: TermAxes | None = None,
     couples_examples: bool = False,
 ) -> Loss:
     """Make a `Loss` of a function `value(outputs, targets) -> scalar`, the mean over its terms.
@@ -92,6 +97,7 @@ def from_function(
       empirical_gradient: as `Loss.empirical_gradient`; by default `sqrt(num_terms)` times the
         gradient.
       term_axes: as `Loss.term_axes`; by default 1, the batch axis.
+      block_axes: as `Loss.block_axes`; by default those of the terms.
       couples_examples: whether the value compares examples of a batch with each other. Then what
         works on single examples or on parts of a batch is refused.
 
@@ -140,6 +146,7 @@ def from_function(
         pseudo_gradient=pseudo_gradient or sampled_gradient,
         empirical_gradient=empirical_gradient or gradient_at_targets,
         term_axes=term_axes or _batch_axis,
+        block_axes=block_axes or term_axes or _batch_axis,
         couples_examples=couples_examples,
     )
     return loss
@@ -165,6 +172,7 @@ def as_loss(loss: Any) -> Loss:
         pseudo_gradient=getattr(loss, "pseudo_gradient", None),
         empirical_gradient=getattr(loss, "empirical_gradient", None),
         term_axes=getattr(loss, "term_axes", None),
+        block_axes=getattr(loss, "block_axes", None),
         couples_examples=getattr(loss, "couples_examples", False),
     )
 

@@ -7,6 +7,7 @@ has an entry for every class, an example of a regression one for every component
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from curvax._types import Outputs, PRNGKey, Targets
-from curvax.losses._loss import Loss, by_head
+from curvax.losses._loss import Loss, TermAxes, by_head
 
 GROUPS = {"example": "all terms of an example together", "term": "each term by itself"}
 """Of what the empirical Fisher takes outer products."""
@@ -37,12 +38,39 @@ def outer_products_by_term(
       r: K cotangents of the outputs, a tree like u with an axis of K before the others.
       u: a vector in the space of outputs.
     """
+    return _outer_products_of_heads(loss, targets, r, u, lambda head: head.term_axes)
+
+
+def outer_products_by_block(
+    loss: Loss,
+    targets: Targets,
+    r: Samples,
+    u: Outputs,
+) -> Outputs:
+    """Apply `1/K sum_k blockdiag_n(r_kn r_kn')` to u, with a block n for each of the curvature.
+
+    Of pseudo-gradients r it has the mean that `1/K sum_k r_k r_k'` has, the curvature itself, and
+    less variance, since what it leaves out has the mean zero. Arguments as
+    `outer_products_by_term`.
+    """
+    return _outer_products_of_heads(loss, targets, r, u, lambda head: head.block_axes)
+
+
+def _outer_products_of_heads(
+    loss: Loss,
+    targets: Targets,
+    r: Samples,
+    u: Outputs,
+    axes_of: Callable[[Loss], TermAxes],
+) -> Outputs:
+    """Apply the outer products of r, with `axes_of` a head telling its blocks apart, to u."""
     if not loss.heads:
-        return outer_products(r, u, loss.term_axes(u, targets))
+        return outer_products(r, u, axes_of(loss)(u, targets))
     # A term is of one head: other heads' entries for the same example are other terms.
     products = {}
     for name, _, head in loss.heads:
-        products[name] = outer_products_by_term(head, targets[name], r[name], u[name])
+        of_head = targets[name], r[name], u[name]
+        products[name] = _outer_products_of_heads(head, *of_head, axes_of)
     return by_head(u, products)
 
 

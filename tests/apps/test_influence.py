@@ -169,11 +169,11 @@ def test_methods_equal_their_dense_formulas():
     want = both(np.linalg.inv(ggn + 1e-2 * np.eye(d)))
     solver = functools.partial(curvax.cg, tol=1e-12)
     for batches in ([case.batch], [rows(case.batch, 0, 4), rows(case.batch, 4)]):
-        result, info = run("mlp", batches=batches, method="cg", damping=1e-2, solver=solver)
+        result, info = run("mlp", batches=batches, method=solver, damping=1e-2)
         close(result.change_if_removed, want)
         assert info.solves.converged.all() and info.solves.steps.shape == (size(case.batch),)
     # damping by block is part of the matrix
-    damped = run("mlp", method="cg", solver=solver)
+    damped = run("mlp", method=solver)
     ridge = np.zeros(d)
     for block in layout_of("mlp").blocks:
         ridge[indices(block, case.params).ravel()] = damped[1].damping[block.name][0]
@@ -208,12 +208,12 @@ def test_tokens_and_layers_sum_to_the_whole(name):
         size(case.batch),
         *jax.tree.leaves(case.batch[0])[0].shape[:2],
     )
-    close(by_token.by_token.sum(2) + by_token.rest, whole.change_if_removed, 1e-12)
+    close(by_token.by_token.sum(2) + by_token.elsewhere, whole.change_if_removed, 1e-12)
     if (
         name == "masked_sequence"
     ):  # the model acts on each position by itself: those without a loss have no influence
         assert (
-            not by_token.rest.any()
+            not by_token.elsewhere.any()
             and not by_token.by_token[:, 2].any()
             and not by_token.by_token[:, 0, 1:].any()
         )
@@ -289,6 +289,97 @@ def test_top_k_is_that_of_the_whole_matrix():
                 np.take_along_axis(whole, np.asarray(best.examples), axis=1),
                 1e-12,
             )
+
+
+def logit_gap(name):
+    """A measurement that is no loss: the difference of two outputs, summed over positions."""
+    case = CASES[name]()
+
+    def measure(params, row):
+        outputs = case.objective.outputs(params, row[0])
+        return sum(jnp.sum(jnp.sin(x[..., 0]) - 2 * x[..., -1]) for x in jax.tree.leaves(outputs))
+
+    return measure
+
+
+@pytest.mark.parametrize("name", ["mlp", "multi_head"])
+def test_a_summed_measurement_has_the_sum_of_the_scores(name):
+    case, measure = CASES[name](), logit_gap(name)
+    for inner in (None, measure):
+        every = run(name, measurement=inner)[0].change_if_removed
+        summed = run(name, measurement=influence.Summed(inner))[0].change_if_removed
+        assert summed.shape == (1, size(case.batch))
+        close(summed[0], every.sum(axis=0), 1e-12)
+    # a few queries at a time, and with a solver
+    prepared, _ = influence.precondition(
+        fitted(name),
+        case.objective,
+        case.params,
+        case.batch,
+        measurement=influence.Summed(measure),
+        chunk_size=3,
+    )
+    score = influence.score(prepared, case.objective, case.params, case.batch)
+    close(score.change_if_removed, summed, 1e-12)
+    if name == "mlp":
+        solver = functools.partial(curvax.cg, tol=1e-13)
+        total = run(name, measurement=influence.Summed(measure), method=solver)[0]
+        every = run(name, measurement=measure, method=solver)[0].change_if_removed
+        close(total.change_if_removed[0], every.sum(axis=0), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "multi_head"])
+def test_self_influence_of_a_measurement_is_the_diagonal(name):
+    case, measure = CASES[name](), logit_gap(name)
+    own = functools.partial(
+        influence.self_influence, fitted(name), case.objective, case.params, measurement=measure
+    )
+    for options in ({"damping": 1e-2}, {"method": "kfac"}, {"method": "identity"}):
+        want = np.diag(run(name, measurement=measure, **options)[0].change_if_removed)
+        close(own([case.batch], **options), want, 1e-10)
+        assert np.abs(want).min() > 0
+    close(own([rows(case.batch, 0, 2), rows(case.batch, 2)], method="identity"), want, 1e-10)
+    close(own([case.batch], microbatch=1, method="identity"), want, 1e-10)
+    with pytest.raises(TypeError, match="measurement must be hashable, an Objective or a func"):
+        own([case.batch], measurement=influence.Summed(measure))
+    # The objective as a measurement is what None stands for, by another way.
+    plain = influence.self_influence(fitted(name), case.objective, case.params, [case.batch])
+    loss = influence.self_influence(
+        fitted(name), case.objective, case.params, [case.batch], measurement=case.objective
+    )
+    close(loss, plain, 1e-10)
+
+
+@pytest.mark.parametrize(("name", "num_parts"), [("mlp", 2), ("attention", 3)])
+def test_parts_of_a_layout_add_up_to_it(name, num_parts):
+    case, layout = CASES[name](), layout_of(name)
+    parts = influence.partition(layout, num_parts)
+    assert len(parts) == num_parts
+    names = [block.name for part in parts for block in part.blocks]
+    assert sorted(names) == sorted(block.name for block in layout.blocks)
+    free = [leaf.path for part in parts for leaf in part.leaves if leaf.outside == "diagonal"]
+    assert sorted(free) == sorted(leaf.path for leaf in layout.leaves if leaf.outside == "diagonal")
+    scores, own = [], []
+    for part in parts:
+        fit = influence.fit(
+            case.objective,
+            part,
+            case.params,
+            [case.batch],
+            jax.random.key(0),
+            fisher="exact",
+            progress=False,
+        )
+        # not all of the curvature is there at a time
+        assert 0 < len(fit.factors.blocks) < len(layout.blocks)
+        scores.append(run(name, fit=fit)[0].change_if_removed)
+        own.append(influence.self_influence(fit, case.objective, case.params, [case.batch]))
+    whole = run(name)[0].change_if_removed
+    close(sum(scores), whole, 1e-10)
+    close(sum(own), np.diag(whole), 1e-10)
+    assert min(np.abs(x).max() for x in scores) > 1e-6 * np.abs(whole).max()
+    with pytest.raises(ValueError, match=r"num_parts must be at most .*, got 1000"):
+        influence.partition(layout, 1000)
 
 
 def sampled_fit(batches, **options):
@@ -474,7 +565,7 @@ def test_every_kind_of_use(model):
         close(own_scores, np.diag(scores))
     if inputs.ndim == 2 and inputs.dtype != float:
         by_token = whole(by="token")
-        close(by_token.by_token.sum(2) + by_token.rest, whole().change_if_removed)
+        close(by_token.by_token.sum(2) + by_token.elsewhere, whole().change_if_removed)
     if model is scanned:
         check_solves_and_compression(objective, layout, fit, params, batch, own, parts)
 
@@ -484,9 +575,7 @@ def check_solves_and_compression(objective, layout, fit, params, batch, own, par
     leaf in no block.
     """
     solver = functools.partial(curvax.cg, tol=1e-13, max_steps=200)
-    result, info = influence.influence(
-        fit, objective, params, batch, [batch], method="cg", solver=solver
-    )
+    result, info = influence.influence(fit, objective, params, batch, [batch], method=solver)
     ridge = np.zeros(parts.shape[1])
     for block in layout.blocks:
         ridge[indices(block, params)] = np.asarray(info.damping[block.name])[:, None, None]

@@ -110,7 +110,7 @@ def test_every_model(name):
             if leaf.path in case.diagonal:
                 assert leaf.kind == "diagonal" and case.diagonal[leaf.path] in leaf.reason
             else:
-                assert (leaf.kind, leaf.rest, leaf.reason) == ("kron", None, "")
+                assert (leaf.kind, leaf.unmatched, leaf.reason) == ("kron", None, "")
         for block in layout.blocks:
             for path in block.leaves:
                 assert block.shape[0] == np.prod(case.stacks.get(path, 1), dtype=int)

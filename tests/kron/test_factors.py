@@ -447,7 +447,7 @@ def test_the_rest_of_a_leaf_gets_a_diagonal():
     case = case._replace(objective=curvax.Objective(part, objective.loss), params=params)
     for unmatched, paths in (("diagonal", {"['w']", "['scale']"}), ("identity", set())):
         layout = layout_of(case, unmatched=unmatched)
-        assert {leaf.path: leaf.rest for leaf in layout.leaves}["['w']"] == unmatched
+        assert {leaf.path: leaf.unmatched for leaf in layout.leaves}["['w']"] == unmatched
         both = lambda case, layout=layout: (
             factors(case, layout, fisher="exact"),
             curvax.ggn_diagonal(case.objective, case.params, case.batch)["w"],
@@ -617,3 +617,36 @@ def test_errors_say_what_and_where():
         curvax.kron.merge(shapes(case, layout), shapes(case, layout.edit("['w']", kind="diagonal")))
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1"):
         moving_average(shapes(case, layout), shapes(case, layout), 1.0)
+
+
+# ---------------------------------------------------------------- which positions count
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_positions_without_a_cotangent_are_left_out_of_a_or_kept_by_choice(sharing, fisher):
+    case = CASES["masked_sequence"]()
+    inputs, labels = case.batch
+    first = "['Dense_0']['kernel']"
+    active = layout_of(case, sharing=sharing)
+    by_edit = active.edit(first, positions="all")
+    by_choice = layout_of(case, sharing=sharing, positions={first: "all", "": "active"})
+    assert by_edit == by_choice != active and "all positions" in str(by_edit)
+    got, kept = compiled(
+        lambda case: [factors(case, layout, fisher=fisher) for layout in (active, by_edit)], case
+    )
+    name = next(block.name for block in active.blocks if first in block.leaves)
+    with_one = np.concatenate([inputs, np.ones((*inputs.shape[:2], 1))], axis=2)
+    for result, counts in ((got, labels >= 0), (kept, np.ones(labels.shape, bool))):
+        if sharing == "expand":
+            rows = with_one[counts]
+        else:
+            rows = np.stack(
+                [x[m].mean(axis=0) for x, m in zip(with_one, counts, strict=True) if m.any()]
+            )
+        want = rows.T @ rows / len(rows)
+        np.testing.assert_allclose(result.blocks[name].a.mean[0], want, atol=1e-12)
+    # G, and blocks whose choice did not change, are the same.
+    chex.assert_trees_all_close(got.blocks[name].g, kept.blocks[name].g, atol=1e-14)
+    others = lambda result: {key: x for key, x in result.blocks.items() if key != name}
+    chex.assert_trees_all_close(others(got), others(kept), atol=1e-14)

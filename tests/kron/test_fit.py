@@ -128,7 +128,7 @@ def test_draws_go_by_the_number_of_a_row_whatever_batch_it_is_in():
 @pytest.mark.parametrize("save_every", [1, 2])
 def test_a_resumed_fit_is_equal_in_every_bit(tmp_path, kind, time, number, save_every):
     batches = cut(CASES["attention"]().batch, 1, 3)
-    options = {"folder": tmp_path, "save_every": save_every}
+    options = {"folder": curvax.kron.Saving(tmp_path, save_every)}
     with pytest.raises(Interrupted):
         fit(kind, "attention", FailsLater(batches, number, time), **options)
     equal(fit(kind, "attention", batches, **options), uninterrupted(kind))
@@ -139,8 +139,13 @@ def test_a_resumed_fit_is_equal_in_every_bit(tmp_path, kind, time, number, save_
 def test_one_pass_takes_a_generator_and_more_do_not(tmp_path):
     batches = cut(CASES["attention"]().batch, 1, 3)
     with pytest.raises(Interrupted):
-        fit("factors", "attention", interrupted_after(2, batches), folder=tmp_path, save_every=1)
-    got = fit("factors", "attention", (b for b in batches), folder=tmp_path, save_every=1)
+        fit(
+            "factors",
+            "attention",
+            interrupted_after(2, batches),
+            folder=curvax.kron.Saving(tmp_path, 1),
+        )
+    got = fit("factors", "attention", (b for b in batches), folder=curvax.kron.Saving(tmp_path, 1))
     equal(got, uninterrupted("factors"))
     with pytest.raises(TypeError, match=r"batches is an iterator .*, which can be gone through"):
         fit("moments", "attention", iter(batches))
@@ -226,7 +231,6 @@ def test_any_list_of_passes_runs_and_says_which_pass_is_missing(tmp_path):
             method="test",
             options=options,
             folder=folder,
-            save_every=1,
             progress=False,
         )
 

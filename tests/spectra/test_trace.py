@@ -53,6 +53,8 @@ SPECTRA = {
     "decaying": 0.7 ** np.arange(61),
     "flat": np.linspace(3, 1, 61),
     "indefinite": (-0.8) ** np.arange(61),
+    "power": 1 / (1 + np.arange(61)),
+    "outliers": np.where(np.arange(61) < 4, 50.0, 1 / (1 + np.arange(61))),
 }
 
 
@@ -63,13 +65,16 @@ def test_unbiased_with_an_honest_standard_error(x64, estimator, spectrum):
     got = compiled(estimator, 2000)(symmetric(eigenvalues), as_type(float))
     error = np.asarray(got.mean - eigenvalues.sum())
     assert abs(error.mean()) < 4 * error.std(ddof=1) / len(error) ** 0.5
-    assert error.std() > 1e-3 * np.abs(eigenvalues).max()  # an estimate, not the exact value
+    assert error.std() > 1e-4 * np.abs(eigenvalues).max()  # an estimate, not the exact value
     claimed = np.mean(got.sem**2) ** 0.5 / error.std()
     covered = np.mean(np.abs(error) < 2 * got.sem)
-    if estimator is hutchpp:  # given the sketch its probes are independent
-        assert 0.93 < claimed < 1.07 and covered > 0.8
-    else:  # the values of one estimate have sketches in common
-        assert 0.7 < claimed < 1.07 and covered > 0.7
+    # Given the sketch the probes of Hutch++ are independent. XTrace's values are not: taken as
+    # such, they claim 0.77 of the error on two of these spectra. Of a sketch as small as the number
+    # of outliers hardly anything can be told.
+    low, high = (0.93, 1.07) if estimator is hutchpp else (0.85, 1.25)
+    if spectrum != "outliers":
+        assert low < claimed < high
+    assert covered > 0.78
 
 
 def test_better_than_hutchinson_on_a_decaying_spectrum(x64):

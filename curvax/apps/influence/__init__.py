@@ -3,7 +3,15 @@
 from curvax.apps.influence._bm25 import Candidates, bm25
 from curvax.apps.influence._fitting import Fitted, fit, load
 from curvax.apps.influence._methods import mean_eigenvalues, of_window
-from curvax.apps.influence._queries import Compression, Queries, QueryInfo, compress, precondition
+from curvax.apps.influence._partition import partition
+from curvax.apps.influence._queries import (
+    Compression,
+    Queries,
+    QueryInfo,
+    Summed,
+    compress,
+    precondition,
+)
 from curvax.apps.influence._scoring import Influence, TopK, influence, score, top_k
 from curvax.apps.influence._self_influence import self_influence
 from curvax.apps.influence._validation import (
@@ -22,6 +30,7 @@ __all__ = [
     "LeaveOneOut",
     "Queries",
     "QueryInfo",
+    "Summed",
     "TopK",
     "bm25",
     "compress",
@@ -32,6 +41,7 @@ __all__ = [
     "load",
     "mean_eigenvalues",
     "of_window",
+    "partition",
     "precondition",
     "random_subsets",
     "retrain",

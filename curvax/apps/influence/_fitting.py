@@ -24,7 +24,7 @@ from curvax.kron._fit_passes import (
 )
 from curvax.kron._layout import Layout
 from curvax.kron._moments import EigenFactors
-from curvax.kron._storage import facts_of, open_store, read_facts
+from curvax.kron._storage import Saving, facts_of, open_store, read_facts
 from curvax.objective import Objective
 from curvax.solve import Window
 
@@ -102,8 +102,7 @@ def fit(
     method: str = "ekfac",
     fisher: str = "mc",
     microbatch: int | None = None,
-    folder: Path | str | None = None,
-    save_every: int = 100,
+    folder: Path | str | Saving | None = None,
     progress: bool = True,
 ) -> Fitted:
     """Fit the curvature of the mean loss over a data set, for `influence` and `self_influence`.
@@ -122,21 +121,13 @@ def fit(
         parts of leaves) of kind "identity" are held fixed: they take no part in influence. Leave
         out embeddings or norms by `layout.edit(path, kind="identity")`.
       params: pytree of float arrays.
-      batches: an iterable of `(inputs, targets)` that can be iterated over again and again, in the
-        same order: a list, a PyTorch DataLoader; arrays of NumPy, JAX or PyTorch, also sharded over
-        devices.
-      key: JAX key, for "mc". The draws of a row depend on its number in the data set, not on the
-        batch that it is in.
+      batches: as in `curvax.kron.fit_moments`.
+      key: JAX key, for "mc".
       method: "ekfac"; "kfac", which saves one pass; "diagonal", the diagonal of the Fisher; or
         "identity", which counts terms only.
-      fisher: "mc" uses targets sampled from the model, "exact" their expectation, "empirical" the
-        targets of the data.
+      fisher: as in `curvax.kron.fit_factors`.
       microbatch: the number of rows worked on at a time.
-      folder: the folder in which the passes are saved. An interrupted fit, even one whose process
-        was killed, resumes when it is called again with the same arguments, and its result is equal
-        in every bit. A complete fit is read back. The layout, the values of the params, the key,
-        the choices and the batches are checked to be the same; the objective is not.
-      save_every: the number of batches between two saves.
+      folder: the folder in which the passes are saved, as in `curvax.kron.fit_factors`.
       progress: whether a progress bar is shown for each pass.
 
     Returns:
@@ -144,11 +135,7 @@ def fit(
       (`curvax.kron.merge` says for which losses and estimators that is exact; `fit` always is.)
 
     Raises:
-      ValueError: there is no batch; the layout belongs to other params; the folder holds a fit of
-        other leaves, values of params, key or choices (named by path); a pass goes through other
-        batches than an earlier pass did, or than before the interruption.
-      TypeError: `batches` is an iterator, which can be gone through only once.
-      The errors of `kron_moments` are raised too.
+      ValueError, TypeError: as `curvax.kron.fit_moments`.
 
     Cost: for each example a forward and a backward pass in each of the two passes over the data,
       and the products there (see `kron_factors` and `kron_moments`), and an eigendecomposition of
@@ -200,7 +187,6 @@ def fit(
         method=method,
         options=options,
         folder=folder,
-        save_every=save_every,
         progress=progress,
     )
     return _fitted(results, layout, method, missing=())
@@ -231,7 +217,7 @@ def load(folder: Path | str, objective: Objective, layout: Layout, params: Param
     """
     # The folder says which method and which Fisher were fitted; the rest must be as it is given.
     saved = read_facts(folder)
-    store = open_store(folder, facts_of(layout, params), save_every=1)
+    store = open_store(Saving(folder), facts_of(layout, params))
     # A microbatch changes no shape of what is saved, and need not be known.
     options = fit_options(saved["fisher"], microbatch=None)
     method: str = saved["method"]

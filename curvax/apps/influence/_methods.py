@@ -19,14 +19,15 @@ from curvax._stream import check_rereadable, on_device
 from curvax._types import Batch, Matvec, Params
 from curvax.apps.influence._fitting import Fitted
 from curvax.kron._factors import Factors, WeightedMean
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._inverse import kron_inverse
 from curvax.kron._layout import Layout, named_leaves
-from curvax.kron._moments import EigenFactors
+from curvax.kron._moments import EigenFactors, decompose
 from curvax.kron._operator import EigenOperator, KronOperator, apply, damping_of
 from curvax.kron._two_products import combined_factors
 from curvax.objective import Objective
 from curvax.products import ggnvp, streamed
-from curvax.solve import SolveInfo, Window, window_inverse, window_of
+from curvax.solve import SolveInfo, Window, cg, window_inverse, window_of
 from curvax.solve._window import num_rows
 
 Solve: TypeAlias = Callable[..., tuple[Params, SolveInfo]]
@@ -45,6 +46,11 @@ SERVES = {
 """Which methods a fit of a method can be used for."""
 
 # C: curvature of the mean loss, fitted; A, G: the Kronecker factors of a block, s: stack
+
+
+def name_and_solver(method: str | Solve | None) -> tuple[str | None, Solve]:
+    """Return the name of a method, and the solver of "cg", for which a solver may stand."""
+    return (method, cg) if method is None or isinstance(method, str) else ("cg", method)
 
 
 def check_fitted(fitted: Fitted, method: str | None) -> str:
@@ -171,12 +177,27 @@ def mean_eigenvalues(fitted: Fitted, method: str | None = None) -> dict[str, Arr
       ([2.5], (1,))
     """
     method = check_fitted(fitted, method)
-    means = _means(fitted, fitted.method if method == "identity" else method)
+    return _scaled_means(fitted, fitted.method if method == "identity" else method, 1.0)
+
+
+def _scaled_means(fitted: Fitted, method: str, scale: float) -> dict[str, Array]:
+    """Return a multiple of the mean eigenvalue of every block, and of leaves after them."""
+    means: dict[str, Array] = _scaled_means_in_a_program(fitted, method, scale)
+    # JAX returns a dict in the order of the alphabet.
+    blocks = [block.name for block in fitted.layout.blocks if block.name in means]
+    return {name: means[name] for name in (*blocks, *means)}
+
+
+# Many small programs would take most of a second to compile.
+@partial(jax.jit, static_argnums=1)
+def _scaled_means_in_a_program(fitted: Fitted, method: str, scale: float) -> dict[str, Array]:
+    """Compute what `_scaled_means` returns."""
+    means = _means(fitted, method)
     if not means:
         return means
     # e.g. rows of an embedding that no batch looked up: any other scale is better than zero
     largest = jnp.max(jnp.concatenate(list(map(jnp.ravel, means.values()))))
-    return {name: jnp.where(x > 0, x, largest) for name, x in means.items()}
+    return {name: scale * jnp.where(x > 0, x, largest) for name, x in means.items()}
 
 
 def _means(fitted: Fitted, method: str) -> dict[str, Array]:
@@ -227,20 +248,20 @@ def dampings(fitted: Fitted, method: str, damping: Any) -> Any:
     Raises:
       ValueError: damping is not positive, or does not have the shapes of the blocks.
     """
-    means = mean_eigenvalues(fitted, method)
+    tenths = _scaled_means(fitted, method, 0.1)
     if damping is None:
         # Under `jit` there is nothing to check yet.
-        concrete = [x for x in means.values() if not isinstance(x, jax.core.Tracer)]
+        concrete = [x for x in tenths.values() if not isinstance(x, jax.core.Tracer)]
         if not all((np.asarray(x) > 0).all() for x in concrete):
             raise ValueError(
                 "the curvature is zero everywhere, or not finite: there is no mean eigenvalue to "
                 "take a tenth of. Look for a constant loss, or NaN in params and data; or give "
                 "damping a number."
             )
-        return {name: 0.1 * x for name, x in means.items()}
+        return tenths
     # One number for all blocks, or a mapping with one entry for each of them.
-    for name, mean in means.items():
-        _check_damping_of(name, damping, jnp.shape(mean), list(means))
+    for name, tenth in tenths.items():
+        _check_damping_of(name, damping, jnp.shape(tenth), list(tenths))
     return damping
 
 
@@ -268,14 +289,37 @@ def _check_damping_of(
         check_damping(float(np.min(np.asarray(value))))
 
 
-def inverse(fitted: Fitted, method: str, damping: Any) -> Matvec:
-    """Build the product with `(C + damping I)^-1`, of all methods but "cg"."""
+def divisor_of(fitted: Fitted, method: str) -> Curvature | None:
+    """Return what `inverse` inverts: K-FAC's factors in their eigenbasis; None with "identity"."""
     if method == "identity":
-        return _same
+        return None
     curvature = curvature_of(fitted, method)
-    if isinstance(curvature, Window):
-        return window_inverse(curvature, damping_of(damping, ""), divisor="count")
-    return kron_inverse(fitted.layout, curvature, damping)
+    # Here and not in a program, since the host decomposes in float64.
+    return curvature if method != "kfac" else _in_eigenbasis(fitted)
+
+
+def _in_eigenbasis(fitted: Fitted) -> Curvature:
+    """Write K-FAC's curvature as EK-FAC's, with the eigenvalues of `A x G` as moments."""
+    layout, factors = fitted.layout, fitted.require_factors()
+    # A sum of two Kronecker products has no Kronecker eigenbasis.
+    if any(block.two_products == "exact" for block in layout.blocks):
+        return factors
+    basis, moments = {}, {}
+    for name, (a, g) in decompose(layout.blocks, factors).items():
+        basis[name] = Basis(a.vectors, g.vectors)
+        # d_A d_G', of weight 1
+        eigenvalues = a.values[:, :, None] * g.values[:, None, :]
+        moments[name] = WeightedMean(eigenvalues, jnp.ones([], eigenvalues.dtype))
+    return EigenFactors(basis, moments, factors.diagonal)
+
+
+def inverse(layout: Layout, divisor: Curvature | None, damping: Any) -> Matvec:
+    """Build the product with `(C + damping I)^-1`, of all methods but "cg"."""
+    if divisor is None:
+        return _same
+    if isinstance(divisor, Window):
+        return window_inverse(divisor, damping_of(damping, ""), divisor="count")
+    return kron_inverse(layout, divisor, damping)
 
 
 def _same(v: Params) -> Params:
@@ -347,7 +391,7 @@ def _solve(
     # The preconditioner is EK-FAC's damped inverse, which is near that of C + D.
     # A product over a stream of batches keeps the solver's loop in Python.
     matvec = OnHost(damped) if isinstance(product, OnHost) else damped
-    preconditioner = inverse(fitted, "ekfac", damping)
+    preconditioner = inverse(layout, divisor_of(fitted, "ekfac"), damping)
     x, info = solver(matvec, b, damping=0.0, preconditioner=preconditioner)
     return x, SolveInfo(info.residual, info.steps, info.code)
 

@@ -12,29 +12,67 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from curvax._batch import batch_size, map_chunks, map_examples
+from curvax._batch import batch_size, map_chunks, map_examples, sum_over_chunks
 from curvax._checks import check_count, check_params, check_scalar
 from curvax._types import Batch, Params, Scalar, at_least_float32
 from curvax._xla import with_auto_sharding
 from curvax.apps.influence._fitting import Fitted
 from curvax.apps.influence._methods import (
+    Curvature,
+    Solve,
     check_fitted,
     dampings,
+    divisor_of,
     inverse,
+    name_and_solver,
     solve_each,
     without_fixed,
 )
 from curvax.kron._gradient_products import LowRank, Vectors
 from curvax.kron._layout import Block, Layout, check_layout, named_leaves
-from curvax.kron._operator import block_matrix
+from curvax.kron._operator import block_matrix, kron_operator
 from curvax.objective import Objective
-from curvax.solve import SolveInfo, cg
+from curvax.solve import SolveInfo, Window
 
-Measurement: TypeAlias = Objective | Callable[[Params, Any], Scalar]
-"""What is asked of a model: an objective, or `(params, batch of one query) -> scalar`."""
+MeasurementOfOne: TypeAlias = Objective | Callable[[Params, Any], Scalar]
+"""A measurement of a single query: an objective, or `(params, batch of one query) -> scalar`."""
+
+ByBlock: TypeAlias = tuple[dict[str, Any], dict[str, Array]]
+"""Trees like params with a leading axis, cut into matrices of blocks and leaves outside."""
 
 # f_q: measurement of query q, C: fitted curvature of the mean loss,
 # q: queries, s: stack, i: inputs (with the bias's 1), o: outputs, r: rank
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The sum of a measurement over all queries, as one query.
+
+    Influence is linear in the measurement: the scores are the sums over queries of those that the
+    measurement would have by itself, at the cost of one query.
+
+    Attributes:
+      measurement: a measurement as `influence` takes it; None: the training objective.
+
+    Example: what all queries together owe to each training example.
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> from curvax.apps import influence
+      >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+      >>> params, batch = jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1)))
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> options = {"fisher": "exact", "progress": False}
+      >>> fitted = influence.fit(objective, layout, params, [batch], jax.random.key(0), **options)
+      >>> args = fitted, objective, params, batch, [batch]
+      >>> scores, _ = influence.influence(*args, measurement=influence.Summed(), damping=0.5)
+      >>> scores.change_if_removed.round(4).tolist()
+      [[0.5, 0.5]]
+    """
+
+    measurement: MeasurementOfOne | None = None
+
+
+Measurement: TypeAlias = MeasurementOfOne | Summed
+"""What is asked of a model: of every query, or of all together."""
 
 
 @jax.tree_util.register_dataclass
@@ -89,9 +127,8 @@ def precondition(
     *,
     measurement: Measurement | None = None,
     damping: Any = None,
-    method: str | None = None,
+    method: str | Solve | None = None,
     train_batches: Iterable[Batch] = (),
-    solver: Callable[..., tuple[Params, SolveInfo]] = cg,
     chunk_size: int = 8,
 ) -> tuple[Queries, QueryInfo]:
     """Compute `(C + damping I)^-1 grad f_q` for every query q.
@@ -108,7 +145,6 @@ def precondition(
       damping: see `influence`.
       method: see `influence`.
       train_batches: for "cg" only, the data of its Gauss-Newton matrix, read for every product.
-      solver: the solver of "cg".
       chunk_size: the number of queries worked on at a time.
 
     Returns:
@@ -123,27 +159,27 @@ def precondition(
 
     Example: see `score` and `top_k`.
     """
-    measurement = objective if measurement is None else measurement
-    method = check_fitted(fitted, method)
+    measurement, is_summed = _unpacked(measurement, objective)
+    name, solver = name_and_solver(method)
+    method = check_fitted(fitted, name)
     check_params(params)
     check_layout(fitted.layout, params)
     check_count(1, chunk_size=chunk_size, num_queries=batch_size(queries))
-    if not isinstance(measurement, Hashable):
-        raise TypeError(
-            f"measurement must be hashable, an Objective or a function; got {measurement!r}."
-        )
+    check_measurement(measurement)
     # (C + damping I)^-1 grad f_q: by a matrix at hand, or with "cg" by a solve for each query
     damping = None if method == "identity" else dampings(fitted, method, damping)
     layout, solves = fitted.layout, None
     if method == "cg":
         # A solver in the whole space needs all gradients as trees first.
-        gradients = _gradients(measurement, layout, chunk_size, params, queries)
-        divided, solves = solve_each(
+        gradients = _gradients(measurement, is_summed, layout, chunk_size, params, queries)
+        solved, solves = solve_each(
             fitted, objective, params, train_batches, gradients, damping, solver
         )
+        blocks, outside = jax.jit(_cut, static_argnums=0)(layout, solved)
     else:
-        divided = _divided(measurement, method, chunk_size, fitted, params, queries, damping)
-    blocks, outside = _as_blocks(layout, divided)
+        divisor = divisor_of(fitted, method)
+        options = measurement, is_summed, layout, chunk_size
+        blocks, outside = _divided(*options, divisor, params, queries, damping)
     prepared = Queries(blocks=blocks, outside=outside, terms=fitted.terms, layout=layout)
     return prepared, QueryInfo(damping, solves)
 
@@ -221,9 +257,27 @@ def _ratio(lost_squares: Any, squares: Any) -> Array:
     return jnp.sqrt(lost_squares / jnp.where(squares > 0, squares, 1))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+def check_measurement(measurement: Any) -> None:
+    """Raise unless the measurement of one query can be a static argument of a program."""
+    if not isinstance(measurement, Hashable) or not callable(measurement):
+        raise TypeError(
+            f"measurement must be hashable, an Objective or a function; got {measurement!r}."
+        )
+
+
+def _unpacked(
+    measurement: Measurement | None, objective: Objective
+) -> tuple[MeasurementOfOne, bool]:
+    """Return the measurement of one query, and whether it is summed over queries."""
+    is_summed = isinstance(measurement, Summed)
+    of_one = measurement.measurement if isinstance(measurement, Summed) else measurement
+    return objective if of_one is None else of_one, is_summed
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _gradients(
-    measurement: Measurement,
+    measurement: MeasurementOfOne,
+    is_summed: bool,
     layout: Layout,
     chunk_size: int,
     params: Params,
@@ -232,40 +286,64 @@ def _gradients(
     """Return `grad f_q` for every query, trees with a leading axis."""
 
     def run(params: Params, queries: Any) -> Params:
-        of_chunk = partial(_gradients_of_rows, measurement, layout, params)
+        of_chunk = partial(gradients_of_rows, measurement, layout, params)
+        if is_summed:
+            return _summed_gradient(measurement, layout, chunk_size, params, queries)
         gradients: Params = map_chunks(of_chunk, queries, chunk_size)
         return gradients
 
     return with_auto_sharding(run, params, queries)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _divided(
-    measurement: Measurement,
-    method: str,
+    measurement: MeasurementOfOne,
+    is_summed: bool,
+    layout: Layout,
     chunk_size: int,
-    fitted: Fitted,
+    divisor: Curvature | None,
     params: Params,
     queries: Any,
     damping: Any,
-) -> Params:
-    """Return `(C + damping I)^-1 grad f_q` for every query, trees with a leading axis."""
+) -> ByBlock:
+    """Return `(C + damping I)^-1 grad f_q` for every query."""
 
-    def run(fitted: Fitted, params: Params, queries: Any, damping: Any) -> Params:
-        divide = inverse(fitted, method, damping)
+    def run(divisor: Any, params: Params, queries: Any, damping: Any) -> ByBlock:
+        def of_chunk(rows: Any) -> ByBlock:
+            gradients = gradients_of_rows(measurement, layout, params, rows)
+            return divided_by(layout, divisor, damping, gradients)
 
-        def of_chunk(rows: Any) -> Params:
-            gradients = _gradients_of_rows(measurement, fitted.layout, params, rows)
-            return jax.vmap(divide)(gradients)
-
-        divided: Params = map_chunks(of_chunk, queries, chunk_size)
+        if is_summed:
+            total = _summed_gradient(measurement, layout, chunk_size, params, queries)
+            return divided_by(layout, divisor, damping, total)
+        divided: ByBlock = map_chunks(of_chunk, queries, chunk_size)
         return divided
 
-    return with_auto_sharding(run, fitted, params, queries, damping)
+    return with_auto_sharding(run, divisor, params, queries, damping)
 
 
-def _gradients_of_rows(
-    measurement: Measurement,
+def divided_by(
+    layout: Layout,
+    divisor: Curvature | None,
+    damping: Any,
+    gradients: Params,
+) -> ByBlock:
+    """Return `(C + damping I)^-1 g` for trees g with a leading axis, block by block."""
+    if divisor is None:
+        return _cut(layout, gradients)
+    if isinstance(divisor, Window):
+        # The curvature of a window goes across blocks.
+        return _cut(layout, jax.vmap(inverse(layout, divisor, damping))(gradients))
+    operator = kron_operator(layout, divisor, damping)
+    blocks, outside = _cut(layout, gradients)
+    divided: dict[str, Vectors] = {}
+    for name, matrices in blocks.items():
+        divided[name] = jax.vmap(operator.blocks[name].times)(matrices)
+    return divided, {path: operator.diagonal[path] * x for path, x in outside.items()}
+
+
+def gradients_of_rows(
+    measurement: MeasurementOfOne,
     layout: Layout,
     params: Params,
     rows: Any,
@@ -274,26 +352,48 @@ def _gradients_of_rows(
 
     Gradients are in at least float32.
     """
-    value = measurement.value if isinstance(measurement, Objective) else measurement
 
     def of_row(row: Any) -> Params:
-        def measured(params: Params) -> Scalar:
-            name = "the measurement of one query, given as a batch of one,"
-            return check_scalar(value(params, row), name)
-
+        gradient = jax.grad(partial(_measured, measurement))(params, row)
         # Widened before any division: a 16-bit gradient would lose digits in the eigenbasis.
-        gradient = jax.tree.map(at_least_float32, jax.grad(measured)(params))
-        return without_fixed(layout, gradient)
+        return without_fixed(layout, jax.tree.map(at_least_float32, gradient))
 
     gradients: Params = map_examples(of_row, rows)
     return gradients
 
 
-@partial(jax.jit, static_argnums=0)
-def _as_blocks(
+def _summed_gradient(
+    measurement: MeasurementOfOne,
+    layout: Layout,
+    chunk_size: int,
+    params: Params,
+    queries: Any,
+) -> Params:
+    """Return the gradient of the sum of all measurements, a tree with a leading axis of one."""
+
+    # One backward pass for a chunk: no query's own gradient is formed.
+    def of_chunk(rows: Any) -> Params:
+        def total(params: Params) -> Scalar:
+            return jnp.sum(map_examples(partial(_measured, measurement, params), rows))
+
+        return jax.tree.map(at_least_float32, jax.grad(total)(params))
+
+    gradient = without_fixed(layout, sum_over_chunks(of_chunk, queries, chunk_size))
+    summed: Params = jax.tree.map(lambda x: x[None], gradient)
+    return summed
+
+
+def _measured(measurement: MeasurementOfOne, params: Params, row: Any) -> Scalar:
+    """Measure one query, which must give a scalar."""
+    value = measurement.value if isinstance(measurement, Objective) else measurement
+    name = "the measurement of one query, given as a batch of one,"
+    return check_scalar(value(params, row), name)
+
+
+def _cut(
     layout: Layout,
     vectors: Params,
-) -> tuple[dict[str, Vectors], dict[str, Array]]:
+) -> ByBlock:
     """Cut trees into the matrices of blocks, and the leaves with entries in no block."""
     # Every leaf has an axis of queries, which the layout does not know.
     leaves = jax.vmap(partial(named_leaves, layout))(vectors)

@@ -23,6 +23,7 @@ from curvax.apps.influence._example_gradients import (
     share_gradient,
 )
 from curvax.apps.influence._fitting import Fitted
+from curvax.apps.influence._methods import Solve, name_and_solver
 from curvax.apps.influence._queries import (
     Measurement,
     Queries,
@@ -42,7 +43,6 @@ from curvax.kron._gradient_products import (
 )
 from curvax.kron._layout import check_layout
 from curvax.objective import Objective
-from curvax.solve import SolveInfo, cg
 
 BY = {
     "example": "one number",
@@ -67,14 +67,14 @@ class Influence(NamedTuple):
         sum to `change_if_removed`. None unless asked for.
       by_token: the parts of each position of the training example, `[queries, examples,
         positions]`; None unless asked for.
-      rest: the part that belongs to no position (leaves in no block, and blocks used at other
+      elsewhere: the part that belongs to no position (leaves in no block, and blocks used at other
         positions), `[queries, examples]`: with it `by_token` sums to `change_if_removed`.
     """
 
     change_if_removed: Float[Array, "queries examples"]
     by_layer: dict[str, Array] | None = None
     by_token: Float[Array, "queries examples positions"] | None = None
-    rest: Float[Array, "queries examples"] | None = None
+    elsewhere: Float[Array, "queries examples"] | None = None
 
 
 class TopK(NamedTuple):
@@ -98,10 +98,9 @@ def influence(
     *,
     measurement: Measurement | None = None,
     damping: Any = None,
-    method: str | None = None,
+    method: str | Solve | None = None,
     by: str = "example",
     microbatch: int | None = None,
-    solver: Callable[..., tuple[Params, SolveInfo]] = cg,
 ) -> tuple[Influence, QueryInfo]:
     """Predict how each query's measurement would change if a training example were removed.
 
@@ -122,21 +121,21 @@ def influence(
         product).
       measurement: what is predicted for each query: any function `(params, queries with one row) ->
         scalar`, such as the logit of one token, or an objective, which is its mean loss over the
-        query's terms. None: the training objective.
+        query's terms. None: the training objective. `influence.Summed(measurement)` is its sum over
+        all queries, as one query.
       damping: a positive number, in units of an eigenvalue of C; or a mapping by block and path,
         such as a multiple of `mean_eigenvalues(fitted)`; None: 0.1 times the mean eigenvalue of
         each block.
       method: None, the method of the fit. A fit of "ekfac" serves "ekfac", "kfac", "cg" (solves
         with the Gauss-Newton matrix of the training set, across blocks) and "identity" (inner
-        products of
-        gradients: a ranking, not a prediction).
+        products of gradients: a ranking, not a prediction). A solver stands for "cg" with options,
+        such as `functools.partial(curvax.cg, tol=1e-3, max_steps=50)`.
       by: "example"; "layer", also the parts of each block; "token", also the parts of each position
         of the second axis of the inputs' first array, through the layers that are used as often as
         it is long, in the order in which they are used. (A layer along another axis of the same
         length cannot be told apart: leave it out by `layout.edit(path, kind="identity")`.)
       microbatch: the number of training examples worked on at a time; None: as many as bring the
         work arrays of a block to 64 MB.
-      solver: the solver of "cg", such as `functools.partial(curvax.cg, tol=1e-3, max_steps=50)`.
 
     Returns:
       An `Influence`, with columns in the order of the stream; and a `QueryInfo` with the damping
@@ -189,8 +188,7 @@ def influence(
         measurement=measurement,
         damping=damping,
         method=method,
-        train_batches=train_batches if method == "cg" else (),
-        solver=solver,
+        train_batches=train_batches if name_and_solver(method)[0] == "cg" else (),
     )
     # Queries are the expensive part and stay; training batches stream past them.
     score_batch = partial(_score, objective, by, microbatch, prepared, params)
@@ -252,7 +250,7 @@ def score(
         tokens, elsewhere = score_chunks(of_chunk, by_position=True)
         # the parts of all positions, and what belongs to none
         total = jnp.sum(tokens, axis=2) + elsewhere
-        return Influence(change_if_removed=total, by_token=tokens, rest=elsewhere)
+        return Influence(change_if_removed=total, by_token=tokens, elsewhere=elsewhere)
     if by == "layer":
         parts = score_chunks(_scores_by_layer)
         return Influence(change_if_removed=jnp.asarray(sum(parts.values())), by_layer=parts)

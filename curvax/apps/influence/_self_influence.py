@@ -15,6 +15,7 @@ from curvax._batch import ENTRIES_AT_A_TIME, check_batch, map_chunks, map_exampl
 from curvax._checks import check_count, check_params
 from curvax._shared import unwrap
 from curvax._stream import on_device
+from curvax._trees import dimension
 from curvax._types import Batch, Params, Scalar
 from curvax._xla import with_auto_sharding
 from curvax.apps.influence._example_gradients import (
@@ -23,10 +24,22 @@ from curvax.apps.influence._example_gradients import (
     share_gradient,
 )
 from curvax.apps.influence._fitting import Fitted
-from curvax.apps.influence._methods import check_fitted, curvature_of, dampings
-from curvax.apps.influence._queries import flat
+from curvax.apps.influence._methods import (
+    Curvature,
+    check_fitted,
+    dampings,
+    divisor_of,
+)
+from curvax.apps.influence._queries import (
+    ByBlock,
+    MeasurementOfOne,
+    check_measurement,
+    divided_by,
+    flat,
+    gradients_of_rows,
+)
 from curvax.capture import Capture
-from curvax.kron._gradient_pairs import Basis
+from curvax.kron._gradient_pairs import Basis, gradient_of
 from curvax.kron._gradient_products import squares_by_example
 from curvax.kron._layout import Layout, check_layout
 from curvax.kron._operator import EigenOperator, KronOperator, kron_operator
@@ -44,6 +57,7 @@ def self_influence(
     params: Params,
     batches: Iterable[Batch],
     *,
+    measurement: MeasurementOfOne | None = None,
     damping: Any = None,
     method: str | None = None,
     microbatch: int | None = None,
@@ -58,10 +72,13 @@ def self_influence(
       objective: the `curvax.Objective` of training.
       params: the parameters that were fitted.
       batches: an iterable of `(inputs, targets)`; wrap it in `tqdm.tqdm` to see progress.
+      measurement: what is predicted in place of the example's mean loss, such as the margin of its
+        label: a function `(params, batch of one example) -> scalar`, or an objective.
       damping: see `influence`.
-      method: None, the method of the fit; or "ekfac", "kfac", "diagonal" or "identity".
+      method: None, the method of the fit; or "ekfac", "kfac", "diagonal" or "identity"; with a
+        measurement also "mfac".
       microbatch: the number of examples worked on at a time; None: as many as bring the gradients
-        of a block to 64 MB.
+        of a block to 64 MB (with a measurement, those of all params).
 
     Returns:
       `[examples]`, in the order of the stream.
@@ -71,7 +88,7 @@ def self_influence(
 
     Cost: for every example a forward and a backward pass (two for a `weighted_sum`); for each block
       `in^2 + out^2` multiplications a position, and `in out`, for each position where there are
-      several.
+      several. With a measurement: its gradient and `2 in out (in + out)` multiplications a block.
 
     Example: of two examples that share a direction, and one that is alone in its own.
       >>> import jax, jax.numpy as jnp, curvax
@@ -92,33 +109,52 @@ def self_influence(
     method = check_fitted(fitted, method)
     check_params(params)
     check_layout(fitted.layout, params)
-    inverse = _inverse(fitted, method, damping)
-    score_batch = partial(
-        _score_batch, objective, fitted.layout, microbatch, inverse, fitted.terms, params
-    )
+    layout = fitted.layout
+    if measurement is None:
+        operator = _operator(fitted, method, damping)
+        score_batch = partial(
+            _score_batch, objective, layout, microbatch, operator, fitted.terms, params
+        )
+    else:
+        check_measurement(measurement)
+        divisor = divisor_of(fitted, _without_solves(method))
+        damping = None if method == "identity" else dampings(fitted, method, damping)
+        options = objective, measurement, layout, microbatch
+        score_batch = partial(_measure_batch, *options, divisor, damping, fitted.terms, params)
     scores = list(map(score_batch, on_device(batches)))
     if not scores:
         raise ValueError("batches is empty; give at least one (inputs, targets).")
     return jnp.concatenate(scores)
 
 
-def _inverse(fitted: Fitted, method: str, damping: Any) -> KronOperator:
+def _operator(fitted: Fitted, method: str, damping: Any) -> KronOperator:
     """Build P with each block in its eigenbasis, where `D . P D` is a weighted sum of squares."""
     layout = fitted.layout
     if method == "identity":
         ones = {b.name: EigenOperator(None, None, jnp.ones(b.shape)) for b in layout.blocks}
         paths = [leaf.path for leaf in layout.leaves if leaf.outside == "diagonal"]
         return KronOperator(ones, dict.fromkeys(paths, jnp.ones([])))
-    curvature = curvature_of(fitted, method)
-    if method == "cg" or isinstance(curvature, Window):
-        raise ValueError(
-            "self_influence goes by the methods 'ekfac', 'kfac', 'diagonal' and 'identity', "
-            f"got {method!r}. Call influence with the training examples as queries: its diagonal "
-            "is their self-influence."
-        )
+    divisor = divisor_of(fitted, _without_solves(method))
+    if divisor is None or isinstance(divisor, Window):
+        raise _no_such_method(method)
     damping = dampings(fitted, method, damping)
     # (A x G + damping I)^-1, or of EK-FAC's moments in the eigenbasis: diagonal in it, both.
-    return kron_operator(layout, curvature, damping)
+    return kron_operator(layout, divisor, damping)
+
+
+def _without_solves(method: str) -> str:
+    """Return the method, or raise if it solves a system for every gradient."""
+    if method == "cg":
+        raise _no_such_method(method)
+    return method
+
+
+def _no_such_method(method: str) -> ValueError:
+    return ValueError(
+        "self_influence goes by the methods 'ekfac', 'kfac', 'diagonal' and 'identity', "
+        f"got {method!r}. Call influence with the training examples as queries: its diagonal "
+        "is their self-influence."
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -133,12 +169,9 @@ def _score_batch(
 ) -> Array:
     """Score one batch, in chunks of bounded memory."""
     check_batch(batch)
-    rows = microbatch
-    if rows is None:
-        # The largest gradient of a block is the largest work array of an example.
-        largest = max((math.prod(block.shape) for block in layout.blocks), default=1)
-        rows = max(1, ENTRIES_AT_A_TIME // max(1, largest))
-    check_count(1, microbatch=rows)
+    # The largest gradient of a block is the largest work array of an example.
+    largest = max((math.prod(block.shape) for block in layout.blocks), default=1)
+    rows = _rows_at_a_time(microbatch, largest)
 
     def run(inverse: KronOperator, terms: PyTree[Scalar], params: Params, batch: Batch) -> Any:
         score = _scores_of_heads if objective.loss.heads else _scores_of_loss
@@ -146,6 +179,70 @@ def _score_batch(
 
     scores: Array = with_auto_sharding(run, inverse, terms, params, batch)
     return scores
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _measure_batch(
+    objective: Objective,
+    measurement: MeasurementOfOne,
+    layout: Layout,
+    microbatch: int | None,
+    divisor: Curvature | None,
+    damping: Any,
+    terms: PyTree[Scalar],
+    params: Params,
+    batch: Batch,
+) -> Array:
+    """Return `grad m_b . P grad L_b / N` of one batch, m_b the measurement of example b."""
+    check_batch(batch)
+    # An example's gradients are trees like params.
+    rows = _rows_at_a_time(microbatch, dimension(params))
+
+    def run(
+        divisor: Any,
+        damping: Any,
+        terms: PyTree[Scalar],
+        params: Params,
+        batch: Batch,
+    ) -> Any:
+        def of_chunk(chunk: Batch) -> Float[Array, " examples"]:
+            gradients = gradients_of_rows(measurement, layout, params, chunk)
+            v = divided_by(layout, divisor, damping, gradients)
+            return _products_with_examples(objective, layout, v, terms, params, chunk)
+
+        return map_chunks(of_chunk, batch, rows)
+
+    scores: Array = with_auto_sharding(run, divisor, damping, terms, params, batch)
+    return scores
+
+
+def _rows_at_a_time(microbatch: int | None, entries: int) -> int:
+    """Return how many examples with a work array of so many entries are worked on at a time."""
+    rows = max(1, ENTRIES_AT_A_TIME // max(1, entries)) if microbatch is None else microbatch
+    check_count(1, microbatch=rows)
+    return rows
+
+
+def _products_with_examples(
+    objective: Objective,
+    layout: Layout,
+    vectors: ByBlock,
+    terms: PyTree[Scalar],
+    params: Params,
+    chunk: Batch,
+) -> Float[Array, " examples"]:
+    """Return `v_b . grad L_b / N`, the product of each example's gradient with a vector of it."""
+    inputs, targets = chunk
+    capture = record_examples(objective, layout, params, inputs)
+    cotangents = capture.pull(share_gradient(objective, capture, targets, terms))
+    blocks, outside = vectors
+    parts = []
+    for path, gradients in cotangents.outside.items():
+        parts.append(jnp.sum(flat(gradients) * flat(outside[path]), axis=1))
+    for block in layout.blocks:
+        gradients = gradient_of(block, pairs_of_block(block, capture, cotangents))
+        parts.append(jnp.sum(flat(gradients) * flat(blocks[block.name]), axis=1))
+    return jnp.asarray(sum(parts))
 
 
 def _scores_of_loss(
