@@ -30,11 +30,13 @@ class UseKind:
       kind: "dot", "conv" or "lookup".
       transposed: whether it multiplies by the transpose of the kernel.
       biased: whether the kernel's bias is added to its output.
+      one: the input of that bias: 1, but where constants multiply kernel and bias differently.
     """
 
     kind: str
     transposed: bool = False
     biased: bool = False
+    one: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Kernel:
     """Entries of parameters that linear maps use as one matrix for each slice of a stack.
 
     Attributes:
-      view: view `[stack, in, out]`.
+      view: view `[stack, in, out]`, of which a constant mask may let some entries through only.
       bias: view `[stack, out]`, a further input that is 1, or None.
       uses: what each of the uses is, in the order of the program.
     """
@@ -104,14 +106,15 @@ def _usable(
             for path in use.view.leaves:
                 reasons.setdefault(path, f"is joined with {refused}, which {reasons[refused]}")
             for path in bias_leaves:
-                reasons.setdefault(path, f"is the bias of {use.view}, which is in no block")
+                why = f"its map is in no block: {refused} {reasons[refused]}"
+                reasons.setdefault(path, why)
             continue
         # A refused bias leaves the kernel standing, without it.
         if any(path in reasons for path in bias_leaves):
             why = f"is joined with a leaf in no block in the bias {use.bias}"
             for path in bias_leaves:
                 reasons.setdefault(path, why)
-            use = dataclasses.replace(use, bias=None)
+            use = dataclasses.replace(use, bias=None, one=1.0)
         usable[number] = use
     return usable
 
@@ -178,7 +181,7 @@ def _kernel(
     kinds = []
     for number, transposed in group:
         use = uses[number]
-        kinds.append(UseKind(use.kind, transposed, use.bias is not None))
+        kinds.append(UseKind(use.kind, transposed, use.bias is not None, use.one))
     return Kernel(view, bias, tuple(kinds))
 
 
@@ -246,6 +249,13 @@ class _Numbering:
     ) -> bool:
         """Tell whether two views have the same entries at the same places (of the transpose)."""
         shape = (*b.shape[:-2], b.shape[-1], b.shape[-2]) if transposed else b.shape
+        mask, other = a.mask, b.mask
+        if mask is not None and other is not None:
+            other = other.swapaxes(-1, -2) if transposed else other
+            if not np.array_equal(mask, other):
+                return False
+        elif mask is not other:
+            return False
         # The same expression: no need to number its entries.
         if not transposed and a == b:
             return True

@@ -152,7 +152,8 @@ def _find_kernels(
     # The arguments of the program: first the leaves of params, then the inputs.
     views = [HoldsView(leaf_view(path, shape)) for path, shape in shapes.items()]
     nothing = [None] * len(jax.tree.leaves(inputs))
-    findings = find_uses(model.program, [*views, *nothing], model.live)
+    batched = _are_batched(params, inputs)
+    findings = find_uses(model.program, [*views, *nothing], model.live, batched)
     kernels, reasons = group_uses(findings.uses, findings.reasons, shapes)
     uses_of = {}
     for kernel, numbers in kernels.items():
@@ -176,11 +177,7 @@ def _unknown_kernel(name: str, kernel: Kernel, per_example: bool) -> str:
 
 def _check_unmixed(model: _Model, params: Params, inputs: Any) -> None:
     """Raise if one row of the inputs influences the outputs of another."""
-    # Params are the same for all rows, and so are `Shared` parts of the inputs.
-    is_batched = [False] * len(jax.tree.leaves(params))
-    for x in jax.tree.leaves(inputs, is_leaf=is_shared):
-        is_batched += [not is_shared(x)] * len(jax.tree.leaves(x))
-    mixing = mixing_operation(model.program, is_batched, model.live)
+    mixing = mixing_operation(model.program, _are_batched(params, inputs), model.live)
     if mixing is not None:
         raise ValueError(
             f"the model mixes examples: its `{mixing}` runs over the batch axis (as BatchNorm in "
@@ -188,6 +185,15 @@ def _check_unmixed(model: _Model, params: Params, inputs: Any) -> None:
             '(sharing="reduce", EK-FAC, fisher "exact" and "empirical") is not defined for it; '
             'K-FAC with sharing="expand" and fisher="mc" is.'
         )
+
+
+def _are_batched(params: Params, inputs: Any) -> list[bool]:
+    """Tell for each argument of a model's program whether it has a batch axis."""
+    # Params are the same for all rows, and so are `Shared` parts of the inputs.
+    batched = [False] * len(jax.tree.leaves(params))
+    for x in jax.tree.leaves(inputs, is_leaf=is_shared):
+        batched += [not is_shared(x)] * len(jax.tree.leaves(x))
+    return batched
 
 
 def _check_rows(outputs: PyTree) -> None:

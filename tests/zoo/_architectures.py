@@ -1,0 +1,3 @@
+"""Architectures."""
+
+ARCHITECTURES = {}
