@@ -134,8 +134,9 @@ class Findings:
       maps: for leaves that are added to the output of a map that is no use, the bits of what the
         kernel of that map is made of.
       kernel_loops: for each use the loops over which its kernel is stacked.
-      refused_gathers: places of gathers by constant indices whose results are refused.
-      used_gathers: places of those whose results enter linear maps.
+      refused_gathers: places of gathers by constant indices whose results are refused, with the
+        leaves that they gather.
+      gathered: leaves that enter linear maps after such a gather.
       num_loops: the number of loops met so far.
     """
 
@@ -145,8 +146,8 @@ class Findings:
     reasons: dict[str, str] = field(default_factory=dict)
     maps: dict[str, int] = field(default_factory=dict)
     kernel_loops: list[tuple[int, ...]] = field(default_factory=list)
-    refused_gathers: set[tuple[int, ...]] = field(default_factory=set)
-    used_gathers: set[tuple[int, ...]] = field(default_factory=set)
+    refused_gathers: dict[tuple[int, ...], set[str]] = field(default_factory=dict)
+    gathered: set[str] = field(default_factory=set)
     num_loops: int = 0
 
     def refuse(
@@ -156,9 +157,15 @@ class Findings:
     ) -> None:
         """Note why the leaves of a view can be in no kernel (the first reason stays)."""
         if isinstance(value, HoldsView):
-            self.refused_gathers |= value.gathers
+            for site in value.gathers:
+                self.refused_gathers.setdefault(site, set()).update(value.view.leaves)
             for path in value.view.leaves:
                 self.reasons.setdefault(path, reason)
+
+    def note_gathered(self, value: HoldsView) -> None:
+        """Note that a view enters a linear map, perhaps after a gather by constant indices."""
+        if value.gathers:
+            self.gathered.update(value.view.leaves)
 
     def add(
         self,
@@ -196,8 +203,11 @@ def find_uses(
             findings.refuse(output, "is an output of the model")
         # Rows of a table at constant indices (of positions, say) are taken for entries that may
         # enter a linear map; where they do something else instead, they are looked up.
-        others = findings.refused_gathers - findings.used_gathers - lookups
-        if not others:
+        others = set()
+        for site, leaves in findings.refused_gathers.items():
+            if not leaves & findings.gathered:
+                others.add(site)
+        if others <= lookups:
             break
         lookups |= others
     _explain_biases(findings, arguments, bits)
@@ -273,12 +283,12 @@ def _results(findings: Findings, step: Step) -> Sequence[Holds]:
     # A linear map of something else with a view is a use; anything else is none.
     use = _linear_map(step, views)
     if isinstance(use, Use):
-        findings.used_gathers |= views[0].gathers
+        findings.note_gathered(views[0])
         # The result holds the output, whose cotangent is that of this use.
         return [findings.add(use, views[0].loops)]
     for view in views:
         if isinstance(use, Refusal):
-            findings.used_gathers |= view.gathers
+            findings.note_gathered(view)
             findings.refuse(view, use.reason)
         else:
             both = " with another parameter" if len(views) > 1 else ""
@@ -776,7 +786,9 @@ _SAME = frozenset(
 )
 """Primitives whose results hold what their operands hold."""
 
-_PASSES_ON = frozenset({*_SAME, "reshape", "squeeze", "expand_dims", "transpose", "add"})
+_PASSES_ON = frozenset(
+    {*_SAME, "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "add"}
+)
 """Primitives behind which a linear map may be whose bias is added."""
 
 _MAPS = frozenset(

@@ -140,3 +140,222 @@ def test_single_layers_are_exact(name):
         np.testing.assert_allclose(
             inverse_of_block, inverse, rtol=0, atol=1e-11 * abs(inverse).max()
         )
+
+
+def test_a_mask_leaves_the_block_of_the_entries_that_are_there():
+    mask = np.array([[1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0]])
+    model = lambda p, x: x @ (p["w"] * mask) + p["b"]
+    params = {"w": normal(1, 4, 3), "b": normal(2, 3)}
+    objective, batch, layout = problem(model, params, X.astype(float))
+    assert "constant mask: 7 of 12 entries" in str(layout)
+    exact, curvatures, inverses = exact_and_blocks(objective, layout, params, batch)
+    # K-FAC: `mask * A (mask * V) G` is exact. EK-FAC: the moments are those of masked gradients.
+    np.testing.assert_allclose(curvatures[0], exact, rtol=0, atol=1e-12 * abs(exact).max())
+    there = np.concatenate([np.ones(3), mask.ravel()]) > 0
+    assert not exact[~there].any()
+    for inverse in inverses:
+        assert (
+            np.isfinite(inverse).all()
+            and not inverse[~there].any()
+            and not inverse[:, ~there].any()
+        )
+        assert np.linalg.eigvalsh(inverse[there][:, there]).min() > 0
+
+
+def test_moments_behind_a_mask_have_the_trace_of_the_fisher():
+    mask = np.tril(np.ones((4, 3)))
+    model = lambda p, x: jnp.tanh(x @ (p["w"] * mask))
+    params = {"w": normal(1, 4, 3)}
+    objective, batch, layout = problem(model, params, X.astype(float))
+    (name,) = (block.name for block in layout.blocks)
+
+    def traces(params, batch):
+        factors = curvax.kron_factors(objective, layout, params, batch, KEY, fisher="exact")
+        basis = curvax.kron.kron_basis(layout, factors)
+        moments = curvax.kron.kron_moments(
+            objective, layout, basis, params, batch, KEY, fisher="exact"
+        )
+        exact = jnp.trace(dense(curvax.ggnvp(objective, params, batch), params))
+        return moments.moments[name].mean.sum(), exact
+
+    moments, exact = jax.jit(traces)(params, batch)
+    np.testing.assert_allclose(moments, exact, rtol=1e-12)
+
+
+def test_pooled_group_convolutions_are_exact_when_reduced():
+    model = lambda p, x: FEATURES(p, x).mean(axis=1)
+    params = {"w": normal(1, 2, 3, 4), "b": normal(2, 3)}
+    objective, batch, layout = problem(model, params, IMAGES.astype(float), sharing="reduce")
+    exact, curvatures, _ = exact_and_blocks(objective, layout, params, batch)
+    for curvature in curvatures:
+        np.testing.assert_allclose(curvature, exact, rtol=0, atol=1e-12 * abs(exact).max())
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_added_positions_are_a_lookup(fisher):
+    """The same factors as where the rows are looked up by numbers in the inputs."""
+    numbers = jnp.broadcast_to(jnp.arange(3), (5, 3))
+    inputs = {"x": normal(1, 5, 3, 2), "numbers": numbers}
+    params = {"positions": normal(2, 4, 2), "w": normal(3, 2, 2)}
+    ways = [
+        lambda table, inputs: table[inputs["numbers"]],
+        lambda table, inputs: table[:3],
+        lambda table, inputs: table[jnp.arange(3)][None],
+    ]
+
+    def factors_of(rows):
+        model = lambda p, x: jnp.tanh(x["x"] + rows(p["positions"], x)) @ p["w"]
+        objective, batch, layout = problem(model, params, inputs)
+        assert [leaf.kind for leaf in layout.leaves] == ["kron", "kron"]
+        estimate = lambda p: curvax.kron_factors(objective, layout, p, batch, KEY, fisher=fisher)
+        return jax.jit(estimate)(params)
+
+    first, *others = map(factors_of, ways)
+    for other in others:
+        for x, y in zip(jax.tree.leaves(other), jax.tree.leaves(first), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
+    counts = first.blocks["['positions']"].a.mean[0]
+    np.testing.assert_allclose(counts, [1 / 3, 1 / 3, 1 / 3, 0])
+
+
+def test_experts_of_a_ragged_product_are_a_stack():
+    """The same factors as where rows are dispatched to the experts by zeros and ones."""
+    sizes = jnp.array([2, 0, 4])
+    gate = jnp.repeat(jnp.eye(3), np.array(sizes), axis=0)
+
+    def ragged(p, x):
+        h = jnp.tanh(lax.ragged_dot(x, p["w"], sizes))
+        return lax.ragged_dot(h, p["v"], sizes)
+
+    def dispatched(p, x):
+        h = jnp.tanh(jnp.einsum("eti,eio->eto", jnp.einsum("te,ti->eti", gate, x), p["w"]))
+        return jnp.einsum("te,eto->to", gate, jnp.einsum("eti,eio->eto", h, p["v"]))
+
+    params = {"w": normal(1, 3, 4, 3), "v": normal(2, 3, 3, 2)}
+
+    def factors_of(model):
+        objective, batch, layout = problem(model, params, normal(3, 6, 4))
+        assert [block.shape[0] for block in layout.blocks] == [3, 3]
+        return jax.jit(lambda p: curvax.kron_factors(objective, layout, p, batch, KEY))(params)
+
+    first, second = factors_of(ragged), factors_of(dispatched)
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
+    assert not first.blocks["['w']"].g.mean[1].any() and first.blocks["['w']"].g.mean[2].any()
+
+
+def custom(w, x):
+    @jax.custom_vjp
+    def product(w, x):
+        return x @ w
+
+    product.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, g: (saved[1].T @ g, g @ saved[0].T))
+    return product(w, x)
+
+
+W43 = {"w": (4, 3)}
+WITH_BIAS = {"w": (4, 3), "b": (3,)}
+TOEPLITZ = np.arange(4)[:, None] - np.arange(3) + 2
+REASONS = {
+    "tied otherwise": (
+        lambda p, x: x @ p["w"][TOEPLITZ],
+        {"w": (6,)},
+        "w",
+        "constant indices that tie",
+    ),
+    "times zero": (lambda p, x: x @ (p["w"] * 0.0), W43, "w", "multiplied by zero"),
+    "times anything": (
+        lambda p, x: x @ (p["w"] * np.arange(1.0, 13).reshape(4, 3) ** 2),
+        W43,
+        "w",
+        "neither a mask nor a product",
+    ),
+    "times data": (lambda p, x: x @ (p["w"] * x.sum()), W43, "w", "enters `mul`"),
+    "masked by data": (lambda p, x: x @ jnp.where(x.sum() > 0, p["w"], 0), W43, "w", "select_n"),
+    "gathered and read": (
+        lambda p, x: x @ p["w"][ROWS] + p["w"][ROWS].sum(),
+        W43,
+        "w",
+        "reduce_sum",
+    ),
+    "complex": (
+        lambda p, x: jnp.real(x.astype(complex) @ p["w"].astype(complex)),
+        W43,
+        "w",
+        "becomes complex in `convert_element_type`; blocks are of real linear maps",
+    ),
+    "pairs": (
+        lambda p, x: jnp.real(x @ (p["w"][:2] + 1j * p["w"][2:]).repeat(2, 0)),
+        W43,
+        "w",
+        "becomes complex",
+    ),
+    "bias of none": (
+        lambda p, x: x @ jnp.exp(p["w"]) + p["b"],
+        WITH_BIAS,
+        "b",
+        "its map is in no block: ['w'] enters `exp`",
+    ),
+    "bias of a nested map": (
+        lambda p, x: jnp.einsum("bi,io->bo", x, jnp.exp(p["w"]))[:, None] + p["b"],
+        WITH_BIAS,
+        "b",
+        "its map is in no block: ['w'] enters `exp`",
+    ),
+    "bias of a refused map": (
+        lambda p, x: (x @ p["w"] + p["b"]) * p["w"].sum(),
+        WITH_BIAS,
+        "b",
+        "its map is in no block: ['w'] enters `reduce_sum`",
+    ),
+    "its own derivative": (
+        lambda p, x: custom(p["w"], x) + p["b"],
+        WITH_BIAS,
+        "w",
+        "DirectAdjoint",
+    ),
+    "bias of such": (
+        lambda p, x: custom(p["w"], x) + p["b"],
+        WITH_BIAS,
+        "b",
+        "its map is in no block",
+    ),
+    "bias times anything": (
+        lambda p, x: x @ p["w"] + p["b"] * jnp.arange(1.0, 4),
+        WITH_BIAS,
+        "b",
+        "axes other than a bias has",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_what_is_not_followed_has_its_reason(name):
+    model, shapes, leaf, reason = REASONS[name]
+    params = {path: normal(i, *shape) for i, (path, shape) in enumerate(shapes.items())}
+    _, _, layout = problem(model, params, X.astype(float))
+    leaves = {each.path: each for each in layout.leaves}
+    assert reason in leaves[f"['{leaf}']"].reason and leaves[f"['{leaf}']"].kind == "diagonal"
+
+
+def test_rows_at_constant_numbers_that_are_no_kernel_are_looked_up():
+    """Biases of attention by distance, as T5 has them."""
+    distance = abs(np.arange(4)[:, None] - np.arange(4))
+
+    def model(p, x):
+        bias = p["distances"][jnp.array(distance)].transpose(2, 0, 1)  # [heads, 4, 4]
+        return jax.nn.softmax(x[:, None] * x[:, None].swapaxes(2, 3) + bias) @ x[:, None]
+
+    params = {"distances": normal(1, 4, 2)}
+    _, _, layout = problem(model, params, normal(2, 3, 4, 1))
+    (block,) = layout.blocks
+    assert block.uses[0].kind == "lookup" and block.shape == (1, 4, 2)
+
+
+def test_the_table_says_how_much_is_in_blocks_and_warns():
+    model = lambda p, x: (x @ p["w"]) * p["gain"].sum()
+    for size, ending in ((12, "50 % of the parameters are in blocks (12 of 24)"), (13, "48 %")):
+        params = {"w": jnp.ones((4, 3)), "gain": jnp.ones(size)}
+        _, _, layout = problem(model, params, X)
+        last = str(layout).splitlines()[-1]
+        assert ending in last and last.startswith("WARNING: only") == (size == 13)
