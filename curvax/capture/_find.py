@@ -502,8 +502,11 @@ def _taken(
 ) -> HoldsView | None:
     """Follow entries that are taken by constant indices."""
     eqn, site = step.eqn, step.place.site
-    if site in findings.lookups or value.axes is not None or eqn.params.get("fill_value"):
+    if site in findings.lookups or value.axes is not None:
         return None
+    # What is read out of range counts as number 0, whatever the program has there.
+    if "fill_value" in eqn.params:
+        eqn = eqn.replace(params={**eqn.params, "fill_value": 0})
     # The equation itself says which entries, applied to their numbers; 0 is none.
     numbers = np.arange(1, math.prod(value.view.shape) + 1, dtype=np.int32)
     operand = Constant(numbers.reshape(value.view.shape), value.loops)
@@ -511,7 +514,8 @@ def _taken(
     if result is None or result.loops != value.loops:
         return None
     entries = np.asarray(result.value)
-    if np.any(entries < 1):  # an index out of range reads no entry
+    if np.any(entries < 1):
+        findings.refuse(value, "is gathered by constant indices, some of them out of range")
         return None
     could_be_lookup = eqn.primitive.name == "gather" and is_lookup(eqn)
     gathers = value.gathers | {site} if could_be_lookup else value.gathers

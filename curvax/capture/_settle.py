@@ -97,10 +97,35 @@ def with_bias(
         # The kernel's columns are in another order.
         numbers = np.arange(stack * out).reshape(stack, out)
         bias = take(bias, numbers[:, use.bias_columns.array])
+    use = _with_empty_columns(use)
     one = _bias_input(use, bias)
     if one is None:
         return None
     return dataclasses.replace(use, bias=without_factors(bias), one=one)
+
+
+def _with_empty_columns(use: Use) -> Use:
+    """Put columns without entries behind a mask: their outputs are biases alone.
+
+    Without a bias a zero that multiplies their cotangents is better, which leaves them out of G.
+    """
+    if use.scale is None or use.scale.array.all() or use.bias_columns is not None:
+        return use
+    scale = use.scale.array
+    is_there = scale != 0
+    filled = static(_compact(np.where(is_there, scale, scale[is_there][0])))
+    after_outputs = []
+    for step in use.after_outputs:
+        after_outputs.append(_Times(filled) if step == _Times(use.scale) else step)
+    mask = use.view.mask
+    through = is_there[:, None] if mask is None else mask & is_there[:, None]
+    through = np.broadcast_to(through, use.view.shape)
+    return dataclasses.replace(
+        use,
+        view=times(without_factors(use.view), through),
+        scale=filled,
+        after_outputs=tuple(after_outputs),
+    )
 
 
 def _bias_input(use: Use, bias: View) -> float | None:

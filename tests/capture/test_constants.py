@@ -63,6 +63,7 @@ ROWS = jnp.array([2, 0, 3, 1])
 # Model, shapes of the leaves, and the inputs.
 SINGLE = {
     "rows": (lambda p, x: x @ p["w"][ROWS], {"w": (4, 3)}, X),
+    "taken": (lambda p, x: x @ jnp.take(p["w"], ROWS - 4, axis=0), {"w": (4, 3)}, X),
     "columns": (lambda p, x: x @ p["w"][:, ROWS] + p["b"][ROWS], {"w": (4, 4), "b": (4,)}, X),
     "columns, bias": (lambda p, x: x @ p["w"][:, ROWS] + p["b"], {"w": (4, 4), "b": (4,)}, X),
     "anything": (
@@ -92,6 +93,11 @@ SINGLE = {
     "gathered and scaled": (
         lambda p, x: x @ (p["w"][ROWS] * jnp.array([2, -1, 0.5])) + p["b"] * jnp.array([4, -2, 1]),
         {"w": (4, 3), "b": (3,)},
+        X,
+    ),
+    "masked outputs": (
+        lambda p, x: x @ (p["w"] * (jnp.arange(3) > 0)),
+        {"w": (4, 3)},
         X,
     ),
     "masked inputs": (lambda p, x: x @ (p["w"] * (jnp.arange(4) > 1)[:, None]), {"w": (4, 3)}, X),
@@ -262,6 +268,12 @@ REASONS = {
         {"w": (6,)},
         "w",
         "constant indices that tie",
+    ),
+    "out of range": (
+        lambda p, x: x @ jnp.take(p["w"], jnp.array([0, 1, 2, 4]), axis=0),
+        W43,
+        "w",
+        "out of range",
     ),
     "times zero": (lambda p, x: x @ (p["w"] * 0.0), W43, "w", "multiplied by zero"),
     "times anything": (

@@ -68,14 +68,14 @@ def check_leaves(case, layout):
             assert block.shape[0] == np.prod(case.stacks.get(path, 1), dtype=int), block
 
 
-def check_taps(case, objective, layout, tolerance):
+def check_taps(case, objective, layout, tolerance, ways=(False, True)):
     """Assert that taps of the whole batch, and of each example by itself where there is one,
     give the gradients of plain autodiff.
     """
+    ways = [by_example for by_example in ways if case.by_example or not by_example]
     outputs = jax.eval_shape(case.model, case.params, case.inputs)
     r = np.asarray(normal(5, *outputs.shape)).astype(outputs.dtype)
     of_row = np.eye(len(r), dtype=r.dtype).reshape(len(r), len(r), *[1] * (r.ndim - 1))
-    ways = (False, True) if case.by_example else (False,)
 
     def compute(params, inputs):
         outputs, pull = jax.vjp(lambda p: case.model(p, inputs), params)
@@ -95,10 +95,11 @@ def check_taps(case, objective, layout, tolerance):
             }
             got.append((taps.outputs, (blocks, pulled.outside)))
         whole = jax.tree.map(lambda x: x.sum(0, keepdims=True), want)
-        return outputs, (whole, want), got
+        wanted = [want if by_example else whole for by_example in ways]
+        return outputs, wanted, got
 
     outputs, wanted, results = jax.jit(compute)(case.params, case.inputs)
-    for (tapped, got), want in zip(results, wanted[: len(ways)], strict=True):
+    for (tapped, got), want in zip(results, wanted, strict=True):
         chex.assert_trees_all_close(tapped, outputs, rtol=tolerance, atol=tolerance)
         chex.assert_trees_all_equal_shapes(got, want)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
