@@ -442,7 +442,10 @@ def _with_constants(
         # d(w + f)/dw = 1, whatever f is: w + stop_gradient(f(w) - w) is a straight-through
         # estimator, Bengio et al. (2013).
         factor = Constant(-1 if name == "sub" and which == 1 else 1)
-    aligned = None if factor is None else _aligned(factor, value)
+    # An operation that repeats the entries gives no view of them.
+    if factor is None or eqn.outvars[0].aval.shape != eqn.invars[which].aval.shape:
+        return None
+    aligned = _aligned(factor, value)
     if aligned is None:
         return None
     if np.all(aligned == 1):
@@ -555,8 +558,9 @@ def _added(
             _note_map(findings, step, value, step.eqn.invars[1 - which])
         return output
     after = findings.add(_in_loops(rows, step.place, value.loops), value.loops)
-    # What is added later may be a bias of the use before.
-    return after if output is None else output
+    # What is added later may be a bias of the use before, if that has not been repeated here.
+    is_repeated = step.eqn.invars[1 - which].aval.shape != step.eqn.outvars[0].aval.shape
+    return after if output is None or is_repeated else output
 
 
 def _joined_bias(

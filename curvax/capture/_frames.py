@@ -63,7 +63,7 @@ class Frame:
         program: Any,
         sources: Sequence[Source] | None,
     ) -> None:
-        """Look nothing up yet, but where each variable is defined."""
+        """Look nothing up yet: of most programs nothing is asked."""
         jaxpr = program.jaxpr
         # Of an analysis that asks nothing, nothing is known.
         if sources is None:
@@ -71,8 +71,8 @@ class Frame:
         self._program = program
         self._consts = dict(zip(jaxpr.constvars, program.consts, strict=True))
         self._sources: dict[Any, Source] = dict(zip(jaxpr.invars, sources, strict=True))
-        self._equations = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.outvars}
         self._origins: dict[Any, int] = {}
+        self._equations: dict[Any, Any] = {}
         self._constants: dict[Any, Constant | None] = {}
 
     def source(
@@ -111,17 +111,20 @@ class Frame:
             for atom in eqn.invars:
                 bits |= 0 if is_constant(atom) else origins[atom]
             origins.update(dict.fromkeys(eqn.outvars, bits))
+            self._equations.update(dict.fromkeys(eqn.outvars, eqn))
 
     def definition(self, atom: Any) -> tuple[Frame, Any] | None:
         """Return the equation whose result a variable is, with its frame; None of an argument.
 
         Nested `jit` and remat are looked into.
         """
+        # Arguments of the program and its constants are no results.
         if is_constant(atom) or atom in self._consts:
             return None
         if atom in self._sources:
             source = self._sources[atom]
             return None if source.frame is None else source.frame.definition(source.atom)
+        self.origins(atom)  # which looks all equations up
         eqn = self._equations[atom]
         inner = inner_program(eqn)
         if inner is None:

@@ -171,7 +171,8 @@ def _unknown_kernel(name: str, kernel: Kernel, per_example: bool) -> str:
     return (
         f"the layout is of another model: there, {name}{bias} is used by {len(kernel.uses)} linear "
         "map(s) as a block of its own, here it is not. Make it again for this batch: "
-        f"curvax.kron_layout(objective, params, batch){alone * per_example}."
+        f"curvax.kron_layout(objective, params, batch){alone * per_example}. What is constant in "
+        "the model and changes kernels (masks, indices, factors) must be so here, and not traced."
     )
 
 

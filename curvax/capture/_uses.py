@@ -287,7 +287,10 @@ def of_added_rows(
         output=jax.ShapeDtypeStruct(output.shape, output.dtype),
         axes=tuple(0 if axis == feature_axis else None for axis in range(ndim)),
         spread=(output.shape[feature_axis],),
-        to_inputs=_ConstantRows(static(rows.astype(np.int32)), feature_axis),
+        to_inputs=_ConstantRows(
+            static(rows.astype(np.int32)),
+            tuple(output.shape[axis] for axis in positions),
+        ),
         to_outputs=_Flatten(((), tuple(positions), (feature_axis,))),
     )
 
@@ -467,23 +470,22 @@ class _RowNumbers:
 
 @dataclass(frozen=True)
 class _ConstantRows:
-    """Row numbers `[s, t, 1]` of rows that are added to an array of the recorded shape.
+    """Row numbers `[s, t, 1]` of rows that are added, the same whatever they are added to.
 
     Attributes:
-      rows: the row numbers, of the shape of the output without `feature_axis`, 1 where they repeat.
-      feature_axis: the axis along which the columns are.
+      rows: the row numbers, of size 1 along axes of the positions where they repeat.
+      positions: sizes of the axes of the positions.
     """
 
     rows: StaticArray
-    feature_axis: int
+    positions: tuple[int, ...]
 
     def __call__(
         self,
         raw: Float[Array, "..."],
     ) -> Int[Array, "1 t 1"]:
-        # Of the array only the shape is needed: rows are the same whatever they are added to.
-        shape = [size for axis, size in enumerate(raw.shape) if axis != self.feature_axis]
-        return jnp.broadcast_to(self.rows.array, shape).reshape(1, -1, 1)
+        del raw
+        return jnp.broadcast_to(self.rows.array, self.positions).reshape(1, -1, 1)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from zoo import normal
@@ -127,6 +128,7 @@ SINGLE = {
         jnp.array([0, 3, 3, 1, 4, 0]),
     ),
     "positions": (lambda p, x: x + p["w"], {"w": (4, 2)}, IMAGES),
+    "repeated": (lambda p, x: x[:, :1] + p["w"], {"w": (4, 2)}, IMAGES),
     "first positions": (lambda p, x: x + 0.5 * p["w"][None, :4], {"w": (6, 2)}, IMAGES),
 }
 
@@ -371,3 +373,54 @@ def test_the_table_says_how_much_is_in_blocks_and_warns():
         _, _, layout = problem(model, params, X)
         last = str(layout).splitlines()[-1]
         assert ending in last and last.startswith("WARNING: only") == (size == 13)
+
+
+@pytest.mark.parametrize("rule", [curvax.kfac, curvax.ekfac])
+def test_rules_train_behind_constants(rule):
+    """Entries behind a mask stay as they are, all others move, and the loss falls."""
+    mask = np.tril(np.ones((4, 4)))
+
+    def model(p, x):
+        h = jnp.tanh(x @ (p["w"] * mask) + 0.5 * p["b"])
+        return h[:, None] @ p["v"][..., CIRCULANT].reshape(4, 2, 16)[:, 1] + p["t"]
+
+    params = {
+        "w": normal(1, 4, 4),
+        "b": normal(2, 4),
+        "v": normal(3, 4, 2, 4),
+        "t": normal(4, 2, 16),
+    }
+    objective, batch, layout = problem(model, params, X.astype(float))
+    tx = rule(0.1, objective, layout, damping=1e-2)
+
+    @jax.jit
+    def steps(params):
+        def step(carry, _):
+            params, state = carry
+            loss, gradient = jax.value_and_grad(objective)(params, batch)
+            updates, state = tx.update(gradient, state, params, batch=batch)
+            return (optax.apply_updates(params, updates), state), loss
+
+        (params, _), losses = lax.scan(step, (params, tx.init(params)), None, 5)
+        return params, losses
+
+    after, values = steps(params)
+    assert values[-1] < values[0]
+    moved = after["w"] != params["w"]
+    assert np.array_equal(moved, mask > 0) and np.all(after["b"] != params["b"])
+
+
+def test_a_traced_mask_is_no_constant():
+    params, batch = {"w": normal(1, 4, 3)}, (X.astype(float), jnp.zeros((7, 3)))
+    masked = lambda mask: curvax.Objective(lambda p, x: x @ (p["w"] * mask), losses.squared_error())
+    mask = jnp.ones((4, 3)).at[0, 0].set(0)
+    layout = curvax.kron_layout(masked(mask), params, batch)
+    reasons = []
+
+    def traced(mask):
+        reasons.append(curvax.kron_layout(masked(mask), params, batch).leaves[0].reason)
+        return curvax.kron_factors(masked(mask), layout, params, batch, KEY)
+
+    with pytest.raises(ValueError, match=r"another model.*masks.*not traced"):
+        jax.jit(traced)(mask)
+    assert reasons == ["enters `mul`"]

@@ -551,13 +551,18 @@ def lookups() -> Case:
         h = jax.vmap(lambda i: params["under vmap"][i])(ids[:, 0])
         of_features = lambda row: jax.vmap(lambda table, i: table[i])(params["features"], row)
         h = h + jax.vmap(of_features)(ids).sum(axis=1)
-        return jnp.tanh(h + params["pairs"][ids[:, 0], ids[:, 1] % 3]) @ params["w"]
+        h = jnp.tanh(h + params["pairs"][ids[:, 0], ids[:, 1] % 3])
+        # As with named axes (penzai): one number after the other, one feature after the other.
+        of_feature = jax.vmap(lambda column, i: column[i], in_axes=(1, None))
+        tied = jax.vmap(lambda i: of_feature(params["tied"], i))(ids[:, 2])
+        return (h @ params["w"] + tied) @ params["tied"].T
 
     params = {
         "under vmap": normal(1, 5, 4),
         "features": normal(2, 3, 5, 4),
         "pairs": normal(3, 5, 3, 4),
         "w": normal(4, 4, 2),
+        "tied": normal(5, 5, 2),
     }
     return Case(model, params, ids(0, 5, 4, 3), stacks={"['features']": (3,)})
 
