@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from curvax.capture._uses import Use
 from curvax.capture._views import View, entry_numbers
@@ -249,19 +249,26 @@ class _Numbering:
     ) -> bool:
         """Tell whether two views have the same entries at the same places (of the transpose)."""
         shape = (*b.shape[:-2], b.shape[-1], b.shape[-2]) if transposed else b.shape
-        mask, other = a.mask, b.mask
-        if mask is not None and other is not None:
-            other = other.swapaxes(-1, -2) if transposed else other
-            if not np.array_equal(mask, other):
-                return False
-        elif mask is not other:
-            return False
         # The same expression: no need to number its entries.
         if not transposed and a == b:
             return True
         if a.shape != shape or set(a.leaves) != set(b.leaves):
             return False
+        # The same entries behind another mask are not the same matrix.
+        if not _same_mask(a.mask, b.mask, transposed):
+            return False
         entries = self.entries(b)
         if transposed:
             entries = entries.swapaxes(-1, -2)
         return np.array_equal(self.entries(a), entries)
+
+
+def _same_mask(
+    a: Bool[np.ndarray, "..."] | None,
+    b: Bool[np.ndarray, "..."] | None,
+    transposed: bool,
+) -> bool:
+    """Tell whether two masks (or the lack of one) are the same, the second as it is or not."""
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b.swapaxes(-1, -2) if transposed else b)

@@ -55,7 +55,7 @@ def settled(use: Use) -> Use | Refusal:
     result: Use | Refusal = use
     if use.view.has("times"):
         result = _without_constants(use)
-    if isinstance(result, Use) and result.view.has("take"):
+    if isinstance(result, Use) and result.view.repeats:
         return _with_plain_entries(result)
     return result
 
@@ -232,14 +232,18 @@ class _Times:
 def _with_plain_entries(use: Use) -> Use | Refusal:
     """Undo constant indices of a kernel by those of its inputs and cotangents."""
     view = use.view
-    order = rearrangement(entry_numbers(view, view.leaf_shapes))
+    entries = entry_numbers(view, view.leaf_shapes)
+    # Parts of a leaf may be joined in any order; that alone needs nothing.
+    if not view.has("take") and len(np.unique(entries)) == entries.size:
+        return use
+    order = rearrangement(entries)
     if order is None or (use.kind == "lookup" and order.num_rounds > 1):
-        return Refusal("is gathered by constant indices that tie entries of one linear map")
+        return Refusal("enters one linear map several times, not as the rounds of a convolution do")
     plain = plain_view(order.entries, view)
     if view.has("times"):
         # Of tied entries some may be behind the mask and others not.
         if order.merges or order.num_rounds > 1:
-            return Refusal("is both masked and tied by constant indices")
+            return Refusal("enters one linear map several times, and is masked")
         rows, columns = order.first_rows, order.first_columns
         mask = factor_of(view)[:, rows][:, :, columns]
         plain = times(plain, mask != 0)

@@ -84,6 +84,17 @@ SINGLE = {
         {"w": (2, 3, 4)},
         IMAGES,
     ),
+    "group, rotations": (
+        lambda p, x: lax.conv_general_dilated(
+            x,
+            jnp.concatenate([jnp.rot90(p["w"], k) for k in range(4)], axis=3),
+            (1, 1),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ),
+        {"w": (2, 2, 2, 2)},
+        correlated(3, 3, 3, 2),
+    ),
     "number": (lambda p, x: x @ (p["w"] * 0.5) + p["b"], {"w": (4, 3), "b": (3,)}, X),
     "root": (lambda p, x: x @ (-p["w"] / jnp.sqrt(4)) + 2 * p["b"], {"w": (4, 3), "b": (3,)}, X),
     "each": (
@@ -269,7 +280,7 @@ REASONS = {
         lambda p, x: x @ p["w"][TOEPLITZ],
         {"w": (6,)},
         "w",
-        "constant indices that tie",
+        "several times, not as the rounds",
     ),
     "out of range": (
         lambda p, x: x @ jnp.take(p["w"], jnp.array([0, 1, 2, 4]), axis=0),

@@ -157,7 +157,27 @@ ODD = {
     "several times": (
         lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1),
         "w32",
-        {"w": "several times"},
+        {},
+    ),
+    "same mask twice": (
+        lambda p, x: jnp.tanh(x @ jnp.tril(p["w"])) @ jnp.tril(p["w"]).T,
+        "w33",
+        {},
+    ),
+    "two masks": (
+        lambda p, x: jnp.tanh(x @ jnp.tril(p["w"])) @ jnp.triu(p["w"]),
+        "w33",
+        {"w": "overlap"},
+    ),
+    "masked once": (
+        lambda p, x: jnp.tanh(x @ jnp.tril(p["w"])) @ p["w"],
+        "w33",
+        {"w": "overlap"},
+    ),
+    "permuted and not": (
+        lambda p, x: jnp.tanh(x @ p["w"][jnp.array([2, 0, 1])] + p["b"]) @ p["w"] + p["b"] / 2,
+        "w33 b3",
+        {},
     ),
     "joined with one that is not": (joined, "w3 v3", {"w": "joined", "v": "mul"}),
     "stopped": (
