@@ -3,8 +3,8 @@
 What a variable may hold, the lattice of the walk:
 
   HoldsView    entries of parameters, moved (or repeated), and multiplied by constants: a `View`
-  HoldsOutput  the output of a use, perhaps moved, cast, or with something added: its cotangent is
-               that of the use
+  HoldsOutput  the output of a use, perhaps moved, cast, times a number, or with something added:
+               its cotangent is that of the use, but for the number
   None         anything else
 
 What a primitive does to it:
@@ -20,10 +20,11 @@ What a primitive does to it:
                                params or nothing            sum (a straight-through estimator)
   broadcast_in_dim             a view                       the view, its repeats noted in `axes`
   dot, convolution, gather     a view and None              a new use, and its HoldsOutput
-  add                          a view and a HoldsOutput     the output; the view becomes its bias
+  add, sub                     a view and a HoldsOutput     the output; the view becomes its bias
   add                          rows of a table, and what    a new use, a lookup by constants
                                depends on the inputs
   add, sub                     a HoldsOutput and None       the output
+  mul, div, neg                a HoldsOutput and a number   the output, times that
   transpose, reshape           a HoldsOutput                the output, its axes moved
   stop_gradient                anything                     None: no gradient comes back
   jit, remat                   anything                     walked through in place
@@ -112,11 +113,13 @@ class HoldsOutput:
       use: the number of the use.
       axes: for each axis of the variable its place in `spread`, or None for a position.
       spread: sizes of the axes along which the kernel runs, in the order of the kernel.
+      scale: the number that the output has been multiplied by.
     """
 
     use: int
     axes: tuple[int | None, ...]
     spread: tuple[int, ...]
+    scale: float = 1.0
 
 
 Holds: TypeAlias = HoldsView | HoldsOutput | None
@@ -278,6 +281,12 @@ def _results(findings: Findings, step: Step) -> Sequence[Holds]:
         followed = _with_constants(findings, step, views[0])
         if followed is not None:
             return [followed]
+        # What is subtracted is added with the other sign.
+        if name == "sub" and step.operands[1] is views[0]:
+            minus_one = np.full([1] * len(views[0].view.shape), -1.0)
+            negative = dataclasses.replace(views[0], view=times(views[0].view, minus_one))
+            step = step._replace(operands=[operands[0], negative])
+            return [_added(findings, step, negative)]
         if name == "add":
             return [_added(findings, step, views[0])]
     # A linear map of something else with a view is a use; anything else is none.
@@ -539,17 +548,18 @@ def _added(
     """
     which = step.operands.index(value)
     output: Holds = step.operands[1 - which]
-    reason = "enters `add`, not straight on a linear map's output"
+    name = step.eqn.primitive.name
+    reason = f"enters `{name}`, not straight on a linear map's output"
     # One bias a kernel has: a second one would be another row with the same input 1.
     if isinstance(output, HoldsOutput):
         use = findings.uses[output.use]
         joined_use = _joined_bias(findings, step, value, output)
-        reason = "enters `add` with axes other than a bias has"
+        reason = f"enters `{name}` with axes other than a bias has"
         if joined_use is not None and use.bias is None:
             findings.uses[output.use] = joined_use
             return output
         if joined_use is not None:
-            findings.refuse(value, "enters `add` as a second bias")
+            findings.refuse(value, f"enters `{name}` as a second bias")
             return output
     rows = _added_rows(step, value, which)
     if rows is None:
@@ -584,7 +594,7 @@ def _joined_bias(
     if not fits:
         return None
     use = findings.uses[output.use]
-    return with_bias(use, bias.view, hidden, places, output.spread)
+    return with_bias(use, bias.view, hidden, places, output.spread, output.scale)
 
 
 def _added_rows(
@@ -710,12 +720,36 @@ def _moved_output(step: Step) -> Holds:
     # An addend that broadcasts the output would sum its cotangent over repeats.
     if is_added and before == after:
         return output
+    number = _number(step, operands.index(output))
+    if number is not None and before == after:
+        return dataclasses.replace(output, scale=output.scale * number)
     if name == "transpose":
         axes = tuple(output.axes[i] for i in eqn.params["permutation"])
         return dataclasses.replace(output, axes=axes)
     if name in ("reshape", "squeeze", "expand_dims"):
         return _reshaped_output(output, before, after)
     return None
+
+
+def _number(
+    step: Step,
+    which: int,
+) -> float | None:
+    """Return the constant number that an equation multiplies operand `which` by, if it does so."""
+    name, atoms = step.eqn.primitive.name, step.eqn.invars
+    if name == "neg":
+        return -1.0
+    if name not in ("mul", "div") or (name == "div" and which == 1):
+        return None
+    constant = step.frame.constant(atoms[1 - which])
+    if constant is None or constant.loops:
+        return None
+    array = _as_float(constant.value)
+    number = float(array.flat[0])
+    # Zero would leave nothing of the cotangent.
+    if number == 0 or np.any(array != number):
+        return None
+    return number if name == "mul" else 1 / number
 
 
 def _reshaped_output(

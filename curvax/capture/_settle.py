@@ -66,6 +66,7 @@ def with_bias(
     hidden: int,
     axes: Sequence[int | None],
     spread: Sequence[int],
+    output_scale: float,
 ) -> Use | None:
     """Join a bias to a use; None if what is added does not vary as a bias does.
 
@@ -76,6 +77,7 @@ def with_bias(
       axes: for each further axis of the view the place in `spread` along which it runs, None for an
         axis of size 1.
       spread: sizes of the stack and out axes of the output that is added to.
+      output_scale: the number that this output has been multiplied by.
     """
     places = sorted(axis for axis in axes if axis is not None)
     # A bias runs along every axis along which the kernel does, and along no other.
@@ -98,7 +100,7 @@ def with_bias(
         numbers = np.arange(stack * out).reshape(stack, out)
         bias = take(bias, numbers[:, use.bias_columns.array])
     use = _with_empty_columns(use)
-    one = _bias_input(use, bias)
+    one = _bias_input(use, bias, output_scale)
     if one is None:
         return None
     return dataclasses.replace(use, bias=without_factors(bias), one=one)
@@ -128,17 +130,22 @@ def _with_empty_columns(use: Use) -> Use:
     )
 
 
-def _bias_input(use: Use, bias: View) -> float | None:
+def _bias_input(
+    use: Use,
+    bias: View,
+    output_scale: float,
+) -> float | None:
     """Return the input of a bias whose kernel's cotangents are multiplied by `use.scale`.
 
-    The bias is added as `c_b b` to `y = (a'V) * c`: with the cotangents `c g` its gradient is
-    `(c_b / c)(c g)`. None if that is not the same number for all entries.
+    The bias is added as `c_b b` to `y = z (a'V) * c`, with z the scale of the output: of the
+    cotangents `z c g` its gradient is `(c_b / (z c))(z c g)`. None if that is not the same number
+    for all entries.
     """
     factor = factor_of(bias) if bias.has("times") else np.ones((1, 1))
     scale = np.ones((1, 1)) if use.scale is None else use.scale.array
     if not factor.all() or not scale.all():
         return None
-    ratio = factor / scale
+    ratio = factor / (scale * output_scale)
     one = float(ratio.flat[0])
     is_same = np.allclose(ratio, one, rtol=1e-6, atol=0)
     # The counts of a lookup know of biases with the input 1 only.

@@ -97,6 +97,11 @@ SINGLE = {
     ),
     "number": (lambda p, x: x @ (p["w"] * 0.5) + p["b"], {"w": (4, 3), "b": (3,)}, X),
     "root": (lambda p, x: x @ (-p["w"] / jnp.sqrt(4)) + 2 * p["b"], {"w": (4, 3), "b": (3,)}, X),
+    "output times": (
+        lambda p, x: (x @ (p["w"] * 2)) * 0.25 - 3 * p["b"],
+        {"w": (4, 3), "b": (3,)},
+        X,
+    ),
     "each": (
         lambda p, x: x @ (p["w"] * jnp.outer(jnp.arange(1.0, 5), jnp.array([2, -1, 0.5]))),
         {"w": (4, 3)},

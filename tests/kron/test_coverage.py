@@ -134,8 +134,10 @@ ODD = {
     "returned and read again": (returned_and_read_again, "w32 b2", {"b": "add"}),
     "returned by remat": (returned_by_remat, "w32 b2", {"b": "add"}),
     "returned twice": (returned_twice, "w32 b2", {"b": "add"}),
-    "scaled before": (act(lambda z, p: z * 2 + p["b"]), "w33 v32 b3", {"b": "not straight"}),
-    "subtracted": (act(lambda z, p: z - p["b"]), "w33 v32 b3", {"b": "sub"}),
+    "scaled before": (act(lambda z, p: -z * 2 / 3 + p["b"]), "w33 v32 b3", {}),
+    "scaled by data": (act(lambda z, p: z * z[:, :1] + p["b"]), "w33 v32 b3", {"b": "straight"}),
+    "subtracted": (act(lambda z, p: z - p["b"]), "w33 v32 b3", {}),
+    "subtracted from": (act(lambda z, p: p["b"] - z), "w33 v32 b3", {"b": "sub"}),
     "second bias": (act(lambda z, p: z + p["b"] + p["c"]), "w33 v32 b3 c3", {"c": "second bias"}),
     "split features": (lambda p, x: (x @ p["w"]).reshape(-1, 2, 2) + p["b"], "w34 b22", {}),
     "joined features": (
