@@ -102,6 +102,40 @@ def is_constant(atom: Any) -> bool:
     return isinstance(atom, core.Literal)
 
 
+def evaluate(
+    program: Any,
+    eqn: Any,
+    operands: Mapping[Any, Any],
+    mapped: Sequence[frozenset[Any]] = (),
+) -> Any:
+    """Evaluate an equation with one result on concrete operands, inside of a trace as outside.
+
+    Args:
+      program: the program that the equation is in.
+      eqn: the equation.
+      operands: the values of its variables.
+      mapped: leading axes over which the equation is mapped, outermost first: for each the
+        variables that have it.
+    """
+    variables = list(operands)
+
+    def run(*values: Any) -> Any:
+        (result,) = _run_one(program.jaxpr, eqn, dict(zip(variables, values, strict=True)))
+        return result
+
+    # The outermost axis is the first: it is mapped over last.
+    for having in reversed(mapped):
+        axes = [0 if variable in having else None for variable in variables]
+        run = jax.vmap(run, in_axes=axes)
+    with jax.ensure_compile_time_eval():
+        return run(*operands.values())
+
+
+def is_concrete(x: Any) -> bool:
+    """Tell whether an array has values, and is not one that is being traced."""
+    return not isinstance(x, jax.core.Tracer)
+
+
 def inner_program(eqn: Any) -> Any:
     """Return the program inside a nested `jit` or remat; None for any other equation."""
     # remat's program has no constants of its own, `jit`'s comes with them.

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from curvax._trees import out_of_range_if_negative
 from curvax._types import at_least_float32
@@ -132,9 +133,11 @@ GradientPair: TypeAlias = DensePair | LookupPair
 
 
 def gradient_pairs(
-    kernel: Kernel, inputs: Sequence[PerUseArray], cotangents: Sequence[PerUseArray]
+    kernel: Kernel,
+    inputs: Sequence[PerUseArray],
+    cotangents: Sequence[PerUseArray],
 ) -> list[GradientPair]:
-    """Return the pair of every use of a kernel.
+    """Return the pair of every use of a kernel; of one behind a mask a pair for all uses.
 
     Args:
       kernel: the kernel.
@@ -143,7 +146,26 @@ def gradient_pairs(
         axes.
     """
     uses = zip(range(len(kernel.uses)), inputs, cotangents, strict=True)
-    return [_pair(kernel, j, a, at_least_float32(g)) for j, a, g in uses]
+    pairs = [_pair(kernel, j, a, at_least_float32(g)) for j, a, g in uses]
+    mask = kernel.view.mask
+    return pairs if mask is None else [_masked(kernel, mask, pairs)]
+
+
+def _masked(
+    kernel: Kernel,
+    mask: Bool[np.ndarray, "s i o"],
+    pairs: Sequence[GradientPair],
+) -> LookupPair:
+    """Form `mask * D`, which is no sum over positions; write it as the sum `sum_i e_i d_i'`."""
+    # The row of a bias is behind no mask.
+    complete = np.pad(mask, [(0, 0), (0, int(kernel.bias is not None)), (0, 0)], constant_values=1)
+    rows = jnp.arange(kernel.shape[1])
+    gradient: Any = 0
+    for pair in pairs:
+        a = pair.columns(jnp.int32(0), len(rows))
+        gradient += jnp.matmul(a.swapaxes(-1, -2), pair.g, precision=lax.Precision.HIGHEST)
+    gradient = jnp.where(complete, gradient, 0)
+    return LookupPair(jnp.broadcast_to(rows, gradient.shape[:-1]), gradient)
 
 
 def _pair(
@@ -172,7 +194,7 @@ def _pair(
         # Homogeneous coordinates: the bias is a row of the kernel whose input is 1.
         one = jnp.full(
             (*a.shape[:-1], 1),
-            use.biased,
+            use.one * use.biased,
             g.dtype,
         )
         a = jnp.concatenate([a, one], axis=-1)

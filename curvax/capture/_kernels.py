@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from curvax.capture._uses import Use
 from curvax.capture._views import View, entry_numbers
@@ -31,11 +31,13 @@ class UseKind:
       kind: "dot", "conv" or "lookup".
       transposed: whether it multiplies by the transpose of the kernel.
       biased: whether the kernel's bias is added to its output.
+      one: the input of that bias: 1, but where constants multiply kernel and bias differently.
     """
 
     kind: str
     transposed: bool = False
     biased: bool = False
+    one: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Kernel:
     """Entries of parameters that linear maps use as one matrix for each slice of a stack.
 
     Attributes:
-      view: view `[stack, in, out]`.
+      view: view `[stack, in, out]`, of which a constant mask may let some entries through only.
       bias: view `[stack, out]`, a further input that is 1, or None.
       uses: what each of the uses is, in the order of the program.
     """
@@ -157,14 +159,15 @@ def _usable(
             for path in use.view.leaves:
                 reasons.setdefault(path, f"is joined with {refused}, which {reasons[refused]}")
             for path in bias_leaves:
-                reasons.setdefault(path, f"is the bias of {use.view}, which is in no block")
+                why = f"its map is in no block: {refused} {reasons[refused]}"
+                reasons.setdefault(path, why)
             continue
         # A refused bias leaves the kernel standing, without it.
         if any(path in reasons for path in bias_leaves):
             why = f"is joined with a leaf in no block in the bias {use.bias}"
             for path in bias_leaves:
                 reasons.setdefault(path, why)
-            use = dataclasses.replace(use, bias=None)
+            use = dataclasses.replace(use, bias=None, one=1.0)
         usable[number] = use
     return usable
 
@@ -231,7 +234,7 @@ def _kernel(
     kinds = []
     for number, transposed in group:
         use = uses[number]
-        kinds.append(UseKind(use.kind, transposed, use.bias is not None))
+        kinds.append(UseKind(use.kind, transposed, use.bias is not None, use.one))
     return Kernel(view, bias, tuple(kinds))
 
 
@@ -304,7 +307,21 @@ class _Numbering:
             return True
         if a.shape != shape or set(a.leaves) != set(b.leaves):
             return False
+        # The same entries behind another mask are not the same matrix.
+        if not _same_mask(a.mask, b.mask, transposed):
+            return False
         entries = self.entries(b)
         if transposed:
             entries = entries.swapaxes(-1, -2)
         return np.array_equal(self.entries(a), entries)
+
+
+def _same_mask(
+    a: Bool[np.ndarray, "..."] | None,
+    b: Bool[np.ndarray, "..."] | None,
+    transposed: bool,
+) -> bool:
+    """Tell whether two masks (or the lack of one) are the same, the second as it is or not."""
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b.swapaxes(-1, -2) if transposed else b)

@@ -196,7 +196,8 @@ def _findings(model: _Model, params: Params, inputs: Any) -> tuple[Findings, Sha
     # The arguments of the program: first the leaves of params, then the inputs.
     views = [HoldsView(leaf_view(path, shape)) for path, shape in shapes.items()]
     nothing = [None] * len(jax.tree.leaves(inputs))
-    return find_uses(model.program, [*views, *nothing], model.live), shapes
+    batched = _are_batched(params, inputs)
+    return find_uses(model.program, [*views, *nothing], model.live, batched), shapes
 
 
 def _with_uses(
@@ -219,17 +220,14 @@ def _unknown_kernel(name: str, kernel: Kernel, per_example: bool) -> str:
     return (
         f"the layout is of another model: there, {name}{bias} is used by {len(kernel.uses)} linear "
         "map(s) as a block of its own, here it is not. Make it again for this batch: "
-        f"curvax.kron_layout(objective, params, batch){alone * per_example}."
+        f"curvax.kron_layout(objective, params, batch){alone * per_example}. What is constant in "
+        "the model and changes kernels (masks, indices, factors) must be so here, and not traced."
     )
 
 
 def _check_unmixed(model: _Model, params: Params, inputs: Any) -> None:
     """Raise if one row of the inputs influences the outputs of another."""
-    # Params are the same for all rows, and so are `Shared` parts of the inputs.
-    is_batched = [False] * len(jax.tree.leaves(params))
-    for x in jax.tree.leaves(inputs, is_leaf=is_shared):
-        is_batched += [not is_shared(x)] * len(jax.tree.leaves(x))
-    mixing = mixing_operation(model.program, is_batched, model.live)
+    mixing = mixing_operation(model.program, _are_batched(params, inputs), model.live)
     if mixing is not None:
         raise ValueError(
             f"the model mixes examples: its `{mixing}` runs over the batch axis (as BatchNorm in "
@@ -237,6 +235,15 @@ def _check_unmixed(model: _Model, params: Params, inputs: Any) -> None:
             '(sharing="reduce", EK-FAC, fisher "exact" and "empirical") is not defined for it; '
             'K-FAC with sharing="expand" and fisher="mc" is.'
         )
+
+
+def _are_batched(params: Params, inputs: Any) -> list[bool]:
+    """Tell for each argument of a model's program whether it has a batch axis."""
+    # Params are the same for all rows, and so are `Shared` parts of the inputs.
+    batched = [False] * len(jax.tree.leaves(params))
+    for x in jax.tree.leaves(inputs, is_leaf=is_shared):
+        batched += [not is_shared(x)] * len(jax.tree.leaves(x))
+    return batched
 
 
 def _check_rows(outputs: PyTree) -> None:

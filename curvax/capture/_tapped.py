@@ -25,8 +25,8 @@ from curvax.capture._walk import scan_operands
 Site: TypeAlias = tuple[int, ...]
 """The place of a use relative to a program."""
 
-Operands: TypeAlias = Mapping[Site, int]
-"""For every use in a program, which operand of its equation is the input."""
+UsesBySite: TypeAlias = Mapping[Site, Use]
+"""The uses in a program, by where their equations are."""
 
 Taps: TypeAlias = dict[Site, Array]
 """An array for each use."""
@@ -50,9 +50,9 @@ def run_tapped(
       The results of the program, and the input of each use.
     """
     # A use is known by where its equation is.
-    operands = {use.site: use.operand for use in uses}
+    by_site = {use.site: use for use in uses}
     zeros = {use.site: z for use, z in zip(uses, perturbations, strict=True)}
-    results, inputs = _run(program, args, operands, zeros)
+    results, inputs = _run(program, args, by_site, zeros)
     return results, [inputs[use.site] for use in uses]
 
 
@@ -64,7 +64,7 @@ def zero_perturbation(use: Use) -> Shaped[Array, "*loops_and_output"]:
 def _run(
     program: Any,
     args: Sequence[Any],
-    operands: Operands,
+    uses: UsesBySite,
     zeros: Taps,
 ) -> Tapped:
     """Evaluate a program equation by equation where there are uses, in one piece elsewhere."""
@@ -77,19 +77,28 @@ def _run(
         as_it_is: AsItIs,
     ) -> Sequence[Any]:
         # The equation is a use: y = a W + z.
-        if (index,) in operands:
-            inputs[(index,)] = values[operands[(index,)]]
+        site = (index,)
+        if site in uses:
+            use = uses[site]
+            inputs[site] = values[use.operand]
             (output,) = as_it_is()
-            return [output + zeros[(index,)]]
+            perturb = use.perturb or _added
+            return [perturb(values, output, zeros[site])]
         # Or there are uses inside.
-        inside = _inside(operands, index)
+        inside = _inside(uses, index)
         results, recorded = _enter(eqn, values, inside, _inside(zeros, index))
         inputs.update({(index, *site): x for site, x in recorded.items()})
         return results
 
     # Equations without uses in or around them are run as they are, many at once.
-    first = {site[0] for site in operands}
+    first = {site[0] for site in uses}
     return interpret(program, args, lambda index, eqn: index in first, rule), inputs
+
+
+def _added(operands: Sequence[Any], output: Array, zeros: Array) -> Array:
+    """Perturb the output itself."""
+    del operands
+    return output + zeros
 
 
 def _inside(
@@ -103,18 +112,18 @@ def _inside(
 def _enter(
     eqn: Any,
     values: list[Any],
-    operands: Operands,
+    uses: UsesBySite,
     zeros: Taps,
 ) -> Tapped:
     """Rebuild a nested program around its tapped inside, by the public function that made it."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _scan(eqn, values, operands, zeros)
+        return _scan(eqn, values, uses, zeros)
     if name == "cond":
-        return _cond(eqn, values, operands, zeros)
+        return _cond(eqn, values, uses, zeros)
 
     def run(values: list[Any], zeros: Taps) -> Tapped:
-        return _run(inner_program(eqn), values, operands, zeros)
+        return _run(inner_program(eqn), values, uses, zeros)
 
     # What remat saves is up to its policy: the rebuilt program keeps it.
     if "policy" in params:  # remat
@@ -127,7 +136,7 @@ def _enter(
 def _scan(
     eqn: Any,
     values: list[Any],
-    operands: Operands,
+    uses: UsesBySite,
     zeros: Taps,
 ) -> Tapped:
     """Scan over the perturbations too, and stack the inputs of all rounds."""
@@ -140,7 +149,7 @@ def _scan(
         slices, zeros_of_round = x
         # One round: its slice of what is scanned over, and of the perturbations.
         args = [*consts, *carry, *slices]
-        results, inputs = _run(eqn.params["jaxpr"], args, operands, zeros_of_round)
+        results, inputs = _run(eqn.params["jaxpr"], args, uses, zeros_of_round)
         return list(results[: len(init)]), (results[len(init) :], inputs)
 
     settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
@@ -156,14 +165,14 @@ def _scan(
 def _cond(
     eqn: Any,
     values: list[Any],
-    operands: Operands,
+    uses: UsesBySite,
     zeros: Taps,
 ) -> Tapped:
     """Switch between tapped branches, each of which records zeros for the uses of the others."""
     index, *args = values
 
     def tapped_branch(number: int) -> Callable[..., Tapped]:
-        inside = _inside(operands, number)
+        inside = _inside(uses, number)
 
         def run(zeros: Taps, *args: Any) -> Tapped:
             branch = eqn.params["branches"][number]

@@ -7,7 +7,6 @@ such matrices.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -16,13 +15,17 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from curvax.capture._views import View, reshape, transpose
+from curvax.capture._views import StaticArray, View, reshape, static, transpose
 
 ToMatrices: TypeAlias = Callable[[Array], Array]
 """From a raw input or output, in one round of the loops, to `[s, t, i]` or `[s, t, o]`."""
+
+Perturb: TypeAlias = Callable[[Sequence[Any], Array, Array], Array]
+"""`(operands, output, zeros) -> output + zeros`, with the zeros where their cotangent is wanted."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,13 @@ class Use:
       site: the index of the equation in its program, after those of the programs around it.
       lengths: trip counts of the loops around the equation, outermost first.
       stacked: for each of these loops, whether every round has a kernel slice to itself.
+      after_inputs: what is done with `[s, t, i]` after that, where constants change the kernel.
+      after_outputs: what is done with `[s, t, o]`.
+      scale: what `after_outputs` multiplies cotangents by, `[s, o]`, or None.
+      takes_bias: whether what is added to the output may be a bias.
+      bias_columns: for each column of the kernel where it is in the bias; None if where it is.
+      one: the input of the bias.
+      perturb: how a perturbation of the shape `output` enters; None if it is added.
     """
 
     kind: str
@@ -56,22 +66,33 @@ class Use:
     site: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     stacked: tuple[bool, ...] = ()
+    after_inputs: tuple[ToMatrices, ...] = ()
+    after_outputs: tuple[ToMatrices, ...] = ()
+    scale: StaticArray | None = None
+    takes_bias: bool = True
+    bias_columns: StaticArray | None = None
+    one: float = 1.0
+    perturb: Perturb | None = None
 
     def inputs(
         self,
         raw: Shaped[Array, "*loops_and_input"],
     ) -> Shaped[Array, "s t i"]:
         """Bring the recorded input, with leading axes for the loops, to matrices."""
-        return self._through_loops(self.to_inputs, raw)
+        return _in_turn(self.after_inputs, self._through_loops(self.to_inputs, raw))
 
     def outputs(
         self,
         raw: Float[Array, "*loops_and_output"],
     ) -> Float[Array, "s t o"]:
         """Bring the output, or a cotangent of it, to matrices."""
-        return self._through_loops(self.to_outputs, raw)
+        return _in_turn(self.after_outputs, self._through_loops(self.to_outputs, raw))
 
-    def _through_loops(self, to_matrices: ToMatrices, raw: Array) -> Array:
+    def _through_loops(
+        self,
+        to_matrices: ToMatrices,
+        raw: Array,
+    ) -> Array:
         """Count loops that slice the kernel as stack, and all others as positions."""
         # The raw array has an axis for every loop, outermost first.
         for _ in self.lengths:
@@ -138,7 +159,11 @@ def of_dot(
     )
 
 
-def of_conv(kernel: View, hidden: int, eqn: Any) -> Use:
+def of_conv(
+    kernel: View,
+    hidden: int,
+    eqn: Any,
+) -> Use:
     """Read a `conv_general_dilated` whose right operand is the kernel.
 
     Its positions are the places of the window, its inputs the entries of a patch, and its groups of
@@ -176,69 +201,150 @@ def of_conv(kernel: View, hidden: int, eqn: Any) -> Use:
     )
 
 
-def of_lookup(table: View, hidden: int, eqn: Any) -> Use:
-    """Read a `gather` of slices along one axis of a table: a product with one-hot inputs."""
+def of_lookup(
+    table: View,
+    hidden: int,
+    eqn: Any,
+) -> Use:
+    """Read a `gather` of the rows of a table: a product with one-hot inputs.
+
+    Batch axes, along which every index reads a table of its own, are a stack.
+    """
     numbers = eqn.params["dimension_numbers"]
-    (axis,) = numbers.start_index_map
-    # Every axis but the one that is indexed.
-    columns = _other_axes(len(table.shape) - hidden, [axis])
-    output = eqn.outvars[0].aval
-    out_axes = tuple(numbers.offset_dims)
-    place = {out_axis: i for i, out_axis in enumerate(out_axes)}
-    positions = _other_axes(len(output.shape), out_axes)
+    shape = eqn.invars[0].aval.shape
+    output, ndim = eqn.outvars[0].aval, len(eqn.invars[1].aval.shape) - 1
+    # 1. Of the table: batch axes, those that are indexed, and the columns.
+    batch = tuple(numbers.operand_batching_dims)
+    rows = _row_axes(eqn)
+    columns = _other_axes(len(shape), batch, rows)
+    # 2. Of the output: the axes of complete slices are those of the table, in its order; the others
+    #    are those of the indices.
+    sliced = _other_axes(len(shape), batch, numbers.collapsed_slice_dims)
+    place_of = dict(zip(sliced, numbers.offset_dims, strict=True))
+    out_axes = tuple(place_of[axis] for axis in columns)
+    of_indices = _other_axes(len(output.shape), numbers.offset_dims)
+    stack = tuple(of_indices[axis] for axis in numbers.start_indices_batching_dims)
+    positions = _other_axes(len(output.shape), out_axes, stack)
+    # 3. The table runs along the stack and the columns.
+    spread_axes = (*stack, *out_axes)
+    place = {axis: i for i, axis in enumerate(spread_axes)}
     return Use(
         kind="lookup",
-        view=_matrices(table, hidden, [], [axis], columns),
+        view=_matrices(table, hidden, batch, rows, columns),
         operand=1,
         output=jax.ShapeDtypeStruct(output.shape, output.dtype),
         axes=tuple(place.get(i) for i in range(len(output.shape))),
-        spread=tuple(output.shape[out_axis] for out_axis in out_axes),
-        to_inputs=_RowNumbers(table.shape[hidden + axis], "CLIP" in str(eqn.params["mode"])),
-        to_outputs=_Flatten(((), tuple(positions), out_axes)),
+        spread=tuple(output.shape[axis] for axis in spread_axes),
+        to_inputs=_RowNumbers(
+            sizes=tuple(shape[axis] for axis in rows),
+            components=tuple(numbers.start_index_map.index(axis) for axis in rows),
+            batch=tuple(numbers.start_indices_batching_dims),
+            ndim=ndim,
+            clip="CLIP" in str(eqn.params["mode"]),
+        ),
+        to_outputs=_Flatten((stack, tuple(positions), out_axes)),
     )
 
 
 def is_lookup(eqn: Any) -> bool:
-    """Tell whether a `gather` reads slices along one axis, each of them complete."""
+    """Tell whether a `gather` reads rows: one number along some axes, and the others complete."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     shape = eqn.invars[0].aval.shape
-    # One index for each slice, and the axis gone from the result.
-    axes = numbers.start_index_map
-    if len(axes) != 1 or numbers.collapsed_slice_dims != axes or numbers.operand_batching_dims:
+    rows = _row_axes(eqn)
+    complete = _other_axes(len(shape), rows, numbers.operand_batching_dims)
+    if not rows or any(sizes[axis] != 1 for axis in rows):
         return False
-    return all(sizes[i] == shape[i] for i in _other_axes(len(shape), axes))
+    # Along a complete axis an index has nothing to choose; out of range it reads nothing.
+    indexed = set(numbers.start_index_map).intersection(complete)
+    safe = not indexed or any(mode in str(eqn.params["mode"]) for mode in ("CLIP", "PROMISE"))
+    return safe and all(sizes[axis] == shape[axis] for axis in complete)
 
 
-def with_bias(
-    use: Use,
-    view: View,
-    hidden: int,
-    axes: Sequence[int | None],
-) -> Use | None:
-    """Join a bias to a use; None if what is added does not vary as a bias does.
+def of_added_rows(
+    table: View,
+    rows: np.ndarray,
+    feature_axis: int,
+    which: int,
+    eqn: Any,
+) -> Use:
+    """Read an `add` of rows of a table, such as embeddings of positions: a lookup by constants.
 
     Args:
-      use: the use to whose output the view is added.
-      view: a view with `hidden` first axes for the loops around.
-      hidden: the number of those loops.
-      axes: for each further axis of the view the place in `use.spread` along which it runs, None
-        for an axis of size 1.
+      table: view `[stack, rows, columns]`.
+      rows: the row number for each axis of the output but that of the columns; of size 1 along axes
+        on which it does not depend.
+      feature_axis: the axis of the output along which the columns are.
+      which: the operand to which the rows are added.
+      eqn: the equation.
     """
-    places = sorted(axis for axis in axes if axis is not None)
-    # A bias runs along every axis along which the kernel does, and along no other.
-    long_places = [i for i, size in enumerate(use.spread) if size > 1]
-    if places != long_places or math.prod(view.shape[hidden:]) != math.prod(use.spread):
-        return None
+    output = eqn.outvars[0].aval
+    ndim = len(output.shape)
+    positions = _other_axes(ndim, [feature_axis])
+    return Use(
+        kind="lookup",
+        view=table,
+        operand=which,
+        output=jax.ShapeDtypeStruct(output.shape, output.dtype),
+        axes=tuple(0 if axis == feature_axis else None for axis in range(ndim)),
+        spread=(output.shape[feature_axis],),
+        to_inputs=_ConstantRows(
+            static(rows.astype(np.int32)),
+            tuple(output.shape[axis] for axis in positions),
+        ),
+        to_outputs=_Flatten(((), tuple(positions), (feature_axis,))),
+    )
 
-    def place_of(i: int) -> tuple[bool, int]:
-        axis = axes[i]
-        return axis is None, axis or 0
 
-    order = sorted(range(len(axes)), key=place_of)
-    # In the order of the spread, so that it flattens to [stack, out] as the kernel does.
-    ordered = transpose(view, (*range(hidden), *(hidden + i for i in order)))
-    stack, _, out = use.view.shape
-    return dataclasses.replace(use, bias=reshape(ordered, (stack, out)))
+def of_ragged(
+    kernel: View,
+    hidden: int,
+    eqn: Any,
+) -> Use:
+    """Read a `ragged_dot` `[t, i], [s, i, o], [s] -> [t, o]`, whose rows are in groups one after
+    the other: a stack of experts, to each of which the rows of its group belong.
+
+    Every expert has all rows for its inputs, and cotangents of zero where they are not its own.
+    """
+    output = eqn.outvars[0].aval
+    num_experts = kernel.shape[hidden]
+    return Use(
+        kind="dot",
+        view=_matrices(kernel, hidden, [0], [1], [2]),
+        operand=0,
+        output=jax.ShapeDtypeStruct((num_experts, *output.shape), output.dtype),
+        axes=(None, None),
+        spread=(num_experts, output.shape[1]),
+        to_inputs=_ForEvery(num_experts),
+        to_outputs=_Flatten(((0,), (1,), (2,))),
+        takes_bias=False,
+        perturb=_by_group,
+    )
+
+
+def is_ragged(eqn: Any) -> bool:
+    """Tell whether a `ragged_dot_general` is a `ragged_dot`, of rows in groups."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracting, batch = numbers.dot_dimension_numbers
+    is_plain = tuple(map(tuple, contracting)) == ((1,), (1,)) and tuple(map(tuple, batch)) == (
+        (),
+        (),
+    )
+    groups = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
+    return is_plain and groups == ((0,), (0,))
+
+
+def _by_group(
+    operands: Sequence[Any],
+    output: Array,
+    zeros: Array,
+) -> Array:
+    """Add to each row of the output the zeros of its expert."""
+    sizes = operands[2]
+    ends = jnp.cumsum(sizes)
+    row = jnp.arange(len(output))
+    # Rows beyond the last group belong to nobody.
+    is_own = (row >= (ends - sizes)[:, None]) & (row < ends[:, None])  # [s, t]
+    return output + jnp.sum(jnp.where(is_own[..., None], zeros, 0), axis=0)
 
 
 @dataclass(frozen=True)
@@ -326,19 +432,92 @@ class _Features:
 
 @dataclass(frozen=True)
 class _RowNumbers:
-    """Bring the indices of a lookup to `[s, t, 1]`; those out of range as the lookup reads them."""
+    """Bring the indices of a lookup to `[s, t, 1]`; those out of range as the lookup reads them.
 
-    rows: int
+    Attributes:
+      sizes: sizes of the axes of the table that are indexed; together they are its rows.
+      components: for each of them which component of an index it is.
+      batch: axes of the indices that are a stack.
+      ndim: the number of axes of the indices, without that of the components.
+      clip: whether indices out of range read the last row; else they read none.
+    """
+
+    sizes: tuple[int, ...]
+    components: tuple[int, ...]
+    batch: tuple[int, ...]
+    ndim: int
     clip: bool
 
     def __call__(
         self,
         indices: Int[Array, "..."],
+    ) -> Int[Array, "s t 1"]:
+        """Join the components of every index to the number of a row."""
+        rows: Any = 0
+        is_row: Any = True
+        for size, component in zip(self.sizes, self.components, strict=True):
+            index = indices[..., component]
+            # As the lookup does; in all other modes what is out of range reads no row.
+            if self.clip:
+                index = jnp.clip(index, 0, size - 1)
+            is_row &= (index >= 0) & (index < size)
+            rows = rows * size + index
+        # One axis says itself that it is out of range; of several the product might not.
+        if len(self.sizes) > 1:
+            rows = jnp.where(is_row, rows, math.prod(self.sizes))
+        return _flat(rows, self.batch, _other_axes(self.ndim, self.batch), [])
+
+
+@dataclass(frozen=True)
+class _ConstantRows:
+    """Row numbers `[s, t, 1]` of rows that are added, the same whatever they are added to.
+
+    Attributes:
+      rows: the row numbers, of size 1 along axes of the positions where they repeat.
+      positions: sizes of the axes of the positions.
+    """
+
+    rows: StaticArray
+    positions: tuple[int, ...]
+
+    def __call__(
+        self,
+        raw: Float[Array, "..."],
     ) -> Int[Array, "1 t 1"]:
-        # As the lookup does; in all other modes what is out of range reads no row.
-        if self.clip:
-            indices = jnp.clip(indices, 0, self.rows - 1)
-        return indices.reshape(1, -1, 1)
+        del raw
+        return jnp.broadcast_to(self.rows.array, self.positions).reshape(1, -1, 1)
+
+
+@dataclass(frozen=True)
+class _ForEvery:
+    """Give every expert of a stack all rows."""
+
+    num_experts: int
+
+    def __call__(
+        self,
+        x: Float[Array, "t i"],
+    ) -> Float[Array, "s t i"]:
+        return jnp.broadcast_to(x, (self.num_experts, *x.shape))
+
+
+def _row_axes(eqn: Any) -> tuple[int, ...]:
+    """Return the axes of a table along which a `gather` reads one of several entries."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape = eqn.invars[0].aval.shape
+    # An axis that is read as a whole may have an index too, which is zero.
+    chosen = [axis for axis in numbers.start_index_map if sizes[axis] < shape[axis]]
+    collapsed = [axis for axis in numbers.collapsed_slice_dims if axis not in chosen]
+    return tuple(sorted((*chosen, *collapsed)))
+
+
+def _in_turn(
+    steps: Sequence[ToMatrices],
+    x: Array,
+) -> Array:
+    for step in steps:
+        x = step(x)
+    return x
 
 
 def _channels_last(spec: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,14 +12,42 @@ from jaxtyping import Bool, Int
 
 
 @dataclass(frozen=True)
+class StaticArray:
+    """An array as a static fact: hashable, and equal to another by its entries.
+
+    Attributes:
+      shape: its shape.
+      dtype: the name of its dtype.
+      data: its entries in row-major order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    data: bytes
+
+    @property
+    def array(self) -> np.ndarray:
+        """The array, read-only."""
+        return np.frombuffer(self.data, self.dtype).reshape(self.shape)
+
+
+def static(x: Any) -> StaticArray:
+    """Make an array of numbers or truth values a static fact."""
+    array = np.asarray(x)
+    return StaticArray(array.shape, array.dtype.name, array.tobytes())
+
+
+@dataclass(frozen=True)
 class View:
     """An array whose every entry is an entry of a leaf; hashable, and independent of any program.
 
     Attributes:
-      move: "leaf", "reshape", "transpose", "slice" or "concatenate".
+      move: "leaf", "reshape", "transpose", "slice", "concatenate", "take" or "times".
       shape: the shape of the array.
       how: the settings of the move: the path of the leaf; the permutation; one
-        (start, stop, step) for each axis; the axis.
+        (start, stop, step) for each axis; the axis; the numbers of the entries in row-major order;
+        what is multiplied by, in a shape that broadcasts. The kernel of a block is multiplied by
+        nothing but a mask, of zeros and ones.
       of: the views that are moved.
     """
 
@@ -36,15 +64,28 @@ class View:
     @property
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the leaves that the view reads, by path."""
-        return {node.how[0]: node.shape for node in _leaf_nodes(self)}
+        return {node.how[0]: node.shape for node in _nodes(self, "leaf")}
 
     @property
     def repeats(self) -> bool:
         """Whether some leaf occurs more than once in the expression, so that an entry might."""
-        # More entries than the leaves have, or a leaf written twice.
+        # More entries than the leaves have, a leaf written twice, or entries taken by number.
         sizes = map(math.prod, self.leaf_shapes.values())
-        nodes = list(_leaf_nodes(self))
-        return math.prod(self.shape) > sum(sizes) or len(nodes) > len(self.leaves)
+        nodes = list(_nodes(self, "leaf"))
+        is_larger = math.prod(self.shape) > sum(sizes)
+        return is_larger or len(nodes) > len(self.leaves) or self.has("take")
+
+    def has(self, move: str) -> bool:
+        """Tell whether a move is anywhere in the expression."""
+        return any(True for _ in _nodes(self, move))
+
+    @property
+    def mask(self) -> Bool[np.ndarray, "..."] | None:
+        """Which entries the mask lets through; None if there is none."""
+        if not self.has("times"):
+            return None
+        through: Bool[np.ndarray, "..."] = factor_of(self) != 0
+        return through
 
     def read(self, leaves: Mapping[str, Any]) -> Any:
         """Make the array out of the leaves by path (NumPy or JAX arrays)."""
@@ -57,6 +98,11 @@ class View:
             return parts[0].transpose(self.how)
         if self.move == "slice":
             return parts[0][tuple(slice(*bounds) for bounds in self.how)]
+        if self.move == "take":
+            return parts[0].reshape(-1)[self.how[0].array]
+        if self.move == "times":
+            # In the precision of the leaves, as NumPy or JAX.
+            return parts[0] * self.how[0].array.astype(parts[0].dtype)
         return parts[0].__array_namespace__().concatenate(parts, axis=self.how[0])
 
     def __str__(self) -> str:
@@ -148,11 +194,62 @@ def concatenate(
     return View("concatenate", tuple(shape), (axis,), views)
 
 
+def take(
+    view: View,
+    numbers: Int[np.ndarray, "..."],
+) -> View:
+    """View entries by their numbers in row-major order; a number may come several times."""
+    # The numbers of all entries in order are no move.
+    size = math.prod(view.shape)
+    if numbers.size == size and np.array_equal(numbers.ravel(), np.arange(size)):
+        return reshape(view, numbers.shape)
+    return View("take", numbers.shape, (static(numbers.astype(np.int32)),), (view,))
+
+
+def times(
+    view: View,
+    factor: Any,
+) -> View:
+    """Multiply by an array that broadcasts to the shape of the view."""
+    # Along axes on which it does not vary one entry is enough.
+    array = np.asarray(factor)
+    for axis in range(array.ndim):
+        first = array.take([0], axis)
+        if array.shape[axis] > 1 and np.array_equal(np.broadcast_to(first, array.shape), array):
+            array = first
+    return View("times", view.shape, (static(array),), (view,))
+
+
+def factor_of(view: View) -> Any:
+    """Return what the view multiplies its entries by, in its shape."""
+    # A view is linear in its leaves: of ones it makes the factors.
+    ones = {path: np.ones(shape) for path, shape in view.leaf_shapes.items()}
+    return view.read(ones)
+
+
+def without_factors(view: View) -> View:
+    """View the same entries, not multiplied by anything."""
+    if not view.has("times"):
+        return view
+    parts = tuple(map(without_factors, view.of))
+    if view.move == "times":
+        return parts[0]
+    # By the functions of this module, which join moves that follow one another.
+    if view.move == "reshape":
+        return reshape(parts[0], view.shape)
+    if view.move == "transpose":
+        return transpose(parts[0], view.how)
+    return View(view.move, view.shape, view.how, parts)
+
+
 def entry_numbers(
     view: View,
     leaves: Mapping[str, tuple[int, ...]],
 ) -> Int[np.ndarray, "..."]:
-    """Number the entries of all `leaves` (shapes by path) in order; return those of the view."""
+    """Number the entries of all `leaves` (shapes by path) in order; return those of the view.
+
+    Entries behind a mask, or multiplied by something, have their numbers too.
+    """
     numbers: dict[str, Any] = {}
     # Leaf after leaf, each in row-major order.
     start = 0
@@ -160,7 +257,7 @@ def entry_numbers(
         stop = start + math.prod(shape)
         numbers[path] = np.arange(start, stop).reshape(shape)
         start = stop
-    entries: Int[np.ndarray, "..."] = view.read(numbers)
+    entries: Int[np.ndarray, "..."] = without_factors(view).read(numbers)
     return entries
 
 
@@ -191,11 +288,11 @@ def uncovered(
     return mask.reshape(shape)
 
 
-def _leaf_nodes(view: View) -> Iterator[View]:
-    if view.move == "leaf":
+def _nodes(view: View, move: str) -> Iterator[View]:
+    if view.move == move:
         yield view
     for part in view.of:
-        yield from _leaf_nodes(part)
+        yield from _nodes(part, move)
 
 
 def _bounds_text(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from curvax._jaxpr import is_constant, scan_counts
+from curvax.capture._frames import Frame, Source
 
 Value: TypeAlias = Any
 """What a variable holds: an element of the analysis' lattice, None for nothing that it follows."""
@@ -28,10 +29,13 @@ class Place:
     Attributes:
       site: its index in its program, after the indices of the equations around that program.
       loops: the loops around it, as `(number, length)`, outermost first.
+      sources: where the arguments of the program come from that is gone into next; None if nothing
+        is known.
     """
 
     site: tuple[int, ...] = ()
     loops: tuple[tuple[int, int], ...] = ()
+    sources: tuple[Source, ...] | None = None
 
     def at(self, index: int) -> Place:
         """Go one program further in."""
@@ -46,12 +50,14 @@ class Step(NamedTuple):
       operands: what its operands hold.
       live: for each result, whether the outputs of the program depend on it.
       place: where it is.
+      frame: the program that it is in, which says where its operands come from.
     """
 
     eqn: Any
     operands: list[Value]
     live: list[bool]
     place: Place
+    frame: Frame
 
 
 class Rules(NamedTuple):
@@ -61,11 +67,13 @@ class Rules(NamedTuple):
       results: `step -> what the results of the equation hold`.
       enters: `equation -> the program inside` that the walk goes through in its place, or None.
       read_twice: `held -> what is known of it` where two equations read one variable.
+      stops: names of primitives whose operands do not count: what leads to them alone is dead code.
     """
 
     results: Callable[[Step], Sequence[Value]]
     enters: Callable[[Any], Any]
     read_twice: Callable[[Value], Value]
+    stops: frozenset[str] = frozenset()
 
 
 def walk(
@@ -83,8 +91,9 @@ def walk(
     jaxpr = program.jaxpr
     # What each variable holds; one that is absent holds nothing.
     values: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
-    needed = _needed(jaxpr, live)
-    readers = _readers(jaxpr, live, needed)
+    needed = _needed(jaxpr, live, rules.stops)
+    readers = _readers(jaxpr, live, needed, rules.stops)
+    frame = Frame(program, place.sources)
 
     def look(atom: Any) -> Value:
         if is_constant(atom):
@@ -101,9 +110,12 @@ def walk(
         inner = rules.enters(eqn)
         # A nested program with one argument for each operand is walked through in place.
         if inner is not None:
-            results: Sequence[Value] = walk(inner, operands, alive, rules, here)
+            sources = tuple(map(frame.source, eqn.invars))
+            inside = dataclasses.replace(here, sources=sources)
+            results: Sequence[Value] = walk(inner, operands, alive, rules, inside)
         else:
-            results = rules.results(Step(eqn, operands, alive, here))
+            step = Step(eqn=eqn, operands=operands, live=alive, place=here, frame=frame)
+            results = rules.results(step)
         values.update(zip(eqn.outvars, results, strict=True))
     outputs = zip(jaxpr.outvars, live, strict=True)
     return [look(atom) if alive else None for atom, alive in outputs]
@@ -139,12 +151,13 @@ def scan_operands(
 def _needed(
     jaxpr: Any,
     live: Sequence[bool],
+    stops: frozenset[str],
 ) -> set[Any]:
-    """Return the variables on which the live outputs depend."""
+    """Return the variables on which the live outputs depend, other than through `stops`."""
     # From the outputs back.
     needed = _variables(_live_outputs(jaxpr, live))
     for eqn in reversed(jaxpr.eqns):
-        if needed.intersection(eqn.outvars):
+        if eqn.primitive.name not in stops and needed.intersection(eqn.outvars):
             needed |= _variables(eqn.invars)
     return needed
 
@@ -153,12 +166,13 @@ def _readers(
     jaxpr: Any,
     live: Sequence[bool],
     needed: set[Any],
+    stops: frozenset[str],
 ) -> Counter[Any]:
     """Count for every variable how often it is read; being an output is a reading too."""
-    # Dead code reads nothing.
+    # Dead code reads nothing, and neither does what has no derivative.
     reads = _live_outputs(jaxpr, live)
     for eqn in jaxpr.eqns:
-        if needed.intersection(eqn.outvars):
+        if eqn.primitive.name not in stops and needed.intersection(eqn.outvars):
             reads += eqn.invars
     return Counter(atom for atom in reads if not is_constant(atom))
 

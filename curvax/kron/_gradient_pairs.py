@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,8 @@ def block_moments(
 
     These are the second moments of EK-FAC: George et al. (2018), equation 10.
     """
+    if block.kernel.mask is not None:
+        return _moments_behind_mask(block, basis, inputs, g, h)
     first = rotated_pairs(block, basis, inputs, g)
     second = first if h is None else rotated_pairs(block, basis, inputs, h)
     pair, other = first[0], second[0]
@@ -71,6 +73,26 @@ def block_moments(
     return _sum_of_products(block, (first,) if h is None else (first, second))
 
 
+def _moments_behind_mask(
+    block: Block,
+    basis: Basis,
+    inputs: Sequence[PerUseArray],
+    g: Sequence[PerUseArray],
+    h: Sequence[PerUseArray] | None,
+) -> Float[Array, "s i o"]:
+    """Do as `block_moments` where the pairs of a kernel behind a mask are its formed gradients."""
+
+    def of_examples(rows: Any) -> Float[Array, "s i o"]:
+        inputs, *cotangents = rows
+        formed = []
+        for each in cotangents:
+            pairs = rotated_pairs(block, basis, inputs, each)
+            formed.append(gradient_of(block, pairs))
+        return jnp.sum(formed[0] * formed[-1], axis=0)
+
+    return _summed_in_chunks(block, (inputs, g) if h is None else (inputs, g, h), of_examples)
+
+
 def _sum_of_products(
     block: Block, gradients: tuple[list[GradientPair], ...]
 ) -> Float[Array, "s i o"]:
@@ -80,8 +102,17 @@ def _sum_of_products(
         formed = [gradient_of(block, pairs) for pairs in rows]
         return jnp.sum(formed[0] * formed[-1], axis=0)
 
+    return _summed_in_chunks(block, gradients, of_examples)
+
+
+def _summed_in_chunks(
+    block: Block,
+    gradients: Any,
+    of_examples: Callable[[Any], Float[Array, "s i o"]],
+) -> Float[Array, "s i o"]:
+    """Sum `of_examples` over a few examples at a time of arrays with a leading axis of examples."""
     # A gradient takes as many entries as the kernel: only a few examples at a time.
-    size = gradients[0][0].g.shape[0]
+    size = jax.tree.leaves(gradients)[0].shape[0]
     few = min(size, max(1, ENTRIES_AT_A_TIME // math.prod(block.shape)))
     num_chunked = size // few * few
     if few == size:
@@ -102,8 +133,8 @@ def _sum_of_products(
         ),
         gradients,
     )
-    zeros = jnp.zeros(block.shape, gradients[0][0].g.dtype)
-    total, _ = lax.scan(add, zeros, chunks)
+    sums = jax.eval_shape(of_examples, gradients)
+    total, _ = lax.scan(add, jnp.zeros(sums.shape, sums.dtype), chunks)
     if num_chunked < size:
         total = total + of_examples(jax.tree.map(lambda x: x[num_chunked:], gradients))
     return total

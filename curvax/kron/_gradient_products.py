@@ -109,6 +109,9 @@ def examples_at_a_time(
             widths.append(columns * num_vectors)
         else:
             widths.append(columns * rows)
+    # Behind a mask the pairs are formed gradients.
+    if block.kernel.mask is not None:
+        widths.append(block.shape[1] * block.shape[2])
     return max(1, ENTRIES_AT_A_TIME // (stack * max(widths)))
 
 

@@ -10,25 +10,47 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from curvax.kron._layout import Block, Layout, Leaf
 
+LOW_SHARE = 0.5
+"""Below this share of parameters in blocks the table warns."""
+
 HEAD = ("leaf", "shape", "block", "A x G", "stack", "uses", "factors", "note")
 
 
 def layout_table(layout: Layout) -> str:
-    """Write one line for each leaf, and what the factors take."""
+    """Write one line for each leaf, what the factors take, and how much is in blocks."""
     rows = [HEAD, *(_row(layout, leaf) for leaf in layout.leaves)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
-    # The last line: what factors and diagonals take.
+    # What factors and diagonals take.
     floats = sum(_floats(block) for block in layout.blocks)
     for leaf in layout.leaves:
         if leaf.outside == "diagonal":
             floats += math.prod(leaf.shape)
     count = f"{len(layout.blocks)} block{'s' * (len(layout.blocks) != 1)}"
     lines.append(f"{count}, factors of {_memory(floats)} in float32")
+    lines.append(_share_in_blocks(layout))
     return "\n".join(lines)
+
+
+def _share_in_blocks(layout: Layout) -> str:
+    """Write which share of the parameters is in blocks, with a warning if that is little."""
+    total = sum(math.prod(leaf.shape) for leaf in layout.leaves)
+    outside = 0
+    for leaf in layout.leaves:
+        # Only of a leaf that lies in blocks in part need entries be counted.
+        in_part = leaf.kind == "kron" and leaf.rest is not None
+        if in_part:
+            outside += int(layout.uncovered(leaf.path).sum())
+        elif leaf.kind != "kron":
+            outside += math.prod(leaf.shape)
+    share = (total - outside) / max(total, 1)
+    text = f"{100 * share:.3g} % of the parameters are in blocks ({total - outside} of {total})"
+    if share >= LOW_SHARE:
+        return text
+    return f"WARNING: only {text}; the notes say why the others are not"
 
 
 def _row(layout: Layout, leaf: Leaf) -> tuple[str, ...]:
@@ -76,6 +98,9 @@ def _notes(block: Block, leaf: Leaf) -> list[str]:
     notes = [block.name] if block.name != leaf.path else []
     notes += [block.sharing] if block.sharing != "expand" else []
     notes += ["all positions"] if block.positions == "all" else []
+    mask = block.kernel.mask
+    if mask is not None:
+        notes.append(f"constant mask: {int(mask.sum())} of {mask.size} entries")
     if block.two_products != "balanced":
         notes.append(f"two products: {block.two_products}")
     if block.parts:

@@ -183,11 +183,12 @@ def _summed_inputs(
 def _with_one(block: Block, use: UseKind, a: Array, one: Array) -> Array:
     """Append the bias's coordinate.
 
-    It is `one` where the bias is added, and 0 for a use without it; without a bias there is none.
+    It is `one` times the use's input of the bias where that is added, and 0 for a use without it;
+    without a bias there is none.
     """
     if block.bias is None or use.transposed:
         return a
-    coordinate = one if use.biased else jnp.zeros_like(one)
+    coordinate = one * (use.one if use.biased else 0)
     last = coordinate[..., None]
     return jnp.concatenate([a, last], axis=-1)
 

@@ -521,6 +521,14 @@ def scanned(p, x):
     return h @ p["v"] * p["gain"]
 
 
+def with_constants(p, ids):
+    """Kernels scaled, masked and gathered by constants, and rows that are added."""
+    mask = np.array([[1, 0, 1], [1, 1, 0], [0, 1, 1]])
+    h = jnp.tanh((p["e"] * 0.5)[ids] + p["t"])
+    h = jnp.tanh(h @ (p["w"] * mask) + p["b"])
+    return h @ p["v"][jnp.array([2, 0, 1])]
+
+
 IDS = jnp.array([[0, 1, 1], [-1, 2, 0], [5, 9, -2], [-9, 3, 4], [3, 3, 3]])
 SHAPES = {
     tied: ({"e": (6, 3), "w": (3, 3)}, IDS % 6, 6),
@@ -528,6 +536,11 @@ SHAPES = {
     one_id: ({"e": (6, 3), "w": (3, 4)}, IDS[:, 0] % 6, 4),
     some_ids: ({"e": (6, 3), "w": (3, 4)}, IDS, 4),
     clipped_ids: ({"e": (6, 3), "w": (3, 4)}, IDS, 4),
+    with_constants: (
+        {"e": (6, 3), "t": (3, 3), "w": (3, 3), "b": (3,), "v": (3, 4)},
+        IDS % 6,
+        4,
+    ),
     scanned: ({"w": (2, 3, 3), "b": (2, 3), "v": (3, 4), "gain": (4,)}, (5, 3), 4),
 }
 

@@ -82,12 +82,16 @@ ZOO = (
     "mixture",
     "two_uses",
     "overlapping",
+    "masked",
+    "tied_entries",
+    "scaled",
+    "positions",
 )
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_gram_matrix_of_any_layer(name, x64):
-    case = getattr(zoo, name)()
+    case = zoo.CASES[name]()
     objective = curvax.Objective(case.model, curvax.losses.squared_error())
     targets = jnp.zeros(jax.eval_shape(case.model, case.params, case.inputs).shape)
     space, rows = space_and_rows(objective, case.params, (case.inputs, targets))

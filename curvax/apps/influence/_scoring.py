@@ -414,9 +414,11 @@ def _scores_by_token(
     """
     pairs, outside = _pairs_and_outside(queries, objective, params, chunk)
     at_positions, elsewhere = [], list(outside.values())
-    for uses in _products_by_position(queries.blocks, pairs).values():
+    # Gradients behind a mask are formed: their rows are not positions.
+    masked = {block.name for block in queries.layout.blocks if block.kernel.mask is not None}
+    for name, uses in _products_by_position(queries.blocks, pairs).items():
         for products in uses:
-            if products.shape[2] == length:
+            if products.shape[2] == length and name not in masked:
                 at_positions.append(products)
             else:
                 elsewhere.append(jnp.sum(products, axis=2))

@@ -1,39 +1,21 @@
-"""Tiny models of many libraries, each with what is expected of its leaves:
-kron, or diagonal for a reason.
-"""
+"""Tiny models, one construct of a library each."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-
-class Case(NamedTuple):
-    """A model, and the leaves that are expected not to be kron.
-
-    Attributes:
-      model: `(params, inputs) -> outputs`, of any number of rows.
-      params: float arrays.
-      inputs: arrays with a leading batch axis.
-      diagonal: a word of the reason by path of the leaf; all other leaves are kron.
-      stacks: sizes of the stack dimensions by path of the leaf, where there are any.
-    """
-
-    model: Callable[[Any, Any], Any]
-    params: Any
-    inputs: Any
-    diagonal: Mapping[str, str] = {}
-    stacks: Mapping[str, tuple[int, ...]] = {}
+from zoo._case import Case, ids, linen, normal, random_params, shaken
 
 
 def dense() -> Case:
     """Perceptron with biases."""
     import flax.linen as nn
 
-    return _linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), _normal(0, 4, 3))
+    return linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), normal(0, 4, 3))
 
 
 def dense_general() -> Case:
@@ -41,30 +23,30 @@ def dense_general() -> Case:
     import flax.linen as nn
 
     layers = [nn.DenseGeneral((3, 2), axis=(-2, -1)), nn.tanh, nn.DenseGeneral(2, axis=(-1, 1))]
-    return _linen(nn.Sequential(layers), _normal(0, 4, 2, 3))
+    return linen(nn.Sequential(layers), normal(0, 4, 2, 3))
 
 
 def attention() -> Case:
     """Self-attention of two heads, with all its biases."""
     import flax.linen as nn
 
-    return _linen(nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4), _normal(0, 4, 3, 2))
+    return linen(nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4), normal(0, 4, 3, 2))
 
 
 def conv_1d() -> Case:
     """Sequence of three."""
     import flax.linen as nn
 
-    return _linen(nn.Sequential([nn.Conv(3, (2,)), nn.tanh, nn.Conv(2, (3,))]), _normal(0, 4, 3, 2))
+    return linen(nn.Sequential([nn.Conv(3, (2,)), nn.tanh, nn.Conv(2, (3,))]), normal(0, 4, 3, 2))
 
 
 def conv_2d() -> Case:
     """Strides, padded to keep the size."""
     import flax.linen as nn
 
-    return _linen(
+    return linen(
         nn.Sequential([nn.Conv(3, (3, 2), strides=2, padding="SAME"), nn.tanh]),
-        _normal(0, 4, 5, 4, 2),
+        normal(0, 4, 5, 4, 2),
     )
 
 
@@ -72,15 +54,15 @@ def conv_3d() -> Case:
     """Three spatial axes."""
     import flax.linen as nn
 
-    return _linen(nn.Sequential([nn.Conv(2, (2, 2, 2)), nn.tanh]), _normal(0, 4, 3, 2, 2, 2))
+    return linen(nn.Sequential([nn.Conv(2, (2, 2, 2)), nn.tanh]), normal(0, 4, 3, 2, 2, 2))
 
 
 def conv_dilated() -> Case:
     """Holes in the kernel."""
     import flax.linen as nn
 
-    return _linen(
-        nn.Sequential([nn.Conv(3, (2, 2), kernel_dilation=2), nn.tanh]), _normal(0, 4, 4, 3, 2)
+    return linen(
+        nn.Sequential([nn.Conv(3, (2, 2), kernel_dilation=2), nn.tanh]), normal(0, 4, 4, 3, 2)
     )
 
 
@@ -88,9 +70,9 @@ def conv_transposed() -> Case:
     """Holes in the input."""
     import flax.linen as nn
 
-    return _linen(
+    return linen(
         nn.Sequential([nn.ConvTranspose(3, (3, 2), strides=(2, 2)), nn.tanh]),
-        _normal(0, 4, 2, 3, 2),
+        normal(0, 4, 2, 3, 2),
     )
 
 
@@ -99,7 +81,7 @@ def conv_grouped() -> Case:
     import flax.linen as nn
 
     module = nn.Sequential([nn.Conv(6, (2, 2), feature_group_count=2), nn.tanh])
-    return _linen(module, _normal(0, 4, 3, 3, 4), stacks=dict.fromkeys(_dense("layers_0"), (2,)))
+    return linen(module, normal(0, 4, 3, 3, 4), stacks=dict.fromkeys(_dense("layers_0"), (2,)))
 
 
 def conv_depthwise() -> Case:
@@ -107,14 +89,14 @@ def conv_depthwise() -> Case:
     import flax.linen as nn
 
     module = nn.Sequential([nn.Conv(6, (2, 2), feature_group_count=3), nn.tanh])
-    return _linen(module, _normal(0, 4, 3, 3, 3), stacks=dict.fromkeys(_dense("layers_0"), (3,)))
+    return linen(module, normal(0, 4, 3, 3, 3), stacks=dict.fromkeys(_dense("layers_0"), (3,)))
 
 
 def embed() -> Case:
     """Lookup of integers."""
     import flax.linen as nn
 
-    return _linen(nn.Sequential([nn.Embed(5, 3), nn.Dense(2)]), _ids(0, 5, 4, 3))
+    return linen(nn.Sequential([nn.Embed(5, 3), nn.Dense(2)]), ids(0, 5, 4, 3))
 
 
 def tied() -> Case:
@@ -127,7 +109,7 @@ def tied() -> Case:
         h = jnp.tanh(table.apply({"params": params}, ids))
         return table.apply({"params": params}, h, method="attend")
 
-    return _linen(table, _ids(0, 5, 4, 3))._replace(model=model)
+    return linen(table, ids(0, 5, 4, 3))._replace(model=model)
 
 
 def layer_norm() -> Case:
@@ -136,7 +118,7 @@ def layer_norm() -> Case:
 
     module = nn.Sequential([nn.Dense(4), nn.LayerNorm(), nn.Dense(2)])
     diagonal = {"['layers_1']['scale']": "mul", "['layers_1']['bias']": "add"}
-    return _linen(module, _normal(0, 4, 3), diagonal)
+    return linen(module, normal(0, 4, 3), diagonal)
 
 
 def lstm_optimized() -> Case:
@@ -180,8 +162,8 @@ def scan_rnn() -> Case:
 
     return Case(
         model,
-        {"wx": _normal(1, 2, 3), "wh": _normal(2, 3, 3), "b": _normal(3, 3)},
-        _normal(0, 4, 3, 2),
+        {"wx": normal(1, 2, 3), "wh": normal(2, 3, 3), "b": normal(3, 3)},
+        normal(0, 4, 3, 2),
     )
 
 
@@ -193,8 +175,8 @@ def scan_layers() -> Case:
         nn.Sequential, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
     )
     module = nn.Sequential([scan([nn.Dense(3), nn.tanh, lambda h: (h, None)]), lambda h, _: h])
-    return _linen(
-        module, _normal(0, 4, 3), stacks=dict.fromkeys(_dense("layers_0", "layers_0"), (3,))
+    return linen(
+        module, normal(0, 4, 3), stacks=dict.fromkeys(_dense("layers_0", "layers_0"), (3,))
     )
 
 
@@ -207,10 +189,10 @@ def scan_layers_plain() -> Case:
             z * lax.rsqrt(jnp.mean(z**2, axis=-1, keepdims=True) + 1e-3) * weights["scale"]
         ), None
 
-    params = {"w": _normal(1, 3, 2, 2), "b": _normal(2, 3, 2), "scale": 1 + 0.1 * _normal(3, 3, 2)}
+    params = {"w": normal(1, 3, 2, 2), "b": normal(2, 3, 2), "scale": 1 + 0.1 * normal(3, 3, 2)}
     model = lambda params, x: lax.scan(layer, x, params)[0]
     return Case(
-        model, params, _normal(0, 4, 2), {"['scale']": "mul"}, {"['w']": (3,), "['b']": (3,)}
+        model, params, normal(0, 4, 2), {"['scale']": "mul"}, {"['w']": (3,), "['b']": (3,)}
     )
 
 
@@ -219,7 +201,7 @@ def remat() -> Case:
     import flax.linen as nn
 
     first = nn.remat(nn.Sequential)([nn.Dense(4), nn.tanh, nn.Dense(3), nn.tanh])
-    return _linen(nn.Sequential([first, nn.remat(nn.Dense)(2)]), _normal(0, 4, 3))
+    return linen(nn.Sequential([first, nn.remat(nn.Dense)(2)]), normal(0, 4, 3))
 
 
 def bf16_compute() -> Case:
@@ -229,7 +211,7 @@ def bf16_compute() -> Case:
     module = nn.Sequential(
         [nn.Dense(4, dtype=jnp.bfloat16), nn.tanh, nn.Dense(2, dtype=jnp.bfloat16)]
     )
-    case = _linen(module, _normal(0, 4, 3))
+    case = linen(module, normal(0, 4, 3))
     return case._replace(model=lambda params, x: case.model(params, x).astype(x.dtype))
 
 
@@ -237,7 +219,7 @@ def bf16_params() -> Case:
     """All in bfloat16: params, inputs and outputs."""
     import flax.linen as nn
 
-    case = _linen(nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(2)]), _normal(0, 4, 3))
+    case = linen(nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(2)]), normal(0, 4, 3))
     rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (case.params, case.inputs))
     return Case(case.model, *rounded)
 
@@ -247,9 +229,7 @@ def nnx_split() -> Case:
     from flax import nnx
 
     definition, state = nnx.split(_nnx())
-    return Case(
-        lambda params, x: nnx.merge(definition, params)(x), _shaken(state), _normal(0, 4, 3)
-    )
+    return Case(lambda params, x: nnx.merge(definition, params)(x), shaken(state), normal(0, 4, 3))
 
 
 def nnx_pure() -> Case:
@@ -257,8 +237,8 @@ def nnx_pure() -> Case:
     from flax import nnx
 
     definition, state = nnx.split(_nnx())
-    params = _shaken(nnx.to_pure_dict(state))
-    return Case(lambda params, x: nnx.merge(definition, params)(x), params, _normal(0, 4, 3))
+    params = shaken(nnx.to_pure_dict(state))
+    return Case(lambda params, x: nnx.merge(definition, params)(x), params, normal(0, 4, 3))
 
 
 def equinox() -> Case:
@@ -268,7 +248,7 @@ def equinox() -> Case:
     mlp = eqx.nn.MLP(in_size=3, out_size=2, width_size=4, depth=1, key=jax.random.key(1))
     params, rest = eqx.partition(mlp, eqx.is_inexact_array)
     return Case(
-        lambda params, x: jax.vmap(eqx.combine(params, rest))(x), _shaken(params), _normal(0, 4, 3)
+        lambda params, x: jax.vmap(eqx.combine(params, rest))(x), shaken(params), normal(0, 4, 3)
     )
 
 
@@ -277,8 +257,8 @@ def haiku() -> Case:
     import haiku as hk
 
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([4, 2])(x)))
-    x = _normal(0, 4, 3)
-    return Case(net.apply, _shaken(net.init(jax.random.key(1), x)), x)
+    x = normal(0, 4, 3)
+    return Case(net.apply, shaken(net.init(jax.random.key(1), x)), x)
 
 
 def einsum() -> Case:
@@ -289,9 +269,7 @@ def einsum() -> Case:
         h = jnp.tanh(jnp.einsum("oi,tbi->otb", params[1], h))
         return jnp.einsum("jto,otb->jb", params[2], h).T
 
-    return Case(
-        model, [_normal(1, 4, 2), _normal(2, 3, 4), _normal(3, 2, 3, 3)], _normal(0, 4, 3, 2)
-    )
+    return Case(model, [normal(1, 4, 2), normal(2, 3, 4), normal(3, 2, 3, 3)], normal(0, 4, 3, 2))
 
 
 def fused_qkv() -> Case:
@@ -302,17 +280,17 @@ def fused_qkv() -> Case:
         h = _attend(*(x @ params["cut"]["w"][:, part] + params["cut"]["b"][part] for part in parts))
         return _attend(*jnp.split(h @ params["whole"]["w"] + params["whole"]["b"], 3, axis=-1))
 
-    layer = lambda seed: {"w": _normal(seed, 2, 6), "b": _normal(seed + 1, 6)}
-    return Case(model, {"cut": layer(1), "whole": layer(3)}, _normal(0, 4, 3, 2))
+    layer = lambda seed: {"w": normal(seed, 2, 6), "b": normal(seed + 1, 6)}
+    return Case(model, {"cut": layer(1), "whole": layer(3)}, normal(0, 4, 3, 2))
 
 
 def lora() -> Case:
     """Product of low rank beside a full one."""
-    params = {"w": _normal(1, 4, 3), "a": _normal(2, 4, 2), "b": _normal(3, 2, 3)}
+    params = {"w": normal(1, 4, 3), "a": normal(2, 4, 2), "b": normal(3, 2, 3)}
     return Case(
         lambda params, x: x @ params["w"] + (x @ params["a"]) @ params["b"],
         params,
-        _normal(0, 4, 4),
+        normal(0, 4, 4),
     )
 
 
@@ -326,12 +304,12 @@ def ensemble() -> Case:
         return jax.vmap(member)(params, jnp.broadcast_to(x, (3, *x.shape))).swapaxes(0, 1)
 
     params = {
-        "w1": _normal(1, 3, 2, 4),
-        "b1": _normal(2, 3, 4),
-        "w2": _normal(3, 3, 4, 2),
-        "b2": _normal(4, 3, 2),
+        "w1": normal(1, 3, 2, 4),
+        "b1": normal(2, 3, 4),
+        "w2": normal(3, 3, 4, 2),
+        "b2": normal(4, 3, 2),
     }
-    return Case(model, params, _normal(0, 4, 2), stacks={f"['{name}']": (3,) for name in params})
+    return Case(model, params, normal(0, 4, 2), stacks={f"['{name}']": (3,) for name in params})
 
 
 def mixture() -> Case:
@@ -344,8 +322,8 @@ def mixture() -> Case:
         h = jnp.einsum("ebi,eio->ebo", dispatched, params["w"]) + params["b"][:, None]
         return jnp.einsum("be,ebo->bo", chosen * gate, h)
 
-    params = {"gate": _normal(8, 2, 3), "w": _normal(2, 3, 2, 4), "b": _normal(3, 3, 4)}
-    return Case(model, params, _normal(0, 4, 2), stacks={"['w']": (3,), "['b']": (3,)})
+    params = {"gate": normal(8, 2, 3), "w": normal(2, 3, 2, 4), "b": normal(3, 3, 4)}
+    return Case(model, params, normal(0, 4, 2), stacks={"['w']": (3,), "['b']": (3,)})
 
 
 def nested_jit() -> Case:
@@ -354,7 +332,7 @@ def nested_jit() -> Case:
     layer = jax.jit(lambda params, x: product(params["w"], x) + params["b"])
     model = lambda params, x: layer(params[1], jnp.tanh(layer(params[0], x)))
     return Case(
-        model, [{"w": _normal(i, 3, 3), "b": _normal(i + 2, 3)} for i in (1, 2)], _normal(0, 4, 3)
+        model, [{"w": normal(i, 3, 3), "b": normal(i + 2, 3)} for i in (1, 2)], normal(0, 4, 3)
     )
 
 
@@ -367,12 +345,12 @@ def cond() -> Case:
         return lax.cond(inputs["flag"].sum() > 0, first, second, inputs["x"]) @ params["out"]
 
     params = {
-        "w1": _normal(1, 3, 4),
-        "b1": _normal(2, 4),
-        "w2": _normal(3, 3, 4),
-        "out": _normal(4, 4, 2),
+        "w1": normal(1, 3, 4),
+        "b1": normal(2, 4),
+        "w2": normal(3, 3, 4),
+        "out": normal(4, 4, 2),
     }
-    return Case(model, params, {"x": _normal(0, 4, 3), "flag": jnp.ones(4, int)})
+    return Case(model, params, {"x": normal(0, 4, 3), "flag": jnp.ones(4, int)})
 
 
 def custom_vjp_attention() -> Case:
@@ -389,9 +367,9 @@ def custom_vjp_attention() -> Case:
         return attend(q, k, v)
 
     params = {
-        name: {"w": _normal(i, 2, 3), "b": _normal(i + 3, 3)} for i, name in enumerate("qkv", 1)
+        name: {"w": normal(i, 2, 3), "b": normal(i + 3, 3)} for i, name in enumerate("qkv", 1)
     }
-    return Case(model, params, _normal(0, 4, 3, 2))
+    return Case(model, params, normal(0, 4, 3, 2))
 
 
 def input_gradient() -> Case:
@@ -410,12 +388,12 @@ def input_gradient() -> Case:
         return jnp.concatenate([network(params, x), gradient], axis=-1)
 
     params = {
-        "w1": _normal(1, 2, 4),
-        "b1": _normal(2, 4),
-        "w2": _normal(3, 4, 1),
-        "b2": _normal(4, 1),
+        "w1": normal(1, 2, 4),
+        "b1": normal(2, 4),
+        "w2": normal(3, 4, 1),
+        "b2": normal(4, 1),
     }
-    return Case(model, params, _normal(0, 4, 2))
+    return Case(model, params, normal(0, 4, 2))
 
 
 def weight_norm() -> Case:
@@ -425,16 +403,16 @@ def weight_norm() -> Case:
         v, g = params["v"], params["g"]
         return jnp.tanh(x @ (v * g / jnp.linalg.norm(v, axis=0))) @ params["w"]
 
-    params = {"v": _normal(1, 3, 4), "g": 1 + 0.1 * _normal(2, 4), "w": _normal(3, 4, 2)}
-    return Case(model, params, _normal(0, 4, 3), {"['v']": "mul", "['g']": "mul"})
+    params = {"v": normal(1, 3, 4), "g": 1 + 0.1 * normal(2, 4), "w": normal(3, 4, 2)}
+    return Case(model, params, normal(0, 4, 3), {"['v']": "mul", "['g']": "mul"})
 
 
 def product() -> Case:
     """Kernel is a product of two leaves."""
-    params = {"a": _normal(1, 3, 2), "b": _normal(2, 2, 4)}
+    params = {"a": normal(1, 3, 2), "b": normal(2, 2, 4)}
     diagonal = {"['a']": "parameter", "['b']": "parameter"}
     return Case(
-        lambda params, x: x @ (params["a"] @ params["b"]), params, _normal(0, 4, 3), diagonal
+        lambda params, x: x @ (params["a"] @ params["b"]), params, normal(0, 4, 3), diagonal
     )
 
 
@@ -449,9 +427,9 @@ def custom_vjp_param() -> Case:
         lambda x, scale: (x * scale, (x, scale)),
         lambda kept, ct: (ct * kept[1], (ct * kept[0]).sum(0)),
     )
-    params = {"w": _normal(1, 3, 4), "scale": _normal(2, 4)}
+    params = {"w": normal(1, 3, 4), "scale": normal(2, 4)}
     model = lambda params, x: scaled(jnp.tanh(x @ params["w"]), params["scale"])
-    return Case(model, params, _normal(0, 4, 3), {"['scale']": "custom_vjp"})
+    return Case(model, params, normal(0, 4, 3), {"['scale']": "custom_vjp"})
 
 
 def while_param() -> Case:
@@ -460,7 +438,7 @@ def while_param() -> Case:
     def model(params: Any, x: Any) -> Any:
         return lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ params["w"] + params["b"]), x)
 
-    return Case(model, {"w": _normal(1, 3, 3), "b": _normal(2, 3)}, _normal(0, 4, 3))
+    return Case(model, {"w": normal(1, 3, 3), "b": normal(2, 3)}, normal(0, 4, 3))
 
 
 def shuffled() -> Case:
@@ -470,7 +448,7 @@ def shuffled() -> Case:
         kernel = jnp.concatenate([params["a"][::-1], jnp.flip(params["b"], axis=1).T], axis=1)
         return jnp.tanh(x @ kernel)
 
-    return Case(model, {"a": _normal(1, 3, 4), "b": _normal(2, 2, 3)}, _normal(0, 4, 3))
+    return Case(model, {"a": normal(1, 3, 4), "b": normal(2, 2, 3)}, normal(0, 4, 3))
 
 
 def overlapping() -> Case:
@@ -485,61 +463,122 @@ def overlapping() -> Case:
         return jnp.einsum("bij,ijo->bo", h.reshape(-1, 3, 2), halves)
 
     diagonal = dict.fromkeys(["['a']", "['b']"], "overlap")
-    return Case(model, {"a": _normal(1, 3, 4), "b": _normal(2, 2, 3)}, _normal(0, 4, 3), diagonal)
+    return Case(model, {"a": normal(1, 3, 4), "b": normal(2, 2, 3)}, normal(0, 4, 3), diagonal)
 
 
 def two_uses() -> Case:
     """One layer applied twice."""
     import flax.linen as nn
 
-    case = _linen(nn.Dense(3), _normal(0, 4, 3))
+    case = linen(nn.Dense(3), normal(0, 4, 3))
     return case._replace(
         model=lambda params, x: case.model(params, jnp.tanh(case.model(params, x)))
     )
 
 
 def positions() -> Case:
-    """Tokens are looked up, positions are added; these are no bias,
-    since they differ along the sequence.
-    """
+    """Tokens are looked up, rows of a table of positions are added."""
 
     def model(params: Any, ids: Any) -> Any:
         return jnp.tanh(params["tokens"][ids] + params["positions"]) @ params["w"]
 
-    params = {"tokens": _normal(1, 5, 4), "positions": _normal(2, 3, 4), "w": _normal(3, 4, 2)}
-    return Case(model, params, _ids(0, 5, 4, 3), {"['positions']": "add"})
+    params = {"tokens": normal(1, 5, 4), "positions": normal(2, 3, 4), "w": normal(3, 4, 2)}
+    return Case(model, params, ids(0, 5, 4, 3))
 
 
-def _normal(seed: int, *shape: int, scale: float = 1.0) -> Any:
-    """Drawn by NumPy, which compiles nothing."""
-    return jnp.asarray(
-        scale * np.random.default_rng(seed).normal(size=shape), jnp.result_type(float)
-    )
-
-
-def _ids(seed: int, size: int, *shape: int) -> Any:
-    return jnp.asarray(np.random.default_rng(seed).integers(size, size=shape))
-
-
-def _shaken(params: Any) -> Any:
-    """Params in the default precision, moved off the zeros and ones that biases and
-    scales start from.
+def tied_entries() -> Case:
+    """A convolution over the cyclic group of three, its kernel gathered by constants, with a bias
+    for each feature; then columns in another order.
     """
-    moved = lambda p: jnp.asarray(
-        np.asarray(p) + 0.1 * np.asarray(_normal(2, *p.shape)), jnp.result_type(float)
+    table = np.arange(3)[None] - np.arange(3)[:, None]  # [h, g] -> g - h
+
+    def model(params: Any, x: Any) -> Any:
+        h = jnp.einsum("bhi,ihog->bog", x, params["w"][:, table % 3].transpose(0, 1, 3, 2))
+        h = jnp.tanh(h + params["b"][:, None])
+        return h.reshape(len(x), -1) @ params["v"][jnp.array([5, 3, 4, 1, 0, 2])]
+
+    params = {"w": normal(1, 2, 3, 2), "b": normal(2, 2), "v": normal(3, 6, 2)}
+    return Case(model, params, normal(0, 4, 3, 2))
+
+
+def scaled() -> Case:
+    """Kernels and biases that constants multiply: one number, one for each input, and for each
+    output.
+    """
+
+    def model(params: Any, x: Any) -> Any:
+        h = jnp.tanh(x @ (params["w"] / jnp.sqrt(3)) + params["b"] * 2)
+        return h @ (-params["v"] * jnp.arange(1.0, 5)[:, None] * jnp.array([0.5, 2]))
+
+    params = {"w": normal(1, 3, 4), "b": normal(2, 4), "v": normal(3, 4, 2)}
+    return Case(model, params, normal(0, 4, 3))
+
+
+def masked() -> Case:
+    """Layers in a scan, each with a mask of its own; then a triangular kernel."""
+    masks = np.random.default_rng(3).integers(2, size=(2, 3, 3))
+    masks[:, 1] = 1  # no column without entries
+
+    def layer(h: Any, weights: Any) -> Any:
+        w, b, mask = weights
+        return jnp.tanh(h @ jnp.where(mask > 0, w, 0) + b), None
+
+    def model(params: Any, x: Any) -> Any:
+        h, _ = lax.scan(layer, x, (params["w"], params["b"], jnp.asarray(masks)))
+        return h @ jnp.tril(params["v"])
+
+    params = {"w": normal(1, 2, 3, 3), "b": normal(2, 2, 3), "v": normal(3, 3, 3)}
+    stacks = {"['w']": (2,), "['b']": (2,)}
+    return Case(model, params, normal(0, 4, 3), stacks=stacks)
+
+
+def straight_through() -> Case:
+    """Rounded kernels with the derivative of those that are not."""
+
+    def rounded(w: Any) -> Any:
+        scale = jnp.max(abs(w))
+        return w + lax.stop_gradient(jnp.round(w / scale) * scale - w)
+
+    model = lambda p, x: jnp.tanh(x @ rounded(p["w"]) + p["b"]) @ rounded(p["v"])
+    params = {"w": normal(1, 3, 4), "b": normal(2, 4), "v": normal(3, 4, 2)}
+    return Case(model, params, normal(0, 4, 3))
+
+
+def lookups() -> Case:
+    """A table under vmap, as in Equinox; one for each feature; one by two numbers."""
+
+    def model(params: Any, ids: Any) -> Any:
+        h = jax.vmap(lambda i: params["under vmap"][i])(ids[:, 0])
+        of_features = lambda row: jax.vmap(lambda table, i: table[i])(params["features"], row)
+        h = h + jax.vmap(of_features)(ids).sum(axis=1)
+        h = jnp.tanh(h + params["pairs"][ids[:, 0], ids[:, 1] % 3])
+        # As with named axes (penzai): one number after the other, one feature after the other.
+        of_feature = jax.vmap(lambda column, i: column[i], in_axes=(1, None))
+        tied = jax.vmap(lambda i: of_feature(params["tied"], i))(ids[:, 2])
+        return (h @ params["w"] + tied) @ params["tied"].T
+
+    params = {
+        "under vmap": normal(1, 5, 4),
+        "features": normal(2, 3, 5, 4),
+        "pairs": normal(3, 5, 3, 4),
+        "w": normal(4, 4, 2),
+        "tied": normal(5, 5, 2),
+    }
+    return Case(model, params, ids(0, 5, 4, 3), stacks={"['features']": (3,)})
+
+
+def experts() -> Case:
+    """Rows in groups, one for each of three experts, the second without rows."""
+
+    def model(params: Any, x: Any) -> Any:
+        sizes = jnp.array([len(x) // 2, 0, len(x) - len(x) // 2])
+        h = jnp.tanh(lax.ragged_dot(x, params["w"], sizes))
+        return lax.ragged_dot(h, params["v"], sizes)
+
+    params = {"w": normal(1, 3, 3, 4), "v": normal(2, 3, 4, 2)}
+    return Case(
+        model, params, normal(0, 5, 3), stacks={"['w']": (3,), "['v']": (3,)}, by_example=False
     )
-    return jax.tree.map(moved, params)
-
-
-def _params(module: Any, x: Any) -> Any:
-    shapes = jax.eval_shape(module.init, jax.random.key(1), x)["params"]
-    seeds = iter(range(100))
-    return jax.tree.map(lambda s: _normal(next(seeds), *s.shape, scale=0.7), shapes)
-
-
-def _linen(module: Any, x: Any, diagonal: Any = None, stacks: Any = None) -> Case:
-    model = lambda params, x: module.apply({"params": params}, x)
-    return Case(model, _params(module, x), x, diagonal or {}, stacks or {})
 
 
 def _recurrent(cell: Any) -> Case:
@@ -547,8 +586,10 @@ def _recurrent(cell: Any) -> Case:
     import flax.linen as nn
 
     module = lambda x: nn.Sequential([nn.RNN(cell(2, param_dtype=x.dtype)), nn.Dense(2)])
-    x = _normal(0, 4, 3, 2)
-    return Case(lambda params, x: module(x).apply({"params": params}, x), _params(module(x), x), x)
+    x = normal(0, 4, 3, 2)
+    return Case(
+        lambda params, x: module(x).apply({"params": params}, x), random_params(module(x), x), x
+    )
 
 
 def _nnx() -> Any:
@@ -597,5 +638,6 @@ CASES: dict[str, Callable[[], Case]] = {
         *(nnx_split, nnx_pure, equinox, haiku, nested_jit, cond, input_gradient),
         *(einsum, fused_qkv, lora, ensemble, mixture, shuffled, overlapping, positions),
         *(custom_vjp_attention, weight_norm, product, custom_vjp_param),
+        *(tied_entries, scaled, masked, straight_through, lookups, experts),
     )
 }
