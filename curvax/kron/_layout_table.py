@@ -41,7 +41,7 @@ def _share_in_blocks(layout: Layout) -> str:
     outside = 0
     for leaf in layout.leaves:
         # Only of a leaf that lies in blocks in part need entries be counted.
-        in_part = leaf.kind == "kron" and leaf.rest is not None
+        in_part = leaf.kind == "kron" and leaf.unmatched is not None
         if in_part:
             outside += int(layout.uncovered(leaf.path).sum())
         elif leaf.kind != "kron":

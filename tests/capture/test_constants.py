@@ -156,7 +156,7 @@ def test_single_layers_are_exact(name):
     params = {path: normal(i, *shape) for i, (path, shape) in enumerate(shapes.items())}
     objective, batch, layout = problem(model, params, inputs)
     for leaf in layout.leaves:
-        assert leaf.path == "['a']" or (leaf.kind, leaf.rest) == ("kron", None), leaf
+        assert leaf.path == "['a']" or (leaf.kind, leaf.unmatched) == ("kron", None), leaf
     exact, curvatures, inverses = exact_and_blocks(objective, layout, params, batch)
     inverse = np.linalg.inv(exact + DAMPING * np.eye(len(exact)))
     for curvature, inverse_of_block in zip(curvatures, inverses, strict=True):
