@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from curvax.capture._record import Capture, PerUseArray, UseCotangents
 
@@ -53,19 +53,32 @@ def joined_captures(
     Returns:
       What `gram` takes, of the rows `[k, b]` with the examples b of all batches.
     """
-    sizes = [len(jax.tree.leaves(capture.outputs)[0]) for capture, _ in captures]
-    # k is that of any cotangent; a batch whose leaves have none is of no use to anyone.
-    counts = [len(jax.tree.leaves(cotangents)[0]) for _, cotangents in captures]
-    blocks, outside = [], []
-    for k, (_, cotangents) in zip(counts, captures, strict=True):
-        missing = max(counts) - k
-        padded = jax.tree.map(lambda x, n=missing: _padded(x, 0, 0, n), cotangents)
+    # b of every batch, from its outputs, and k, from any of its cotangents.
+    sizes, counts = [], []
+    for capture, cotangents in captures:
+        sizes.append(_length(capture.outputs))
+        counts.append(_length(cotangents))
+    most = max(counts)
+
+    # Rows [k, b] need one k for all batches.
+    inputs, blocks, outside = [], [], []
+    for (capture, cotangents), k in zip(captures, counts, strict=True):
+        padded = jax.tree.map(lambda x, n=most - k: _padded(x, 0, 0, n), cotangents)
+        inputs.append(capture.inputs)
         blocks.append(padded.blocks)
         outside.append(padded.outside)
-    inputs = join_examples([capture.inputs for capture, _ in captures], sizes, names)
-    joined_outside = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *outside)
-    capture = captures[0][0]._replace(inputs=inputs)
-    return capture, UseCotangents(join_examples(blocks, sizes, names, axis=1), joined_outside)
+
+    first, _ = captures[0]
+    joined = UseCotangents(
+        blocks=join_examples(blocks, sizes, names, axis=1),
+        outside=jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *outside),
+    )
+    return first._replace(inputs=join_examples(inputs, sizes, names)), joined
+
+
+def _length(tree: PyTree[Array]) -> int:
+    """Return the length of the leading axis, which all leaves have."""
+    return len(jax.tree.leaves(tree)[0])
 
 
 def _padded(x: Array, axis: int, before: int, behind: int) -> Array:

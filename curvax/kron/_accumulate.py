@@ -35,7 +35,7 @@ from curvax.capture._cotangents import (
 )
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
 from curvax.kron._layout import Layout, check_layout
-from curvax.kron._parts import by_part, sum_of_factors
+from curvax.kron._parts import by_part, penalties_by_path, sum_of_factors
 from curvax.kron._plan import layout_plan
 from curvax.kron._statistics import (
     counted_positions,
@@ -45,7 +45,7 @@ from curvax.kron._statistics import (
 )
 from curvax.losses import Loss
 from curvax.losses._shares import share_of, term_counts
-from curvax.objective import Objective, penalty_diagonal, total_terms
+from curvax.objective import Objective, total_terms
 
 
 class Reduction(NamedTuple):
@@ -196,7 +196,7 @@ def kron_factors(
             kron_factors, fisher=fisher, num_samples=num_samples, microbatch=microbatch
         )
         results = by_part(estimate, objective, layout, params, batch, key)
-        return sum_of_factors(layout, results, penalty_diagonal(objective, params))
+        return sum_of_factors(layout, results, penalties_by_path(objective, layout, params))
     # Reduce pools the positions of one example, and only "mc" draws for a whole batch at once.
     reduces = any(block.sharing == "reduce" for block in layout.blocks)
     by_example = reduces or fisher != "mc"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,13 +29,14 @@ from curvax.kron._parts import (
     by_part,
     join_rows,
     mean_of_block,
+    penalties_by_path,
     shifted,
     sum_of_diagonals,
     sum_of_factors,
 )
 from curvax.kron._statistics import diagonal_sums
 from curvax.kron._two_products import combined_factors
-from curvax.objective import Objective, Part, penalty_diagonal
+from curvax.objective import Objective, Part
 
 
 class EigenFactors(NamedTuple):
@@ -159,7 +160,7 @@ def kron_moments(
             microbatch=microbatch,
         )
         results = by_part(estimate, objective, layout, params, batch, key)
-        return _sum_of_moments(layout, basis, results, penalty_diagonal(objective, params))
+        return _sum_of_moments(layout, basis, results, penalties_by_path(objective, layout, params))
     _check_examples(objective)
     # Squares are of sums over one example's positions, so that examples must be told apart.
     options = PassOptions(
@@ -176,7 +177,7 @@ def _sum_of_moments(
     layout: Layout,
     basis: dict[str, Basis],
     results: Sequence[tuple[Part, EigenFactors]],
-    penalties: PyTree[Array] | None,
+    penalties: Mapping[str, Array] | None,
 ) -> EigenFactors:
     """Add the second moments of the parts of an objective: all are diagonals in one basis."""
     moments = sum_of_diagonals([(part.weight, x.moments) for part, x in results], None)
@@ -274,7 +275,7 @@ def eigen_curvature(
     if objective.parts:
         estimate = partial(eigen_curvature, fisher=fisher)
         results = by_part(estimate, objective, layout, params, batch, key)
-        return _joined(layout, results, penalty_diagonal(objective, params))
+        return _joined(layout, results, penalties_by_path(objective, layout, params))
     _check_examples(objective)
     of_factors = factor_sums(layout)
 
@@ -331,7 +332,7 @@ def _check_examples(objective: Objective) -> None:
 def _joined(
     layout: Layout,
     results: Sequence[tuple[Part, EigenCurvature]],
-    penalties: PyTree[Array] | None,
+    penalties: Mapping[str, Array] | None,
 ) -> EigenCurvature:
     """Join the curvature of the parts of an objective, with the rows of all their examples."""
     of_factors = [(part, curvature.factors) for part, curvature in results]

@@ -18,20 +18,19 @@ Kept as a mean A of inputs and a sum G of cotangents it reads, with `tr A` the t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from curvax._trees import by_path
 from curvax._types import Batch, Params, PRNGKey, at_least_float32
 from curvax.capture import PerUseArray, join_examples
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
 from curvax.kron._kron_factor import STRUCTURES
-from curvax.kron._layout import Block, Layout, check_layout
-from curvax.objective import Objective, Part, of_parts
+from curvax.kron._layout import Block, Layout, check_layout, named_leaves
+from curvax.objective import Objective, Part, of_parts, penalty_diagonal
 
 
 class Product(NamedTuple):
@@ -66,17 +65,25 @@ def by_part(
     return of_parts(of_part, objective, params, batch, key)
 
 
+def penalties_by_path(
+    objective: Objective, layout: Layout, params: Params
+) -> dict[str, Array] | None:
+    """Return the diagonal curvature of penalties on params by the layout's paths, or None."""
+    diagonal = penalty_diagonal(objective, params)
+    return None if diagonal is None else named_leaves(layout, diagonal)
+
+
 def sum_of_factors(
     layout: Layout,
     results: Sequence[tuple[Part, Factors]],
-    penalties: PyTree[Array] | None,
+    penalties: Mapping[str, Array] | None,
 ) -> Factors:
     """Add the factors of the parts of an objective, and the diagonal of its penalties.
 
     Args:
       layout: the layout of the whole objective.
       results: each part with its factors, which are of `layout.of_part(name)`.
-      penalties: the diagonal curvature of penalties on params, a tree like them, or None.
+      penalties: what `penalties_by_path` returns.
     """
     blocks = {}
     for block in layout.blocks:
@@ -97,7 +104,7 @@ def sum_of_factors(
 
 def sum_of_diagonals(
     terms: Sequence[tuple[Any, dict[str, WeightedMean]]],
-    penalties: PyTree[Array] | None,
+    penalties: Mapping[str, Array] | None,
 ) -> dict[str, WeightedMean]:
     """Add the diagonals of the parts, by path or by block, and those of penalties by path."""
     by_name: dict[str, list[tuple[Any, WeightedMean]]] = {}
@@ -108,8 +115,7 @@ def sum_of_diagonals(
     total = {name: sum_of_means(means) for name, means in by_name.items()}
     if penalties is None:
         return total
-    of_penalties = by_path(penalties)
-    return {name: shifted(mean, of_penalties[name]) for name, mean in total.items()}
+    return {name: shifted(mean, penalties[name]) for name, mean in total.items()}
 
 
 def sum_of_means(terms: Sequence[tuple[Any, WeightedMean]]) -> WeightedMean:
@@ -226,9 +232,8 @@ def _scaled(factor: Array, tree: PyTree[Array]) -> Any:
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
 
 
-def mean_of_block(block: Block, tree: PyTree[Array]) -> Array:
+def mean_of_block(block: Block, leaves: Mapping[str, Array]) -> Array:
     """Return the mean over the entries of a block, kernel and bias, for every slice."""
-    leaves = by_path(tree)
     views = [block.kernel]
     if block.bias is not None:
         views.append(block.bias)
