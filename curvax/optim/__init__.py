@@ -39,6 +39,7 @@ from curvax.optim._newton import (
 )
 from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelState, quadratic_model
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
+from curvax.optim._relative_damping import RelativeDamping
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
 from curvax.optim._sophia import SophiaInfo, scale_by_sophia, sophia_g, sophia_h
 
@@ -59,6 +60,7 @@ __all__ = [
     "NewtonInfo",
     "QuadraticModelInfo",
     "QuadraticModelState",
+    "RelativeDamping",
     "ScaleByDiagonalState",
     "ScaleByKronState",
     "ScaleByLazyNewtonState",

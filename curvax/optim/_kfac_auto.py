@@ -18,7 +18,7 @@ from curvax.optim._refresh import Interval, growing_interval
 def kfac_auto(
     objective: Objective,
     layout: Layout,
-    damping: float | Array = 1.0,
+    damping: float | Array = 0.1,
     curvature_every: Interval = 1,
     inverse_every: Interval = 1,
     min_damping: float = 1e-3,

@@ -17,6 +17,7 @@ from curvax.kron._factors import Factors, init_factors, moving_average
 from curvax.kron._layout import Block, Layout, check_layout, present
 from curvax.kron._operator import BlockSpectrum, KronOperator, apply
 from curvax.optim._refresh import Interval, check_interval, refresh_if
+from curvax.optim._relative_damping import RelativeDamping, absolute_damping
 from curvax.optim._rule import (
     StepContext,
     StepResult,
@@ -112,7 +113,7 @@ class ScaleByKronState(NamedTuple):
 def scale_by_kron(
     layout: Layout,
     method: KronRule,
-    damping: optax.ScalarOrSchedule,
+    damping: optax.ScalarOrSchedule | RelativeDamping,
     inverse_every: Interval,
     decay: float | Array,
     stagger: bool = False,
@@ -149,7 +150,7 @@ def scale_by_kron(
     def step(state: ScaleByKronState, gradient: PyTree[Array], context: StepContext) -> StepResult:
         check_layout(layout, gradient, "updates")
         unmasked = present(layout, gradient)
-        damping = jnp.asarray(context.damping, jnp.result_type(float))
+        damping = absolute_damping(context.damping, unmasked, state.curvature)
         is_finite = context.gradient_is_finite
 
         # 1. One step older; then the inverses or eigenbases that are due.

@@ -1,0 +1,72 @@
+"""Damping as a fraction of the mean eigenvalue of the curvature, for Kronecker methods."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from curvax._types import Count, Scalar
+from curvax.kron import Factors, Layout
+from curvax.kron._two_products import combined_factors
+from curvax.optim._rule import resolve_schedule
+
+
+class RelativeDamping(NamedTuple):
+    """A damping that is a fraction of the mean eigenvalue of the curvature.
+
+    With C the curvature of all d parameters, as the running averages have it, the damping of a step
+    is `fraction tr C / d`. It does not change when the loss is multiplied by a number; an absolute
+    one would have to be multiplied too. Eigenvalues far below that fraction of their mean are
+    damped, those above are not.
+
+    A number such as 1e-2 is the better choice where the curvature goes to zero as training goes on,
+    as with a loss that vanishes on all data: a fraction follows it there, and steps stay long.
+
+    Attributes:
+      fraction: a positive number, or a schedule of the step.
+
+    Example: the same step for a loss and for a hundred times that loss.
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> from curvax.optim import RelativeDamping
+      >>> x = jnp.array([[1.0, 2.0], [0.0, 3.0]])
+      >>> def first_step(scale):
+      ...     loss = curvax.losses.from_function(lambda f, y: scale * jnp.mean((f - y) ** 2))
+      ...     objective = curvax.Objective(lambda w, x: x @ w, loss)
+      ...     params, batch = jnp.zeros((2, 1)), (x, jnp.ones((2, 1)))
+      ...     layout = curvax.kron_layout(objective, params, batch)
+      ...     rule = curvax.scale_by_kfac(layout, RelativeDamping(0.1))
+      ...     factors = curvax.kron_factors(
+      ...         objective, layout, params, batch, jax.random.key(0), fisher="exact")
+      ...     gradient = jax.grad(objective)(params, batch)
+      ...     return rule.update(gradient, rule.init(params), curvature=factors)[0]
+      >>> bool(jnp.allclose(first_step(1.0), first_step(100.0), rtol=1e-4))
+      True
+    """
+
+    fraction: optax.ScalarOrSchedule
+
+    def __call__(self, count: Count) -> RelativeDamping:
+        """Resolve the schedule of the fraction, as every schedule of a damping is resolved."""
+        return RelativeDamping(resolve_schedule(self.fraction, count))
+
+
+def absolute_damping(damping: RelativeDamping | Scalar, layout: Layout, factors: Factors) -> Scalar:
+    """Return a damping in units of an eigenvalue of the curvature."""
+    if not isinstance(damping, RelativeDamping):
+        return jnp.asarray(damping, jnp.result_type(float))
+    trace, dimension = jnp.zeros([], jnp.result_type(float)), 0
+    for block in layout.blocks:
+        stack, inputs, outputs = block.shape
+        a, g = combined_factors(block.structures, factors.blocks[block.name])
+        # tr(A x G) = tr A tr G, slice by slice
+        trace += jnp.sum(a.trace() * g.trace())
+        dimension += stack * inputs * outputs
+    for entries in factors.diagonal.values():
+        trace += jnp.sum(entries.mean)
+        dimension += entries.mean.size
+    mean = trace / max(dimension, 1)
+    # Without any curvature (0) there is no scale; by 1 the step is the gradient itself.
+    fraction = jnp.asarray(damping.fraction)
+    return jnp.where(mean > 0, fraction * mean, 1.0)
