@@ -69,7 +69,7 @@ def curvature_rule(
     *,
     average: Callable[[Any, PyTree[Array]], Any] | None = None,
     take_in: Callable[[Any, Any, PyTree[Array]], tuple[Any, Flag]] | None = None,
-    damping: optax.ScalarOrSchedule | Callable[[Any], Any] | None = None,
+    damping: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Build an optax transformation from the mathematics of a method.
 
