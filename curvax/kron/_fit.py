@@ -301,8 +301,9 @@ def _init_counted(one_pass: DataPass, params: Params) -> Counted:
 
     # From NumPy: zeros of JAX are a program for every shape, half a second to compile.
     shapes = jax.eval_shape(init, params)
-    zeros: Counted = jax.tree.map(lambda s: jnp.asarray(np.zeros(s.shape, s.dtype)), shapes)
-    return zeros
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    on_device_zeros: Counted = jax.device_put(zeros)
+    return on_device_zeros
 
 
 def _init_terms(loss: Loss, dtype: Any) -> PyTree[Scalar]:

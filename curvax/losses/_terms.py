@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import TypeAlias
 
 import jax
@@ -84,29 +83,23 @@ def outer_products(
 
     Products are in at least float32, as r is; the result has the dtypes of u.
     """
-    r_leaves = jax.tree.leaves(r)
-    contract = partial(
-        jnp.einsum, precision="highest", preferred_element_type=jnp.result_type(*r_leaves)
-    )
-    num_samples = r_leaves[0].shape[0]
-    num_terms = math.prod(r_leaves[0].shape[1 : 1 + num_axes])
 
-    # r_kn . u_n: [k, n], over all outputs of a term together.
+    # Sums over axes and no reshapes: the axes of terms may be sharded.
+    # r_kn . u_n: [k, *term], over all outputs of a term together.
     def dots_of(x: Array, y: Array) -> Array:
-        flat_x, flat_y = x.reshape(num_samples, num_terms, -1), y.reshape(num_terms, -1)
-        dots: Array = contract("kni,ni->kn", flat_x, flat_y)
-        return dots
+        entries = tuple(range(1 + num_axes, x.ndim))
+        return jnp.sum(x * y.astype(x.dtype), axis=entries)
 
-    pairs = zip(r_leaves, jax.tree.leaves(u), strict=True)
-    r_dot_u = sum(dots_of(x, y) for x, y in pairs)
+    pairs = zip(jax.tree.leaves(r), jax.tree.leaves(u), strict=True)
+    r_dot_u = jnp.asarray(sum(dots_of(x, y) for x, y in pairs))
 
     # 1/K sum_k r_kn (r_kn . u_n)
     def product(x: Array, y: Array) -> Array:
-        flat_x = x.reshape(num_samples, num_terms, -1)
-        mean: Array = contract("kn,kni->ni", r_dot_u, flat_x) / num_samples
-        return mean.reshape(y.shape).astype(y.dtype)
+        entries = tuple(range(1 + num_axes, x.ndim))
+        return jnp.mean(jnp.expand_dims(r_dot_u, entries) * x, axis=0).astype(y.dtype)
 
-    return jax.tree.map(product, r, u)
+    products: Outputs = jax.tree.map(product, r, u)
+    return products
 
 
 def apart_by_term(
