@@ -79,6 +79,13 @@ def kron_layout(
     to the result is its bias. It does not matter which library made the model; `jit`, remat,
     `scan`, `cond` and `vmap` are looked into.
 
+    What constants of the model do to a kernel is followed too: indices (an order is undone; entries
+    that are tied as a convolution over a group ties them share positions), numbers that multiply
+    it, masks, and what is added without a derivative of its own (straight-through estimators). Rows
+    of a table that are added, such as those of positions, are a lookup. A block behind a mask is
+    that of the kernel without it, `V -> mask * A (mask * V) G`, and so is its inverse: entries that
+    are not there get zero.
+
     Args:
       objective: the `curvax.Objective` whose curvature the layout is for.
       params: pytree of float arrays (or of `jax.ShapeDtypeStruct`).

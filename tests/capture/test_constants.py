@@ -440,3 +440,20 @@ def test_a_traced_mask_is_no_constant():
     with pytest.raises(ValueError, match=r"another model.*masks.*not traced"):
         jax.jit(traced)(mask)
     assert reasons == ["enters `mul`"]
+
+
+def test_constants_are_not_rounded_to_bfloat16():
+    """Cotangents are multiplied in float32: G is that of the scaled kernel times the square."""
+    w, x = normal(1, 4, 3).astype(jnp.bfloat16), X.astype(jnp.bfloat16)
+    constant = jnp.array(0.3, jnp.bfloat16)
+
+    def g_of(model, w):
+        objective, batch, layout = problem(model, {"w": w}, x)
+        batch = x, jnp.zeros((7, 3), jnp.bfloat16)
+        factors = curvax.kron_factors(objective, layout, {"w": w}, batch, KEY)
+        return factors.blocks["['w']"].g.total
+
+    scaled = g_of(lambda p, x: x @ (p["w"] * constant), w)
+    plain = g_of(lambda p, x: x @ p["w"], w * constant)
+    assert scaled.dtype == jnp.float32
+    np.testing.assert_allclose(scaled, float(constant) ** 2 * plain, rtol=1e-6)

@@ -360,7 +360,7 @@ def test_edited_layout():
         ValueError,
         match=(
             "unknown change 'side'; valid: 'a_structure', 'g_structure', 'sharing', "
-            "'two_products', 'kind'"
+            "'positions', 'two_products', 'kind'"
         ),
     ):
         layout.edit("['w']", side="full")

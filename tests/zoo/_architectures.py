@@ -676,6 +676,92 @@ def actor_critic() -> Case:
     return linen(ActorCritic(), normal(0, 3, 5, 5, 1))
 
 
+def capacity_moe() -> Case:
+    """Mixture of experts with capacities (MaxText): dispatched by zeros and ones, and combined."""
+
+    def model(p: Any, x: Any) -> Any:
+        gates = jax.nn.softmax(x @ p["router"])  # [b, t, e]
+        chosen = jax.nn.one_hot(jnp.argmax(gates, axis=-1), 3, dtype=x.dtype)
+        slot = jnp.cumsum(chosen, axis=1) * chosen - 1
+        dispatch = chosen[..., None] * jax.nn.one_hot(slot.astype(int), 2, dtype=x.dtype)
+        rows = jnp.einsum("btec,bti->ebci", dispatch, x)
+        h = jax.nn.silu(jnp.einsum("ebci,eio->ebco", rows, p["up"]))
+        y = jnp.einsum("ebci,eio->ebco", h, p["down"])
+        return jnp.einsum("btec,bte,ebco->bto", dispatch, gates, y)
+
+    params = {"router": normal(1, 3, 3), "up": normal(2, 3, 3, 4), "down": normal(3, 3, 4, 3)}
+    return Case(model, params, normal(0, 3, 3, 3), stacks={"['up']": (3,), "['down']": (3,)})
+
+
+def bilstm() -> Case:
+    """Two directions of a recurrence, joined, and pooled by attention (sst2, DeepSpeech)."""
+
+    def run(p: Any, x: Any, reverse: bool) -> Any:
+        step = lambda h, x: (jnp.tanh(x @ p["x"] + h @ p["h"] + p["b"]),) * 2
+        start = jnp.zeros((x.shape[0], 2), x.dtype)
+        return lax.scan(step, start, x.swapaxes(0, 1), reverse=reverse)[1].swapaxes(0, 1)
+
+    def model(p: Any, x: Any) -> Any:
+        h = jnp.concatenate([run(p[0], x, False), run(p[1], x, True)], axis=-1)
+        weights = jax.nn.softmax(jnp.tanh(h @ p[2]["keys"]) @ p[2]["query"], axis=1)
+        return jnp.sum(weights * h, axis=1) @ p[2]["out"]
+
+    cells = [
+        {"x": normal(n, 3, 2), "h": normal(n + 1, 2, 2), "b": normal(n + 2, 2)} for n in (1, 4)
+    ]
+    head = {"keys": normal(7, 4, 3), "query": normal(8, 3, 1), "out": normal(9, 4, 2)}
+    return Case(model, [*cells, head], normal(0, 3, 3, 3))
+
+
+def ferminet() -> Case:
+    """Wave function (FermiNet): streams of electrons and pairs, orbitals in envelopes."""
+
+    def model(p: Any, x: Any) -> Any:
+        pairs = x[:, :, None] - x[:, None]  # [b, n, n, 3]
+        h = jnp.tanh(pairs @ p["pairs"] + p["a"]).mean(axis=2)
+        mean = jnp.broadcast_to(x.mean(axis=1, keepdims=True), x.shape)
+        h = jnp.tanh(jnp.concatenate([x, mean, h], axis=-1) @ p["one"] + p["b"])
+        radius = jnp.linalg.norm(x, axis=-1, keepdims=True)
+        orbitals = (h @ p["orbitals"]) * p["pi"] * jnp.exp(-radius * p["sigma"])
+        return jnp.log(abs(jnp.linalg.det(orbitals)))[:, None]
+
+    shapes = {
+        **{"pairs": (3, 2), "a": (2,), "one": (8, 4), "b": (4,)},
+        **{"orbitals": (4, 2), "pi": (2,), "sigma": (2,)},
+    }
+    params = {name: normal(number, *shape) for number, (name, shape) in enumerate(shapes.items())}
+    return Case(model, params, normal(9, 3, 2, 3), {"['pi']": "mul", "['sigma']": "mul"})
+
+
+def weight_factorized() -> Case:
+    """Kernels that are a product of two parameters (jaxpi): in no block, nor are their biases."""
+
+    def model(p: Any, x: Any) -> Any:
+        h = jnp.tanh(x @ (p["g"] * p["v"]) + p["b"])
+        return h @ p["w"]
+
+    params = {"g": normal(1, 4), "v": normal(2, 3, 4), "b": normal(3, 4), "w": normal(4, 4, 2)}
+    diagonal = {"['g']": "another parameter", "['v']": "another parameter"}
+    diagonal["['b']"] = "its map is in no block"
+    return Case(model, params, normal(0, 4, 3), diagonal)
+
+
+def batch_norm() -> Case:
+    """Training with batch norm (ResNet): statistics of the batch mix its examples."""
+
+    def model(p: Any, x: Any) -> Any:
+        h = x @ p["w"]
+        h = (h - h.mean(axis=0)) * lax.rsqrt(h.var(axis=0) + 1e-5) * p["scale"] + p["bias"]
+        return jax.nn.relu(h) @ p["v"] + p["c"]
+
+    params = {
+        **{"w": normal(1, 3, 4), "scale": normal(2, 4), "bias": normal(3, 4)},
+        **{"v": normal(4, 4, 2), "c": normal(5, 2)},
+    }
+    diagonal = {"['scale']": "mul", "['bias']": "add"}
+    return Case(model, params, normal(0, 5, 3), diagonal, by_example=False)
+
+
 ARCHITECTURES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
@@ -683,5 +769,6 @@ ARCHITECTURES: dict[str, Callable[[], Case]] = {
         *(bert, vit, gpt2, llama, t5, mixer, resnet, convnext, unet, conformer),
         *(lstm, seq2seq, mamba, s5, gcn, pinn, coupling_flow, vae, hypernetwork),
         *(neural_ode, neural_ode_with_adjoint, actor_critic),
+        *(capacity_moe, bilstm, ferminet, weight_factorized, batch_norm),
     )
 }
