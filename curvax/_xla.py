@@ -1,4 +1,6 @@
-"""Workarounds for XLA: CPU convolutions in loops, loop-invariant hoisting, explicit sharding."""
+"""Workarounds for XLA: CPU convolutions in loops, LAPACK calls that wait for each other,
+loop-invariant hoisting, explicit sharding.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,17 @@ def fast_convs_in_loops(fn: Callable[..., T]) -> Callable[..., T]:
     if jax.default_backend() != "cpu" or loops_in_python():
         return fn
     return replacing(fn, {"conv_general_dilated": _channels_last})
+
+
+def one_after_another(fn: Callable[..., T]) -> Callable[..., T]:
+    """Return `fn` fit for LAPACK calls on CPUs: members of a `vmap` call it one after another.
+
+    A decomposition of several matrices hands them to the threads of the pool that it runs in
+    itself, and waits. As many of these calls at once as there are threads wait for ever: K-FAC for
+    two members of a `vmap` did so on two cores (jaxlib 0.10.2).
+    """
+    sequential: Callable[..., T] = jax.custom_batching.sequential_vmap(fn)
+    return sequential
 
 
 def pin_to_iteration(closure: T, index: Array) -> T:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from curvax._xla import one_after_another
 from curvax.kron._host_eigh import eigh_on_host, is_traced
 
 F = TypeVar("F", bound="KronFactor")
@@ -639,14 +640,20 @@ def _in_batches(
 
 
 def _slice_by_slice(fn: Callable[[KronFactor], T], matrices: Squares) -> T:
-    """Apply `fn` to a stack of matrices; on CPUs to one slice after another, which is faster."""
-    if jax.default_backend() != "cpu" or len(matrices) == 1:
+    """Apply `fn` to a stack of matrices; on CPUs one slice after another, which is faster there."""
+    if jax.default_backend() != "cpu":
         return fn(Full(matrices))
-    result: T = jax.tree.map(
-        lambda x: x[:, 0],
-        lax.map(lambda matrix: fn(Full(matrix[None])), matrices),
-    )
-    return result
+
+    def of_slice(matrix: Float[Array, "n n"]) -> T:
+        result: T = jax.tree.map(lambda x: x[0], fn(Full(matrix[None])))
+        return result
+
+    one_by_one = one_after_another(of_slice)
+    if len(matrices) == 1:
+        only: T = jax.tree.map(lambda x: x[None], one_by_one(matrices[0]))
+        return only
+    slices: T = lax.map(one_by_one, matrices)
+    return slices
 
 
 def lower_bound_of_largest(multiply: Callable[[Array], Array], diagonal: Array) -> PerSlice:

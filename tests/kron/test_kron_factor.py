@@ -1,6 +1,7 @@
 """Every structure of a Kronecker factor, and two products, against dense matrices."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,16 @@ import curvax
 from curvax import losses
 from curvax.kron import BlockFactors, EigenOperator, Factors, WeightedMean
 from curvax.kron._accumulate import kron_factors
-from curvax.kron._kron_factor import STRUCTURES, Diagonal, Full, Identity, added, scaled
+from curvax.kron._kron_factor import (
+    STRUCTURES,
+    Diagonal,
+    Full,
+    Identity,
+    added,
+    eigh_all,
+    invert_all,
+    scaled,
+)
 from curvax.kron._moments import decompose
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -288,3 +298,26 @@ def test_bfloat16_diagonals_are_widened_before_they_are_squared():
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, moments.diagonal["['gain']"].mean)
     np.testing.assert_allclose(got, np.mean(np.square(grads), axis=0), rtol=5e-3)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls of LAPACK are of CPUs")
+def test_members_of_a_vmap_are_decomposed_one_after_another():
+    """Calls of LAPACK for several matrices at once wait for each other, for ever on two cores."""
+
+    def decompose(matrices):
+        factors = [Full(x) for x in matrices]
+        inverses = [x.inverse.matrix for x in invert_all(factors)]
+        return inverses, [x.values for x in eigh_all(factors)]
+
+    members = [jnp.stack([jnp.eye(n)[None], 2 * jnp.eye(n)[None]]) for n in (3, 4, 9)]
+    compiled = jax.jit(jax.vmap(decompose)).lower(members).compile()
+    call = r"= \(?f64\[([\d,]+)\]\S* .*custom_call_target=\"lapack_d"
+    shapes = re.findall(call, compiled.as_text())
+    assert len(shapes) >= 3
+    for shape in shapes:
+        *stack, rows, columns = map(int, shape.split(","))
+        assert np.prod(stack, dtype=int) == 1, shape
+    inverses, values = compiled(members)
+    for x, inverse, eigenvalues in zip(members, inverses, values, strict=True):
+        np.testing.assert_allclose(inverse, jnp.linalg.inv(x), atol=1e-6)
+        np.testing.assert_allclose(eigenvalues, jnp.linalg.eigvalsh(x), atol=1e-6)
