@@ -844,9 +844,20 @@ def test_errors_of_the_interval(row):
     for every in (0, np.int64(0)):
         with pytest.raises(ValueError, match=r"curvature_every must lie in \[1, .*got 0"):
             row.build(0.02, OBJECTIVE, curvature_every=every)
-    for every in (2.5, lambda count: 1):
-        with pytest.raises(TypeError, match="curvature_every must be an integer"):
-            row.build(0.02, OBJECTIVE, curvature_every=every)
+    with pytest.raises(TypeError, match="curvature_every must be an integer"):
+        row.build(0.02, OBJECTIVE, curvature_every=2.5)
+
+
+def test_an_interval_may_be_a_schedule():
+    """Of one step at first, then of three: refreshes in steps 0, 1, 2 and in those divided by 3."""
+    row = OPTIMIZERS["sophia_g"]
+    tx = row.build(0.02, OBJECTIVE, curvature_every=lambda count: jnp.where(count < 3, 1, 3))
+    step = jax.jit(step_with(tx))
+    carry, refreshes = (PARAMS, tx.init(PARAMS)), []
+    for _ in range(8):
+        carry = step(*carry, BATCH)
+        refreshes.append(int(optax.tree.get(carry[1], "num_refreshes")))
+    assert refreshes == [1, 2, 3, 4, 4, 4, 5, 5]
 
 
 @rows_that("draws")
