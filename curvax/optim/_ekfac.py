@@ -46,7 +46,7 @@ class EigenBlockState(NamedTuple):
 
 def scale_by_ekfac(
     layout: Layout,
-    damping: optax.ScalarOrSchedule | RelativeDamping = 1e-3,
+    damping: optax.ScalarOrSchedule | RelativeDamping = 1e-1,
     inverse_every: Interval = 1,
     decay: float | Float[Array, ""] = 0.95,
     stagger: bool = False,
@@ -115,7 +115,7 @@ def ekfac(
     learning_rate: optax.ScalarOrSchedule,
     objective: Objective,
     layout: Layout,
-    damping: optax.ScalarOrSchedule | RelativeDamping = 1e-3,
+    damping: optax.ScalarOrSchedule | RelativeDamping = 1e-1,
     curvature_every: Interval = 1,
     inverse_every: Interval = 1,
     momentum: float | Float[Array, ""] = 0.9,
@@ -130,12 +130,12 @@ def ekfac(
     the limit of `kl_clip`, momentum and the learning rate.
 
     Args:
-      learning_rate: a number or a schedule; 0.03 is a good start, with momentum 0.9.
+      learning_rate: a number or a schedule; 0.1 is a good start, with momentum 0.9.
       objective: the `curvax.Objective` that is minimized; its model must not mix examples.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       damping: a number or a schedule, in units of an eigenvalue of the curvature, or a
-        `curvax.optim.RelativeDamping`. For losses in nats 1e-2 is a good start: with it, all tasks
-        of `examples/benchmarks/robust.py` train at rates two decades apart.
+        `curvax.optim.RelativeDamping`. The default is for losses in nats: with it, all tasks of
+        `examples/benchmarks/robust.py` train at rates two decades apart.
       curvature_every: number of steps between estimates of factors and moments. They begin with
         one in each step and get rarer, see `curvax.optim.growing_interval`; a schedule is used as
         it is.

@@ -30,7 +30,7 @@ from curvax.optim._relative_damping import RelativeDamping
 
 def scale_by_kfac(
     layout: Layout,
-    damping: optax.ScalarOrSchedule | RelativeDamping = 1e-3,
+    damping: optax.ScalarOrSchedule | RelativeDamping = 1e-2,
     inverse_every: Interval = 1,
     decay: float | Float[Array, ""] = 0.95,
     damping_scheme: str = "factored",
@@ -112,7 +112,7 @@ def kfac(
     learning_rate: optax.ScalarOrSchedule,
     objective: Objective,
     layout: Layout,
-    damping: optax.ScalarOrSchedule | RelativeDamping = 1e-3,
+    damping: optax.ScalarOrSchedule | RelativeDamping = 1e-2,
     curvature_every: Interval = 1,
     inverse_every: Interval = 1,
     momentum: float | Float[Array, ""] = 0.9,
@@ -130,8 +130,8 @@ def kfac(
       objective: the `curvax.Objective` that is minimized.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
       damping: a number or a schedule, in units of an eigenvalue of the curvature, or a
-        `curvax.optim.RelativeDamping`. For losses in nats 1e-2 is a good start: with it, all tasks
-        of `examples/benchmarks/robust.py` train at rates two decades apart.
+        `curvax.optim.RelativeDamping`. The default is for losses in nats: with it, all tasks of
+        `examples/benchmarks/robust.py` train at rates two decades apart.
       curvature_every: number of steps between estimates of factors. They begin with one in each
         step and get rarer, see `curvax.optim.growing_interval`; a schedule is used as it is.
       inverse_every: number of steps between inversions, likewise.

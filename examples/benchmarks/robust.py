@@ -46,7 +46,6 @@ def _kfac(task: Task, layout: Any, rate: jax.Array, every: int) -> optax.Gradien
         rate,
         task.objective,
         layout,
-        damping=1e-2,
         curvature_every=every,
         inverse_every=every,
         fisher=task.fisher,
@@ -58,7 +57,6 @@ def _ekfac(task: Task, layout: Any, rate: jax.Array, every: int) -> optax.Gradie
         rate,
         task.objective,
         layout,
-        damping=1e-2,
         curvature_every=every,
         inverse_every=every,
         fisher=task.fisher,
@@ -73,14 +71,14 @@ def _auto(task: Task, layout: Any, damping: Any, every: int) -> optax.GradientTr
 
 METHODS = {
     "kfac": Method(0.1, _kfac, (1, 10)),
-    "ekfac": Method(0.03, _ekfac, (1, 10)),
-    "kfac_auto": Method(1.0, _auto, (10,)),
-    "sophia_g": Method(3e-3, lambda task, _, rate, every: curvax.sophia_g(rate, task.objective)),
-    "sophia_h": Method(3e-3, lambda task, _, rate, every: curvax.sophia_h(rate, task.objective)),
+    "ekfac": Method(0.1, _ekfac, (1, 10)),
+    "kfac_auto": Method(0.1, _auto, (10,)),
+    "sophia_g": Method(1e-3, lambda task, _, rate, every: curvax.sophia_g(rate, task.objective)),
+    "sophia_h": Method(1e-3, lambda task, _, rate, every: curvax.sophia_h(rate, task.objective)),
     "adahessian": Method(
         0.03, lambda task, _, rate, every: curvax.adahessian(rate, task.objective)
     ),
-    "mfac": Method(1e-3, lambda task, _, rate, every: curvax.mfac(rate)),
+    "mfac": Method(0.03, lambda task, _, rate, every: curvax.mfac(rate)),
     "gauss_newton": Method(
         0.1, lambda task, _, rate, every: curvax.gauss_newton(rate, task.objective, damping=0.1)
     ),

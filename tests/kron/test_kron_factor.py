@@ -171,7 +171,7 @@ def drawn(structures, vanishes=None):
     (cotangents, a2), (inputs, g2) = (
         mean_of(s, i, n, vanishes == "second") for i, (s, n) in enumerate(((a, 5), (g, 3)), 2)
     )
-    block = BlockFactors(first, second, (inputs, cotangents))
+    block = BlockFactors(first, second, (cotangents, inputs))
     return Factors({"['w']": block}, {}), (a1, g1, a2, g2)
 
 
@@ -260,7 +260,7 @@ def test_optimizers_and_refusals_of_exact_products():
         jnp.ones((3, 2)),
         (jnp.ones((4, 3)), jnp.ones((4, 2))),
     )
-    with pytest.raises(ValueError, match=r'never used transposed.*two_products="exact"'):
+    with pytest.raises(ValueError, match='1 Kronecker product.*exact" is for two'):
         alone.edit("", two_products="exact")
     with pytest.raises(ValueError, match="unknown two_products 'both'; valid: 'balanced', 'exact'"):
         layout.edit("['w']", two_products="both")

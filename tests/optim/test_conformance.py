@@ -129,9 +129,16 @@ def dense_hessian(params, batch, key):
 
 
 def of_layout(build):
-    return lambda rate, objective, **options: build(
-        rate, objective, LAYOUT, **{"damping": 0.3} | options
-    )
+    """The one-liner with that interval from the first step on, where its own would begin with 1."""
+
+    def built(rate, objective, curvature_every=1, **options):
+        number = curvature_every
+        if isinstance(number, int) and number > 1:
+            curvature_every = lambda count: number
+        options = {"damping": 0.3} | options
+        return build(rate, objective, LAYOUT, curvature_every=curvature_every, **options)
+
+    return built
 
 
 def gradients(params, batch, key):
@@ -228,9 +235,9 @@ OPTIMIZERS = {
     # The smallest eigenvalue of H is -0.45, so this damping makes it definite; test_newton.py has
     # the case in which it is not.
     "newton_cg": Row(
-        build=solving(functools.partial(curvax.newton_cg, tol=1e-6), damping=1.0),
+        build=solving(functools.partial(curvax.newton_cg, tol=1e-6), damping=0.5),
         scale_by=functools.partial(
-            curvax.scale_by_newton, functools.partial(curvax.cg, tol=1e-6, max_steps=50), 1.0
+            curvax.scale_by_newton, functools.partial(curvax.cg, tol=1e-6, max_steps=50), 0.5
         ),
         estimator=hessian,
         combine=mean_matvec,

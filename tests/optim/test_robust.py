@@ -61,9 +61,9 @@ def test_stale_inverses_are_what_growing_intervals_prevent():
             rate, deep.objective, layout, damping=1e-2, inverse_every=interval
         )
 
-    growing = train(deep, build(10), [0.1], [0, 1], 20)
-    stale = train(deep, build(lambda step: 10), [0.1], [0, 1], 20)
-    assert (growing.after < stale.after).all()
+    growing = train(deep, build(10), [0.1], [0, 1], 20).batches[:, 10:]
+    stale = train(deep, build(lambda step: 10), [0.1], [0, 1], 20).batches[:, 10:]
+    assert growing.mean() < 0.8 * stale.mean()
 
 
 def test_an_interval_grows_up_to_its_end_and_a_schedule_stays():
