@@ -238,7 +238,12 @@ def check_precision(**values: Any) -> None:
 
 
 def check_damping(damping: Any, allow_zero: bool = False) -> None:
-    """Raise if a concrete damping is not positive."""
+    """Raise if a concrete damping is not positive, or no number, array or schedule."""
+    if hasattr(damping, "as_schedule"):
+        raise TypeError(
+            f"damping is {damping}, which only scale_by_kfac, scale_by_ekfac, kfac and ekfac take: "
+            "they know the curvature that it is a fraction of. Here it is a number or a schedule."
+        )
     if not isinstance(damping, int | float | np.number):
         return
     # Zero is for callers that divide by what is not zero only.

@@ -39,8 +39,20 @@ def one_after_another(fn: Callable[..., T]) -> Callable[..., T]:
     itself, and waits. As many of these calls at once as there are threads wait for ever: K-FAC for
     two members of a `vmap` did so on two cores (jaxlib 0.10.2).
     """
-    sequential: Callable[..., T] = jax.custom_batching.sequential_vmap(fn)
-    return sequential
+    sequential = jax.custom_batching.sequential_vmap(fn)
+
+    # A rule for batches has no reverse mode; derivatives go through the function itself.
+    @jax.custom_jvp
+    def called(*args: Any) -> T:
+        result: T = sequential(*args)
+        return result
+
+    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[T, T]:
+        value, tangent = jax.jvp(fn, primals, tangents)
+        return value, tangent
+
+    called.defjvp(derivative)
+    return called
 
 
 def pin_to_iteration(closure: T, index: Array) -> T:

@@ -268,7 +268,9 @@ def penalty(
     Its curvature is its Hessian, the diagonal of `fun''(w_i)`, in Gauss-Newton and Fisher matrices
     alike: there is nothing to sample, and no row of a batch. For weight decay, `0.5 w^2`, it is the
     identity. Products and diagonals have it exactly; a Kronecker block adds its mean over the
-    block to the damping, which is exact where it is the same for all entries.
+    block to the damping. Where it is the same for all entries, as for weight decay, that is exact
+    with `damping_scheme="exact"` and with EK-FAC; "factored", the default of K-FAC, spreads it over
+    both factors as it does every damping.
 
     Args:
       fun: a function of one entry, convex where methods need positive curvature.
@@ -299,6 +301,9 @@ def penalty(
         penalized = jax.tree.map(lambda x: True, params) if mask is None else mask(params)
 
         def of_leaf(x: Array, is_penalized: bool) -> Array:
+            # Not even called: at an entry that is not penalized its derivative may be infinite.
+            if is_penalized is False:
+                return jnp.zeros_like(x)
             # By `vmap` no entry can see another: the Hessian is diagonal by construction.
             flat = jax.vmap(derivative)(x.ravel())
             return jnp.where(is_penalized, flat.reshape(x.shape), 0)

@@ -667,13 +667,17 @@ def lower_bound_of_largest(multiply: Callable[[Array], Array], diagonal: Array) 
       diagonal: the diagonal of S, with the stack's axis first.
     """
     axes = tuple(range(1, diagonal.ndim))
-    # Entries of a semidefinite S are at most its largest diagonal entry: with e divided by that,
-    # S e is of order 1, and the squares below are as large as S^2, where S^4 would overflow early.
+    # Of several that are as large the first: their sum can be a vector that S maps to zero.
+    flat = diagonal.reshape(len(diagonal), -1)
+    first = jax.nn.one_hot(jnp.argmax(flat, axis=1), flat.shape[1], dtype=flat.dtype)
+    # Entries of a semidefinite S are at most its largest diagonal entry: divided by that, products
+    # are of order 1, whatever the unit of S, and their squares do not overflow.
     largest = jnp.max(diagonal, axis=axes, keepdims=True)
-    x = multiply(jnp.where(diagonal == largest, 1 / largest, 0))
-    y = multiply(x)
+    x = multiply(first.reshape(diagonal.shape)) / largest
+    y = multiply(x) / largest
     # The Rayleigh quotient of S at S^1/2 x: never above the largest eigenvalue.
-    return jnp.sum(y * y, axis=axes) / jnp.sum(x * y, axis=axes)
+    quotient = jnp.sum(y * y, axis=axes) / jnp.sum(x * y, axis=axes)
+    return quotient * largest.reshape(-1)
 
 
 def matmul(x: Array, y: Array) -> Array:

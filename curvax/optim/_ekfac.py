@@ -23,12 +23,17 @@ from curvax.kron import (
 )
 from curvax.kron._factors import init_factors
 from curvax.kron._moments import EigenFactors, carried_moments, decompose, moments_in
-from curvax.kron._operator import KronOperator, eigen_spectrum, kron_operator
+from curvax.kron._operator import (
+    KronOperator,
+    eigen_spectrum,
+    kron_operator,
+    shifted_damping,
+)
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
 from curvax.optim._kronecker import BlockStates, KronRule, Refreshed, scale_by_kron
-from curvax.optim._refresh import Interval, growing_interval
+from curvax.optim._refresh import Interval, check_interval, growing_interval
 from curvax.optim._relative_damping import RelativeDamping
 
 
@@ -180,6 +185,7 @@ def ekfac(
 
     References: George et al. (2018), https://arxiv.org/abs/1806.03884.
     """
+    check_interval(curvature_every=curvature_every, inverse_every=inverse_every)
     # Moments need the gradients of single examples, so this curvature keeps inputs and cotangents.
     estimator = kron.estimator(objective, layout, kron.eigen_curvature, fisher=fisher)
     rule = scale_by_ekfac(layout, damping, growing_interval(inverse_every))
@@ -237,7 +243,8 @@ def _refresh_basis(
         moments = carried_moments(old.basis, basis, old.moments)
         states[name] = EigenBlockState(basis, moments)
         # Diagnostics are of A x G, as in K-FAC: M goes on changing between refreshes.
-        spectra[name] = eigen_spectrum(a, g, damping)
+        amount = shifted_damping(damping, name, factors)
+        spectra[name] = eigen_spectrum(a, g, amount)
     return states, spectra
 
 

@@ -24,7 +24,7 @@ from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
 from curvax.optim._kronecker import BlockStates, KronRule, Refreshed, scale_by_kron
-from curvax.optim._refresh import Interval, growing_interval
+from curvax.optim._refresh import Interval, check_interval, growing_interval
 from curvax.optim._relative_damping import RelativeDamping
 
 
@@ -189,6 +189,7 @@ def kfac(
     References: Martens and Grosse (2015), https://arxiv.org/abs/1503.05671; Ba, Grosse and Martens
       (2017) for the limit.
     """
+    check_interval(curvature_every=curvature_every, inverse_every=inverse_every)
     # Martens and Grosse (2015), section 5: by default targets are sampled from the model, for with
     # those of the data the factors are those of the empirical Fisher matrix.
     rule = scale_by_kfac(layout, damping, growing_interval(inverse_every))

@@ -12,7 +12,7 @@ from curvax.optim._estimating import estimating
 from curvax.optim._kfac import scale_by_kfac
 from curvax.optim._levenberg_marquardt import levenberg_marquardt
 from curvax.optim._quadratic_model import quadratic_model
-from curvax.optim._refresh import Interval, growing_interval
+from curvax.optim._refresh import Interval, check_interval, growing_interval
 
 
 def kfac_auto(
@@ -78,6 +78,7 @@ def kfac_auto(
     Deviates: one damping serves the quadratic model and the Kronecker factors, where section 6.6
       adapts a separate gamma for the factors.
     """
+    check_interval(curvature_every=curvature_every, inverse_every=inverse_every)
     estimator = kron.estimator(objective, layout, fisher=fisher)
     rule = scale_by_kfac(layout, inverse_every=growing_interval(inverse_every))
     estimated = estimating(rule, estimator, growing_interval(curvature_every), seed)

@@ -122,6 +122,8 @@ def scale_by_kron(
     check_precision(decay=decay)
     check_decay(decay=decay)
     check_interval(inverse_every=inverse_every)
+    is_relative = isinstance(damping, RelativeDamping)
+    damping_of_rule: Any = damping.as_schedule() if is_relative else damping
     if stagger:
         # Blocks get their turns at trace time, so the period has to be known there.
         check_count(1, inverse_every=inverse_every)  # raises for a schedule
@@ -201,7 +203,7 @@ def scale_by_kron(
         state = _refresh(method, unmasked, is_due, is_finite, state, damping)
         return state._replace(inverse_age=jnp.where(is_due, 0, state.inverse_age))
 
-    return curvature_rule(init, step, take_in=take_in, damping=damping)
+    return curvature_rule(init, step, take_in=take_in, damping=damping_of_rule)
 
 
 def _init_info(layout: Layout) -> KronInfo:
@@ -265,7 +267,7 @@ def _refresh(
         for name, old in records.items():
             # The one selection of these arrays: a failure and a gradient that is not finite
             # together.
-            is_good = _is_finite(spectra[name])
+            is_good = all_finite(fresh[name])
             new = fresh[name], _info_of_block(spectra[name], old.info)
             block_state, info = keep_changed(is_usable & is_good, new, (old.block_state, old.info))
             num_failures = old.num_failures + (is_usable & ~is_good)
@@ -285,14 +287,6 @@ def _refresh(
         num_failures[name] = record.num_failures
     info = state.info._replace(blocks=blocks, num_failures=num_failures)
     return state._replace(block_state=block_state, info=info)
-
-
-def _is_finite(spectrum: BlockSpectrum) -> Bool[Array, ""]:
-    """Tell whether an inverse or eigenbasis is finite, by what is known of its spectrum."""
-    # A factorization that fails is NaN throughout, and so are its eigenvalues. Of an inverse X the
-    # entries are at most its largest diagonal entry, |X_ij|^2 <= X_ii X_jj, from which the power
-    # iteration for the smallest eigenvalue starts.
-    return all_finite((spectrum.largest, spectrum.smallest))
 
 
 def _keep_records(

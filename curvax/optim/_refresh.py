@@ -30,9 +30,10 @@ def check_interval(**intervals: Interval) -> None:
 def growing_interval(every: Interval, start: int = 10) -> Interval:
     """Return a schedule of intervals that is 1 at first and grows to `every`.
 
-    The interval at step t is `t // start`, at least 1 and at most `every`. So the first `2 start`
-    steps each refresh; after that an interval is as long as a fraction `1 / start` of the steps
-    before it. From step `start every` on it is `every`.
+    The interval at step t is the largest power of two that is at most `t / start`, at least 1; from
+    step `start every` on it is `every`. So the first `2 start` steps each refresh, and each further
+    doubling of the number of steps takes `start` refreshes. (Powers of two divide each other: where
+    the interval doubles, no refresh comes early.)
 
     Early in training curvature changes within a few steps: networks that start with a layer of
     zeros have none below it in step 0. Inverses that are then kept for ten steps can be wrong by
@@ -40,7 +41,7 @@ def growing_interval(every: Interval, start: int = 10) -> Interval:
 
     Args:
       every: the final interval, in steps. The number 1 is returned as it is, and so is a schedule.
-      start: number of steps by which the interval grows by one.
+      start: number of steps after which the interval may grow.
 
     Returns:
       A schedule for `curvature_every` and `inverse_every`.
@@ -48,14 +49,14 @@ def growing_interval(every: Interval, start: int = 10) -> Interval:
     Raises:
       ValueError: A number is below 1.
 
-    Cost: up to step `start every` about `start (1 + log(every))` refreshes take place, instead of
+    Cost: up to step `start every` about `start (2 + log2(every))` refreshes take place, instead of
       `start`.
 
     Example:
       >>> from curvax.optim import growing_interval
       >>> interval = growing_interval(10)
       >>> [int(interval(step)) for step in (0, 19, 25, 50, 1000)]
-      [1, 1, 2, 5, 10]
+      [1, 1, 2, 4, 10]
     """
     check_interval(every=every)
     check_count(1, start=start)
@@ -64,7 +65,9 @@ def growing_interval(every: Interval, start: int = 10) -> Interval:
         return every
 
     def interval(step: Count) -> Any:
-        return jnp.clip(step // start, 1, every)
+        ratio = jnp.maximum(jnp.asarray(step, jnp.int32) // start, 1)
+        power_of_two = 1 << (31 - lax.clz(ratio))
+        return jnp.where(ratio < every, power_of_two, every)
 
     return interval
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import optax
 
+from curvax._checks import check_damping
 from curvax._types import Count, Scalar
 from curvax.kron import Factors, Layout
 from curvax.kron._two_products import combined_factors
 from curvax.optim._rule import resolve_schedule
 
 
-class RelativeDamping(NamedTuple):
+@dataclass(frozen=True)
+class RelativeDamping:
     """A damping that is a fraction of the mean eigenvalue of the curvature.
 
-    With C the curvature of all d parameters, as the running averages have it, the damping of a step
+    With C the curvature of the d parameters that are not masked out, as the running averages have
+    it, the damping of a step
     is `fraction tr C / d`. It does not change when the loss is multiplied by a number; an absolute
     one would have to be multiplied too. Eigenvalues far below that fraction of their mean are
     damped, those above are not.
@@ -24,8 +28,13 @@ class RelativeDamping(NamedTuple):
     A number such as 1e-2 is the better choice where the curvature goes to zero as training goes on,
     as with a loss that vanishes on all data: a fraction follows it there, and steps stay long.
 
+    It is for `scale_by_kfac`, `scale_by_ekfac`, `kfac` and `ekfac`.
+
     Attributes:
       fraction: a positive number, or a schedule of the step.
+
+    Raises:
+      ValueError: The fraction is not positive.
 
     Example: the same step for a loss and for a hundred times that loss.
       >>> import jax, jax.numpy as jnp, curvax
@@ -47,9 +56,16 @@ class RelativeDamping(NamedTuple):
 
     fraction: optax.ScalarOrSchedule
 
-    def __call__(self, count: Count) -> RelativeDamping:
-        """Resolve the schedule of the fraction, as every schedule of a damping is resolved."""
-        return RelativeDamping(resolve_schedule(self.fraction, count))
+    def __post_init__(self) -> None:
+        check_damping(self.fraction)
+
+    def as_schedule(self) -> Callable[[Count], RelativeDamping]:
+        """Return the schedule that a rule resolves, as it does every schedule of a damping."""
+
+        def resolved(count: Count) -> RelativeDamping:
+            return RelativeDamping(resolve_schedule(self.fraction, count))
+
+        return resolved
 
 
 def absolute_damping(damping: RelativeDamping | Scalar, layout: Layout, factors: Factors) -> Scalar:
@@ -62,6 +78,10 @@ def absolute_damping(damping: RelativeDamping | Scalar, layout: Layout, factors:
         a, g = combined_factors(block.structures, factors.blocks[block.name])
         # tr(A x G) = tr A tr G, slice by slice
         trace += jnp.sum(a.trace() * g.trace())
+        # A penalty adds c to every eigenvalue of a slice.
+        shift = factors.blocks[block.name].shift
+        if shift is not None:
+            trace += inputs * outputs * jnp.sum(shift.mean)
         dimension += stack * inputs * outputs
     for entries in factors.diagonal.values():
         trace += jnp.sum(entries.mean)

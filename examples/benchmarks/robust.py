@@ -78,7 +78,7 @@ METHODS = {
     "adahessian": Method(
         0.03, lambda task, _, rate, every: curvax.adahessian(rate, task.objective)
     ),
-    "mfac": Method(0.03, lambda task, _, rate, every: curvax.mfac(rate)),
+    "mfac": Method(0.01, lambda task, _, rate, every: curvax.mfac(rate)),
     "gauss_newton": Method(
         0.1, lambda task, _, rate, every: curvax.gauss_newton(rate, task.objective, damping=0.1)
     ),

@@ -260,7 +260,7 @@ def test_optimizers_and_refusals_of_exact_products():
         jnp.ones((3, 2)),
         (jnp.ones((4, 3)), jnp.ones((4, 2))),
     )
-    with pytest.raises(ValueError, match='1 Kronecker product.*exact" is for two'):
+    with pytest.raises(ValueError, match=r'1 Kronecker product.*exact" is for two'):
         alone.edit("", two_products="exact")
     with pytest.raises(ValueError, match="unknown two_products 'both'; valid: 'balanced', 'exact'"):
         layout.edit("['w']", two_products="both")
@@ -321,3 +321,37 @@ def test_members_of_a_vmap_are_decomposed_one_after_another():
     for x, inverse, eigenvalues in zip(members, inverses, values, strict=True):
         np.testing.assert_allclose(inverse, jnp.linalg.inv(x), atol=1e-6)
         np.testing.assert_allclose(eigenvalues, jnp.linalg.eigvalsh(x), atol=1e-6)
+
+
+def test_derivatives_go_through_inverses_and_decompositions():
+    matrix = positive(0, 1, 5)[0]
+
+    def of_inverse(x):
+        first, second = invert_all([Full(x[None]), Full(2 * x[None])])
+        return jnp.sum(first.inverse.matrix**3) + jnp.sum(second.inverse.matrix**2)
+
+    def expected(x):
+        return jnp.sum(jnp.linalg.inv(x) ** 3) + jnp.sum(jnp.linalg.inv(2 * x) ** 2)
+
+    # Of a function of symmetric matrices, so the derivative is compared along one.
+    direction = positive(1, 1, 5)[0]
+    along = lambda fn: jnp.sum(jax.jit(jax.grad(fn))(matrix) * direction)
+    np.testing.assert_allclose(along(of_inverse), along(expected), rtol=1e-10)
+    of_values = lambda x: jnp.sum(eigh_all([Full(x[None])])[0].values ** 3)
+    np.testing.assert_allclose(
+        along(of_values), jnp.trace(3 * matrix @ matrix @ direction), rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
+def test_the_largest_eigenvalue_is_bounded_in_every_unit(scale):
+    matrix = jnp.asarray(scale * positive(0, 1, 6), jnp.float32)
+    largest = Full(matrix).largest_eigenvalue()[0]
+    exact = scale * np.linalg.eigvalsh(positive(0, 1, 6))[0, -1]
+    assert 0.3 * exact < largest < exact * (1 + 1e-5)
+
+
+def test_where_diagonal_entries_are_alike_one_of_them_is_the_start():
+    """Their sum is a vector that this matrix maps to zero."""
+    matrix = jnp.eye(4) - jnp.ones((4, 4)) / 4
+    np.testing.assert_allclose(Full(matrix[None]).largest_eigenvalue(), 1, rtol=1e-6)

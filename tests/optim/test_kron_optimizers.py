@@ -905,3 +905,35 @@ def test_errors_of_curvature_and_wrappers():
     for fraction in (0, 1.5, -0.1):
         with pytest.raises(ValueError, match=rf"fraction must lie in \(0, 1\], got {fraction}"):
             curvax.on_fraction(sampled_factors, fraction)
+
+
+def test_a_damping_that_reaches_zero_keeps_the_last_inverse_of_a_singular_block():
+    objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+    params, batch = jnp.zeros((2, 3)), (jnp.ones((4, 2)), jnp.ones((4, 3)))
+    layout = curvax.kron_layout(objective, params, batch)
+    factors = curvax.kron_factors(
+        objective, layout, params, batch, jax.random.key(0), fisher="exact"
+    )
+    gradient = jax.grad(objective)(params, batch)
+    vanishing = lambda count: jnp.where(count < 1, 1e-2, 0.0)
+    rule = curvax.scale_by_kfac(layout, vanishing, decay=0.0, damping_scheme="exact")
+    first, state = rule.update(gradient, rule.init(params), curvature=factors)
+    nothing = jax.tree.map(jnp.zeros_like, factors)._replace(diagonal=factors.diagonal)
+    updates, state = rule.update(gradient, state, curvature=nothing)
+    assert list(state.info.num_failures.values()) == [1]
+    np.testing.assert_array_equal(updates, first)
+
+
+def test_inputs_of_any_unit_are_stepped_with():
+    """In float32, where squares of the factors of such inputs overflow."""
+    with jax.enable_x64(False):
+        objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        x = jnp.array([[1e10, 1.0], [2e10, 0.0], [0.0, 3.0]], jnp.float32)
+        params, batch = jnp.zeros((2, 1), jnp.float32), (x, jnp.ones((3, 1), jnp.float32))
+        layout = curvax.kron_layout(objective, params, batch)
+        factors = curvax.kron_factors(objective, layout, params, batch, jax.random.key(0))
+        rule = curvax.scale_by_kfac(layout, 1e-3)
+        gradient = jax.grad(objective)(params, batch)
+        updates, state = rule.update(gradient, rule.init(params), curvature=factors)
+        assert list(state.info.num_failures.values()) == [0]
+        assert (jnp.abs(updates) > 0).all()

@@ -68,7 +68,7 @@ def test_stale_inverses_are_what_growing_intervals_prevent():
 
 def test_an_interval_grows_up_to_its_end_and_a_schedule_stays():
     interval = curvax.optim.growing_interval(4, start=2)
-    assert [int(interval(step)) for step in range(10)] == [1, 1, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [int(interval(step)) for step in range(10)] == [1, 1, 1, 1, 2, 2, 2, 2, 4, 4]
     assert curvax.optim.growing_interval(1) == 1
     assert curvax.optim.growing_interval(interval) is interval
     with pytest.raises(ValueError, match=r"every must lie in \[1, "):
@@ -104,3 +104,26 @@ def test_relative_damping_is_the_fraction_of_the_mean_eigenvalue():
             gradient, relative.init(params), curvature=factors, damping=0.5
         )
         assert state.info.damping == 0.5
+
+
+def test_a_growing_interval_refreshes_as_often_as_it_says():
+    interval = curvax.optim.growing_interval(100)
+    due = [step for step in range(1100) if step % int(interval(step)) == 0]
+    # start (2 + log2(every)) before step 1000, then one in a hundred.
+    assert len([step for step in due if step < 1000]) == 10 * 2 + 5 * 10 + 6
+    assert [step for step in due if step >= 1000] == [1000]
+
+
+@pytest.mark.parametrize("fraction", [0.0, -1.0])
+def test_errors_of_relative_damping(fraction):
+    with pytest.raises(ValueError, match="damping must be positive"):
+        curvax.optim.RelativeDamping(fraction)
+
+
+def test_relative_damping_is_refused_where_no_curvature_is_known():
+    relative = curvax.optim.RelativeDamping(0.1)
+    with pytest.raises(TypeError, match="which only scale_by_kfac"):
+        curvax.scale_by_mfac(4, relative)
+    objective = task("classifier").objective
+    with pytest.raises(TypeError, match="which only scale_by_kfac"):
+        curvax.kfac_auto(objective, task("classifier").layout(), relative)
