@@ -122,8 +122,9 @@ def scale_by_kron(
     check_precision(decay=decay)
     check_decay(decay=decay)
     check_interval(inverse_every=inverse_every)
-    is_relative = isinstance(damping, RelativeDamping)
-    damping_of_rule: Any = damping.as_schedule() if is_relative else damping
+    damping_of_rule: Any = damping
+    if isinstance(damping, RelativeDamping):
+        damping_of_rule = damping.as_schedule()
     if stagger:
         # Blocks get their turns at trace time, so the period has to be known there.
         check_count(1, inverse_every=inverse_every)  # raises for a schedule
