@@ -230,10 +230,12 @@ def factor_sums(layout: Layout) -> Reduction:
         outputs, squares, rounds_counted = sums
         # A position counts once, however many rounds gave it a cotangent.
         counted = jax.tree.map(lambda n: jnp.minimum(n, 1), rounds_counted)
-        inputs = {
-            block.name: input_moments(block, capture.inputs[block.name], counted[block.name])
-            for block in layout.blocks
-        }
+        inputs = {}
+        for block in layout.blocks:
+            name = block.name
+            inputs[name] = input_moments(
+                block, capture.inputs[name], capture.chunks[name], counted[name]
+            )
         return inputs, outputs, squares
 
     return Reduction(Partial(contribution), Partial(finish))
