@@ -172,7 +172,9 @@ def kron_factors(
     Cost: "mc": one forward and one backward pass without the gradients of kernels, and
       `n (in^2 + out^2) / 2` multiplications for n positions. "exact": two backward passes and the
       products for G, as often as one example's outputs have entries. Memory: inputs and cotangents
-      of all uses.
+      of all uses, but patches of convolutions by chunks only. A use in a loop has them for every
+      round, `jax.checkpoint` or not: a solver of differential equations that differentiates through
+      room for 4,096 steps has 4,096 rounds, which its `max_steps` makes fewer.
 
     Example: a linear model, where `A x G` is the Gauss-Newton matrix.
       >>> import jax, jax.numpy as jnp, curvax
