@@ -8,6 +8,7 @@ The path, step by step:
   5. `gradient_pairs(kernel, a, g)`: what each example's gradient `sum_t a_t g_t'` is made of.
 """
 
+from curvax.capture._chunks import ChunkedInputs
 from curvax.capture._gradient_pairs import (
     DensePair,
     GradientPair,
@@ -34,6 +35,7 @@ __all__ = [
     "uncovered",
     "record",
     "Capture",
+    "ChunkedInputs",
     "UseCotangents",
     "PerUseArray",
     "gradient_pairs",

@@ -73,7 +73,7 @@ def joined_captures(
         blocks=join_examples(blocks, sizes, names, axis=1),
         outside=jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *outside),
     )
-    return first._replace(inputs=join_examples(inputs, sizes, names)), joined
+    return first._replace(inputs=join_examples(inputs, sizes, names), chunks={}), joined
 
 
 def _length(tree: PyTree[Array]) -> int:

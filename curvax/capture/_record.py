@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,11 @@ from curvax._checks import describe
 from curvax._shared import is_shared
 from curvax._trees import by_path
 from curvax._types import Outputs, Params
+from curvax.capture._chunks import ChunkedInputs, chunked_inputs
 from curvax.capture._plan import Plan
 from curvax.capture._tapped import run_tapped, zero_perturbation
+
+T = TypeVar("T")
 
 PerUseArray: TypeAlias = Shaped[Array, "b s t size"]
 """An array of one use: examples, stack, positions, and inputs or outputs."""
@@ -42,11 +45,14 @@ class Capture(NamedTuple):
       inputs: for each kernel, by name, the inputs of its uses, `[b, s, t, i]` (of a lookup row
         numbers, `[b, s, t, 1]`).
       pull: `cotangent of the outputs -> UseCotangents`.
+      chunks: for each kernel and use the inputs once more, in chunks, or None where chunks would
+        save nothing. What sums over them needs no `inputs`, which `jit` then leaves out.
     """
 
     outputs: Outputs
     inputs: dict[str, list[PerUseArray]]
     pull: Callable[[Outputs], UseCotangents]
+    chunks: dict[str, list[ChunkedInputs | None]]
 
 
 class _Perturbations(NamedTuple):
@@ -95,6 +101,7 @@ def _record_batch(plan: Plan, params: Params, inputs: Any) -> Capture:
 
     outputs, pull, raw_inputs = jax.vjp(forward, _zeros(plan, params), has_aux=True)
     matrices = [use.inputs(a)[None] for use, a in zip(plan.all_uses, raw_inputs, strict=True)]
+    chunks = _chunks(plan, raw_inputs)
 
     def pull_back(cotangent: Outputs) -> UseCotangents:
         # Cotangents of the zeros: g of every use, and the gradients of the leaves.
@@ -103,7 +110,7 @@ def _record_batch(plan: Plan, params: Params, inputs: Any) -> Capture:
         gradients = {path: x[None] for path, x in zeros.leaves.items()}
         return UseCotangents(_by_kernel(plan, flows), gradients)
 
-    return Capture(outputs, _by_kernel(plan, matrices), pull_back)
+    return Capture(outputs, _by_kernel(plan, matrices), pull_back, chunks)
 
 
 def _record_rows(plan: Plan, params: Params, inputs: Any) -> Capture:
@@ -137,6 +144,7 @@ def _record_rows(plan: Plan, params: Params, inputs: Any) -> Capture:
     outputs, pull, raw_inputs = jax.vjp(forward, zeros, has_aux=True)
     uses = plan.all_uses
     matrices = [jax.vmap(use.inputs)(a) for use, a in zip(uses, raw_inputs, strict=True)]
+    chunks = _chunks(plan, raw_inputs)
 
     def pull_back(cotangent: Outputs) -> UseCotangents:
         # Each row's cotangent is one of a batch of one.
@@ -146,7 +154,7 @@ def _record_rows(plan: Plan, params: Params, inputs: Any) -> Capture:
 
     # From batches of one back to rows.
     outputs = jax.tree.map(lambda x: x[:, 0], outputs)
-    return Capture(outputs, _by_kernel(plan, matrices), pull_back)
+    return Capture(outputs, _by_kernel(plan, matrices), pull_back, chunks)
 
 
 def _perturbed(
@@ -189,10 +197,21 @@ def _zeros(plan: Plan, params: Params) -> _Perturbations:
     )
 
 
+def _chunks(
+    plan: Plan,
+    raw_inputs: Sequence[Array],
+) -> dict[str, list[ChunkedInputs | None]]:
+    """Return the inputs of all uses in chunks, where that saves memory."""
+    chunks = []
+    for use, raw in zip(plan.all_uses, raw_inputs, strict=True):
+        chunks.append(chunked_inputs(use, raw, plan.per_example))
+    return _by_kernel(plan, chunks)
+
+
 def _by_kernel(
     plan: Plan,
-    matrices: Sequence[PerUseArray],
-) -> dict[str, list[PerUseArray]]:
+    matrices: Sequence[T],
+) -> dict[str, list[T]]:
     """Put arrays of all uses under the names of their kernels."""
     grouped, first = {}, 0
     for name, uses in plan.uses:

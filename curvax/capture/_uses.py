@@ -188,7 +188,7 @@ def of_conv(
         output=jax.ShapeDtypeStruct(output.shape, output.dtype),
         axes=tuple(axes),
         spread=(out,),
-        to_inputs=_Patches(
+        to_inputs=Patches(
             order=_channels_last(numbers.lhs_spec),
             window=tuple(window),
             groups=groups,
@@ -348,7 +348,7 @@ def _by_group(
 
 
 @dataclass(frozen=True)
-class _Patches:
+class Patches:
     """Cut the windows that a convolution sees, as rows `[s, t, i]` of window x channels.
 
     Attributes:

@@ -172,7 +172,9 @@ def kron_factors(
     Cost: "mc": one forward and one backward pass without the gradients of kernels, and
       `n (in^2 + out^2) / 2` multiplications for n positions. "exact": two backward passes and the
       products for G, as often as one example's outputs have entries. Memory: inputs and cotangents
-      of all uses.
+      of all uses, but patches of convolutions by chunks only. A use in a loop has them for every
+      round, `jax.checkpoint` or not: a solver of differential equations that differentiates through
+      room for 4,096 steps has 4,096 rounds, which its `max_steps` makes fewer.
 
     Example: a linear model, where `A x G` is the Gauss-Newton matrix.
       >>> import jax, jax.numpy as jnp, curvax
@@ -230,10 +232,12 @@ def factor_sums(layout: Layout) -> Reduction:
         outputs, squares, rounds_counted = sums
         # A position counts once, however many rounds gave it a cotangent.
         counted = jax.tree.map(lambda n: jnp.minimum(n, 1), rounds_counted)
-        inputs = {
-            block.name: input_moments(block, capture.inputs[block.name], counted[block.name])
-            for block in layout.blocks
-        }
+        inputs = {}
+        for block in layout.blocks:
+            name = block.name
+            inputs[name] = input_moments(
+                block, capture.inputs[name], capture.chunks[name], counted[name]
+            )
         return inputs, outputs, squares
 
     return Reduction(Partial(contribution), Partial(finish))

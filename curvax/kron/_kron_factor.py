@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from curvax._batch import ENTRIES_AT_A_TIME
 from curvax._xla import one_after_another
 from curvax.kron._host_eigh import eigh_on_host, is_traced
 
@@ -235,21 +236,7 @@ class Full:
         leaves nearly all work to matrix products, at full speed on every backend: on two CPU cores
         2.5 times as fast as Cholesky and two triangular solves.
         """
-        root = _inverse_root(self.matrix)
-        n = self.size
-        if n <= _SMALL:
-            return Full(matmul(_t(root), root))
-        # R is lower triangular: for a strip of columns of R'R, the rows of R above the strip's
-        # first do not count, nor do columns after its last, which are left to the mirror image.
-        strips = []
-        for start in range(0, n, _SMALL):
-            stop = min(start + _SMALL, n)
-            rows = root[:, start:]
-            strip = matmul(_t(rows[:, :, start:stop]), rows[:, :, :stop])
-            beyond = (0, 0), (0, 0), (0, n - stop)
-            strips.append(jnp.pad(strip, beyond))
-        lower = jnp.concatenate(strips, axis=-2)
-        return Full(jnp.tril(lower) + _t(jnp.tril(lower, -1)))
+        return Full(_gram_of_lower(_inverse_root(self.matrix)))
 
     def eigh(self) -> Eigen:
         """See `KronFactor`."""
@@ -618,17 +605,11 @@ def _in_batches(
     autoencoder with 16 factors, 9.
     """
     results: dict[int, T] = {}
-    padded = padded_sizes([factor.size for factor in factors if isinstance(factor, Full)])
-    batches: dict[int, dict[int, Full]] = {}
     # Only full factors gain from batches; others are done at once.
     for k, factor in enumerate(factors):
-        if isinstance(factor, Full):
-            size = padded[factor.size]
-            batches.setdefault(size, {})[k] = factor.padded(size)
-        else:
+        if not isinstance(factor, Full):
             results[k] = fn(factor)
-    for size in sorted(batches):
-        batch = batches[size]
+    for batch in _batches(factors, padded_sizes):
         matrices = [factor.matrix for factor in batch.values()]
         result = _slice_by_slice(fn, jnp.concatenate(matrices))
         # Every factor gets its slices back.
@@ -637,6 +618,27 @@ def _in_batches(
             part = slice(end - len(matrix), end)
             results[k] = jax.tree.map(lambda x, part=part: x[part], result)
     return [results[k] for k in range(len(factors))]
+
+
+def _batches(
+    factors: Sequence[KronFactor],
+    padded_sizes: Callable[[Sequence[int]], Mapping[int, int]],
+) -> list[dict[int, Full]]:
+    """Group the full factors, by their numbers, into batches of equal padded size."""
+    padded = padded_sizes([factor.size for factor in factors if isinstance(factor, Full)])
+    by_size: dict[int, list[dict[int, Full]]] = {}
+    for k, factor in enumerate(factors):
+        if not isinstance(factor, Full):
+            continue
+        factor = factor.padded(padded[factor.size])
+        batches = by_size.setdefault(factor.size, [{}])
+        # A batch is a copy of its matrices, and another of the results: its memory is bounded.
+        # Matrices so large take longer to invert than a program for them to compile.
+        entries = sum(member.matrix.size for member in batches[-1].values())
+        if entries and entries + factor.matrix.size > ENTRIES_AT_A_TIME:
+            batches.append({})
+        batches[-1][k] = factor
+    return [batch for size in sorted(by_size) for batch in by_size[size]]
 
 
 def _slice_by_slice(fn: Callable[[KronFactor], T], matrices: Squares) -> T:
@@ -695,7 +697,9 @@ def _inverse_root(matrix: Squares) -> Squares:
     """Return R with `R'R = matrix^-1`, lower triangular, by halving."""
     size = matrix.shape[-1]
     if size <= _SMALL:
-        lower = lax.linalg.cholesky(matrix, symmetrize_input=False)
+        # LAPACK reads columns, which are the rows of the transpose as they lie in memory. It is the
+        # same matrix: without it, all of a large one would be copied into that order.
+        lower = lax.linalg.cholesky(_t(matrix), symmetrize_input=False)
         identity = jnp.broadcast_to(jnp.eye(size, dtype=matrix.dtype), matrix.shape)
         return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
     # With L = [[L1, 0], [B, L2]] and L1^-1 = R1: B = S21 R1', L2 L2' = S22 - B B',
@@ -706,10 +710,46 @@ def _inverse_root(matrix: Squares) -> Squares:
     # The Schur complement S22 - S21 S11^-1 S12 = S22 - B B'.
     root2 = _inverse_root(matrix[:, half:, half:] - matmul(b, _t(b)))
     corner = -matmul(root2, matmul(b, root1))
-    zeros = jnp.zeros_like(_t(corner))
-    top = jnp.concatenate([root1, zeros], axis=-1)
-    bottom = jnp.concatenate([corner, root2], axis=-1)
-    return jnp.concatenate([top, bottom], axis=-2)
+    root = _written(jnp.zeros_like(matrix), root1, 0, 0)
+    root = _written(root, corner, half, 0)
+    return _written(root, root2, half, half)
+
+
+_STRIPS = 6
+"""Number of strips of columns, at most, in which a product with a triangle is computed."""
+
+
+def _gram_of_lower(root: Squares) -> Squares:
+    """Return `R'R` of a lower triangular R.
+
+    For a strip of columns of the product, the rows of R above the strip's first do not count, nor
+    do columns after its last, which are the mirror image of other strips.
+    """
+    n = root.shape[-1]
+    if n <= _SMALL:
+        return matmul(_t(root), root)
+    # A product copies what it takes of R, and XLA makes the copies of all strips at once. Together
+    # k strips take k / 6 times the memory of R, and 1/3 + 1/k of the full product's arithmetic.
+    width = max(_SMALL, -(-n // _STRIPS))
+    gram = jnp.zeros_like(root)
+    for start in range(0, n, width):
+        stop = min(start + width, n)
+        rows = root[:, start:]
+        strip = matmul(_t(rows[:, :, start:stop]), rows[:, :, :stop])
+        # The corner on the diagonal is its own mirror image but for rounding.
+        corner = strip[:, :, start:]
+        symmetric = jnp.tril(corner) + _t(jnp.tril(corner, -1))
+        gram = _written(gram, symmetric, start, start)
+        if start > 0:
+            beside = strip[:, :, :start]
+            gram = _written(gram, beside, start, 0)
+            gram = _written(gram, _t(beside), 0, start)
+    return gram
+
+
+def _written(matrix: Squares, part: Matrices, row: int, column: int) -> Squares:
+    """Write a part of a matrix, from a row and a column on; XLA does it in place."""
+    return lax.dynamic_update_slice(matrix, part, (0, row, column))
 
 
 def _gram(x: Rows) -> Squares:

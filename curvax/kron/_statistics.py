@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from curvax._batch import map_chunks, sum_over_chunks
 from curvax._trees import out_of_range_if_negative
 from curvax._types import at_least_float32
-from curvax.capture import PerUseArray, UseCotangents, UseKind
+from curvax.capture import ChunkedInputs, PerUseArray, UseCotangents, UseKind
 from curvax.kron._factors import WeightedMean
 from curvax.kron._kron_factor import STRUCTURES
 from curvax.kron._layout import Block
@@ -24,20 +25,28 @@ from curvax.kron._layout import Block
 # b: examples, s: stack, t: positions, i: inputs (with the 1 of a bias), o: outputs
 Counted = Float[Array, "b s t"]
 PerUse: TypeAlias = list[PerUseArray]
+Chunks: TypeAlias = list[ChunkedInputs | None]
 
 
 def input_moments(
-    block: Block, inputs: PerUse, counted: list[Counted]
+    block: Block, inputs: PerUse, chunks: Chunks, counted: list[Counted]
 ) -> tuple[WeightedMean, WeightedMean | None]:
-    """Return A of a block's uses, and of those of the transpose if there are any."""
+    """Return A of a block's uses, and of those of the transpose if there are any.
+
+    Args:
+      block: the block.
+      inputs: the inputs of its uses.
+      chunks: the same in chunks, which come first; None where there are none.
+      counted: which positions count.
+    """
     # In one part of an objective all uses of a block may be transposed.
     if not _of_orientation(block, False):
         moment = _no_inputs(block, counted[0].dtype)
     else:
-        moment = _input_moment(block, inputs, counted, transposed=False)
+        moment = _input_moment(block, inputs, chunks, counted, transposed=False)
     if not block.has_transposed_uses:
         return moment, None
-    return moment, _input_moment(block, inputs, counted, transposed=True)
+    return moment, _input_moment(block, inputs, chunks, counted, transposed=True)
 
 
 def output_moments(block: Block, g: PerUse, h: PerUse | None) -> list[Array]:
@@ -86,7 +95,7 @@ def _no_inputs(block: Block, dtype: Any) -> WeightedMean:
 
 
 def _input_moment(
-    block: Block, inputs: PerUse, counted: list[Counted], transposed: bool
+    block: Block, inputs: PerUse, chunks: Chunks, counted: list[Counted], transposed: bool
 ) -> WeightedMean:
     """Sum `a a'` of the inputs (with the 1 of a bias) of all uses, over positions that count.
 
@@ -95,10 +104,9 @@ def _input_moment(
     """
     # A transposed use has its input on the outputs' side.
     structure = STRUCTURES[block.g_structure if transposed else block.a_structure]
-    of_use = _expanded_moment if block.sharing == "expand" else _summed_inputs
     totals, weights = [], []
     for k in _of_orientation(block, transposed):
-        total, weight = of_use(block, block.uses[k], inputs[k], counted[k])
+        total, weight = _of_use(block, block.uses[k], inputs[k], chunks[k], counted[k])
         totals.append(total)
         weights.append(weight)
     total, weight = _sum(totals), _sum(weights)
@@ -144,6 +152,28 @@ def _rows_of_orientation(block: Block, rows: PerUse, transposed: bool) -> PerUse
 
 def _of_orientation(block: Block, transposed: bool) -> list[int]:
     return [k for k, use in enumerate(block.uses) if use.transposed == transposed]
+
+
+def _of_use(
+    block: Block, use: UseKind, a: PerUseArray, chunks: ChunkedInputs | None, m: Counted
+) -> tuple[Array, Array]:
+    """Return what A is made of, with its weight, of one use: chunk by chunk if it has chunks."""
+    expand = block.sharing == "expand"
+    of_rows = functools.partial(_expanded_moment if expand else _summed_inputs, block, use)
+    if chunks is None:
+        return of_rows(a, m)
+
+    def of_chunk(rows: tuple[Array, Counted]) -> tuple[Array, Array]:
+        recorded, m = rows
+        return of_rows(chunks.matrices(recorded), m)
+
+    # Where all rows are one example, its positions are [row, position of the row].
+    if len(m) == 1:
+        m = m[0].reshape(m.shape[1], len(chunks.rows), -1).swapaxes(0, 1)
+    # Expand sums over rows; reduce has a mean for each of them.
+    over_chunks = sum_over_chunks if expand else map_chunks
+    result: tuple[Array, Array] = over_chunks(of_chunk, (chunks.rows, m), chunks.size)
+    return result
 
 
 # m: 1 where a position counts, 0 where not
