@@ -14,11 +14,16 @@ from robust import EXCLUDED, FACTORS, METHODS, run
 
 import curvax
 
-KRON = [(task, method) for method in ("kfac", "ekfac") for task in TASKS]
-OTHERS = [
-    (task, method)
-    for method in ("kfac_auto", "sophia_g", "adahessian", "mfac", "gauss_newton")
-    for task in ("classifier", "vae")
+# K-FAC on every task; the others where they have been seen to fail: layers of zeros, attention, a
+# loss without a Gauss-Newton matrix, outputs that are a distribution.
+CASES = [
+    *((name, "kfac") for name in TASKS),
+    *((name, "ekfac") for name in ("zero-head", "characters", "flow")),
+    ("classifier", "kfac_auto"),
+    ("classifier", "mfac"),
+    ("classifier", "adahessian"),
+    ("vae", "sophia_g"),
+    ("vae", "gauss_newton"),
 ]
 
 
@@ -27,7 +32,13 @@ def task(name):
     return TASKS[name]()
 
 
-@pytest.mark.parametrize("name, method", KRON + OTHERS)
+@functools.cache
+def learned_by_adam(name):
+    result = train(task(name), optax.adam, [1e-2], [0], 40)
+    return result.before[0] - result.after[0]
+
+
+@pytest.mark.parametrize("name, method", CASES)
 def test_trains_at_every_rate(name, method):
     assert (name, method) not in EXCLUDED
     every = METHODS[method].intervals[-1]
@@ -35,11 +46,9 @@ def test_trains_at_every_rate(name, method):
     assert np.isfinite(result.batches).all()
     assert (result.after < result.before).all()
     # At the rate of the docstring it learns much of what there is to learn.
-    at_docstring = FACTORS.index(1.0)
-    adam = train(task(name), optax.adam, [1e-2], [0], 40)
     if method in ("kfac", "ekfac", "kfac_auto", "gauss_newton"):
-        learned = result.before[at_docstring] - result.after[at_docstring]
-        assert learned > 0.7 * (adam.before[0] - adam.after[0])
+        learned = (result.before - result.after)[FACTORS.index(1.0)]
+        assert learned > 0.7 * learned_by_adam(name)
 
 
 def test_without_the_limit_on_the_step_the_same_call_diverges():
