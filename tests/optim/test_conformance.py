@@ -133,7 +133,7 @@ def of_layout(build):
 
     def built(rate, objective, curvature_every=1, **options):
         number = curvature_every
-        if isinstance(number, int) and number > 1:
+        if isinstance(number, jax.Array) or (isinstance(number, int) and number > 1):
             curvature_every = lambda count: number
         options = {"damping": 0.3} | options
         return build(rate, objective, LAYOUT, curvature_every=curvature_every, **options)
