@@ -224,7 +224,7 @@ def mfac(
 
     Deviates: weight decay is decoupled, as everywhere in curvax. The reference code has m = 1024,
       damping 1e-5, no momentum and rate 1e-3; with m = 64 that ends at a loss of 1.05 on the
-      classifier of `examples/benchmarks/robust.py` where these defaults end at 0.03.
+      classifier of `examples/benchmarks/robust.py` where these end at 0.03, with rate 0.03.
     """
     check_decay(momentum=momentum)
     rule: optax.GradientTransformation = scale_by_mfac(window_size, damping, divisor)

@@ -83,9 +83,11 @@ def absolute_damping(damping: RelativeDamping | Scalar, layout: Layout, factors:
         if shift is not None:
             trace += inputs * outputs * jnp.sum(shift.mean)
         dimension += stack * inputs * outputs
-    for entries in factors.diagonal.values():
-        trace += jnp.sum(entries.mean)
-        dimension += entries.mean.size
+    for path, entries in factors.diagonal.items():
+        # A leaf's diagonal has all its entries; those in blocks have been counted there.
+        uncovered = layout.uncovered(path)
+        trace += jnp.sum(entries.mean, where=uncovered)
+        dimension += int(uncovered.sum())
     mean = trace / max(dimension, 1)
     # Without any curvature (0) there is no scale; by 1 the step is the gradient itself.
     fraction = jnp.asarray(damping.fraction)

@@ -41,26 +41,20 @@ class Method(NamedTuple):
     intervals: tuple[int, ...] = (1,)
 
 
-def _kfac(task: Task, layout: Any, rate: jax.Array, every: int) -> optax.GradientTransformation:
-    return curvax.kfac(
-        rate,
-        task.objective,
-        layout,
-        curvature_every=every,
-        inverse_every=every,
-        fisher=task.fisher,
-    )
+def _kron(one_liner: Callable[..., optax.GradientTransformation]) -> Method:
+    """K-FAC or EK-FAC, at two intervals."""
 
+    def build(task: Task, layout: Any, rate: Any, every: int) -> optax.GradientTransformation:
+        return one_liner(
+            rate,
+            task.objective,
+            layout,
+            curvature_every=every,
+            inverse_every=every,
+            fisher=task.fisher,
+        )
 
-def _ekfac(task: Task, layout: Any, rate: jax.Array, every: int) -> optax.GradientTransformation:
-    return curvax.ekfac(
-        rate,
-        task.objective,
-        layout,
-        curvature_every=every,
-        inverse_every=every,
-        fisher=task.fisher,
-    )
+    return Method(0.1, build, (1, 10))
 
 
 def _auto(task: Task, layout: Any, damping: Any, every: int) -> optax.GradientTransformation:
@@ -70,8 +64,8 @@ def _auto(task: Task, layout: Any, damping: Any, every: int) -> optax.GradientTr
 
 
 METHODS = {
-    "kfac": Method(0.1, _kfac, (1, 10)),
-    "ekfac": Method(0.1, _ekfac, (1, 10)),
+    "kfac": _kron(curvax.kfac),
+    "ekfac": _kron(curvax.ekfac),
     "kfac_auto": Method(0.1, _auto, (10,)),
     "sophia_g": Method(1e-3, lambda task, _, rate, every: curvax.sophia_g(rate, task.objective)),
     "sophia_h": Method(1e-3, lambda task, _, rate, every: curvax.sophia_h(rate, task.objective)),

@@ -115,6 +115,24 @@ def test_relative_damping_is_the_fraction_of_the_mean_eigenvalue():
         assert state.info.damping == 0.5
 
 
+def test_relative_damping_counts_every_entry_of_a_leaf_once():
+    """Of this kernel one column is in no block."""
+    with jax.enable_x64(True):
+        x = jnp.array([[1.0, 2.0], [0.0, 3.0], [1.0, 1.0]])
+        model = lambda w, x: x @ w[:, :2]
+        objective = curvax.Objective(model, curvax.losses.squared_error())
+        params, batch = jnp.zeros((2, 3)), (x, jnp.ones((3, 2)))
+        layout = curvax.kron_layout(objective, params, batch)
+        key = jax.random.key(0)
+        factors = curvax.kron_factors(objective, layout, params, batch, key, fisher="exact")
+        rule = curvax.scale_by_kfac(layout, curvax.optim.RelativeDamping(0.3))
+        gradient = jax.grad(objective)(params, batch)
+        _, state = rule.update(gradient, rule.init(params), curvature=factors)
+        matrix = curvax.to_dense(curvax.ggnvp(objective, params, batch), params)
+        expected = 0.3 * jnp.trace(matrix) / 6
+        np.testing.assert_allclose(state.info.damping, expected, rtol=1e-12)
+
+
 def test_a_growing_interval_refreshes_as_often_as_it_says():
     interval = curvax.optim.growing_interval(100)
     due = [step for step in range(1100) if step % int(interval(step)) == 0]
