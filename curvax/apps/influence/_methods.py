@@ -235,7 +235,7 @@ def _means_of_diagonals(
     """Return the mean of each leaf's diagonal over its entries that are in no block."""
     means = {}
     for path, entries in diagonal.items():
-        # entries in blocks are zero here, and would lower the mean
+        # entries in blocks are counted there
         means[path] = jnp.mean(entries.mean, where=layout.uncovered(path))
     return means
 
