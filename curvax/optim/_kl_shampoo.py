@@ -1,0 +1,414 @@
+"""KL-Shampoo and KL-SOAP: second moments of one side, whitened by those of the other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from curvax._checks import check_at_least, check_decay, check_precision
+from curvax._trees import safe_divide
+from curvax._types import Count
+from curvax.kron import Layout
+from curvax.kron._factors import WeightedMean
+from curvax.kron._kron_factor import PerSlice
+from curvax.kron._layout import Block
+from curvax.optim._eigen_parts import (
+    AdamMoments,
+    averaged_moments,
+    init_basis,
+    init_moments,
+    refreshed_bases,
+    rotate,
+    rotate_back,
+)
+from curvax.optim._finish import finish
+from curvax.optim._matrices import (
+    ByBlock,
+    Matrices,
+    MatrixBlock,
+    MatrixMethod,
+    scale_by_matrices,
+)
+from curvax.optim._matrix_parts import (
+    Decay,
+    Sides,
+    average,
+    averaged_statistics,
+    factors_of,
+    init_statistics,
+    outer_products,
+)
+from curvax.optim._refresh import Interval
+from curvax.optim._soap import adam_step
+
+RELATIVE_FLOOR = 1e-7
+"""Eigenvalues below this fraction of their mean count as this fraction."""
+
+
+class KlBlock(NamedTuple):
+    """What goes with the basis of one block.
+
+    Attributes:
+      basis: P and Q.
+      values: eigenvalues d_L `[s, i]` and d_R `[s, o]`, averages too.
+      moments: KL-SOAP's averages in the basis; None for KL-Shampoo.
+    """
+
+    basis: Sides
+    values: Sides
+    moments: AdamMoments | None
+
+
+def scale_by_kl_shampoo(
+    layout: Layout | None = None,
+    b1: float | Float[Array, ""] = 0.9,
+    b2: float | Float[Array, ""] = 0.98,
+    eps: float = 1e-8,
+    init_factor: float = 0.1,
+    refresh_every: Interval = 10,
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Divide by the root of the Kronecker product closest to the gradients' second moment.
+
+    `L x R` is that of the least Kullback-Leibler divergence between normal distributions with the
+    covariances `E[v v']` and `L x R`, where v is the gradient of a matrix. It is stationary where
+    `L = E[V R^-1 V'] / out` and `R = E[V' L^-1 V] / in`. With eigenvectors P, Q and eigenvalues
+    d_L, d_R,
+
+      L <- b2 L + (1 - b2) V R^-1 V' / out,      R <- b2 R + (1 - b2) V' L^-1 V / in,
+      d_L <- b2 d_L + (1 - b2) mean_o(g^2 / d_R),   d_R likewise, with g = P' V Q,
+      U = P ((P' M Q) / (sqrt(d_L d_R') + eps)) Q',      M <- b1 M + (1 - b1) V.
+
+    At a refresh P becomes `qr(L P)`. Only the product of L and R means anything: d_L and d_R are
+    given equal means, and L and R with them. The first update is zero: its gradient gives the first
+    basis.
+
+    Args:
+      layout: the matrices: `curvax.matrix_layout(params)`, or `curvax.kron_layout(objective,
+        params, batch)`; None reads them from shapes.
+      b1: decay of M.
+      b2: decay of L, R and their eigenvalues.
+      eps: is added to the root.
+      init_factor: the eigenvalues at the start; they are forgotten as `b2^t`.
+      refresh_every: number of steps between bases, or a schedule of it.
+      fallback: the rule for what is in no matrix; by default `optax.scale_by_adam(b1, b2, eps)`.
+
+    Returns:
+      `optax.GradientTransformationExtraArgs`; its state is a `curvax.optim.ScaleByMatricesState`.
+
+    Raises:
+      ValueError: A decay is not in [0, 1), eps or `init_factor` is negative, `refresh_every` is
+        below 1, or updates are of another layout.
+
+    Cost: `5 i o (i + o)` multiplications a matrix and step; at a refresh about `4 (i^3 + o^3)`.
+      Memory: `2 (i^2 + o^2) + i o + i + o` floats a matrix.
+
+    Example: gradients of one scale in the rows and another in the columns become alike.
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> scales = jnp.outer(jnp.array([1.0, 0.1]), jnp.array([1.0, 0.2, 5.0]))
+      >>> rule = curvax.scale_by_kl_shampoo(b1=0.0, b2=0.9)
+      >>> state = rule.init(scales)
+      >>> noise = jax.random.normal(jax.random.key(0), (200, 2, 3))
+      >>> def step(state, noise):
+      ...     updates, state = rule.update(scales * noise, state)
+      ...     return state, updates
+      >>> _, updates = jax.lax.scan(step, state, noise)
+      >>> rms = jnp.sqrt(jnp.mean(updates[100:] ** 2, 0))
+      >>> bool(rms.max() / rms.min() < 1.5)
+      True
+
+    References: Lin et al. (2025), KL-Shampoo, https://arxiv.org/abs/2509.03378, sections 3 and 4.
+
+    Deviates: eigenvalues are bounded below by 1e-7 of their mean, where the authors' code bounds
+      them by a number in the gradient's unit; and the gauge is fixed.
+    """
+    check_decay(b1=b1, b2=b2)
+    check_precision(b1=b1, b2=b2)
+    check_at_least(0, eps=eps, init_factor=init_factor)
+
+    def init(block: Block, V: Matrices) -> MatrixBlock:
+        return MatrixBlock(*init_kl(block, V, init_factor, None), memory=jnp.zeros_like(V))
+
+    def step(state: MatrixBlock, V: Matrices, count: Count) -> tuple[Matrices, MatrixBlock]:
+        basis, values, _ = state.preconditioner
+        # The very first gradient is in no average, as its basis is that of the next step.
+        M = average(state.memory, jnp.where(count > 0, V, 0), b1)
+        left, right = map(above_floor, values)
+        root = jnp.sqrt(left[:, :, None] * right[:, None, :])
+        U = rotate_back(basis, rotate(basis, M) / (root + eps))
+        return U, state._replace(memory=M)
+
+    def average_whitened(
+        block: Block, state: MatrixBlock, V: Matrices, count: Count
+    ) -> MatrixBlock:
+        return averaged_kl(block, state, V, count, b2)
+
+    method = MatrixMethod(init, average_whitened, step, refresh_kl, has_current_gradient=False)
+    adam = optax.scale_by_adam(b1, b2, eps)
+    return scale_by_matrices(layout, method, refresh_every, fallback or adam)
+
+
+def kl_shampoo(
+    learning_rate: optax.ScalarOrSchedule,
+    layout: Layout | None = None,
+    b1: float | Float[Array, ""] = 0.9,
+    b2: float | Float[Array, ""] = 0.98,
+    refresh_every: Interval = 10,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """KL-Shampoo for every matrix of a model.
+
+    This is `scale_by_kl_shampoo(layout, b1, b2, refresh_every=refresh_every)`, then decoupled
+    weight decay and the learning rate.
+
+    Args:
+      learning_rate: a number or a schedule; Adam's fit.
+      layout: the matrices, see `curvax.scale_by_kl_shampoo`; None reads them from shapes.
+      b1: decay of the momentum.
+      b2: decay of second moments.
+      refresh_every: number of steps between bases.
+      weight_decay: decoupled, `params -= learning_rate weight_decay params`; None leaves it out.
+
+    Returns:
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params)`.
+
+    Raises:
+      ValueError: as `scale_by_kl_shampoo` does.
+
+    Cost: that of `scale_by_kl_shampoo`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, curvax
+      >>> target = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> loss = lambda w: jnp.sum((w - target) ** 2)
+      >>> tx, w = curvax.kl_shampoo(0.1), jnp.zeros((2, 2))
+      >>> state = tx.init(w)
+      >>> @jax.jit
+      ... def step(w, state):
+      ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
+      ...     return optax.apply_updates(w, updates), state
+      >>> for _ in range(100):
+      ...     w, state = step(w, state)
+      >>> bool(loss(w) < 0.5)
+      True
+
+    References: see `scale_by_kl_shampoo`.
+    """
+    rule = scale_by_kl_shampoo(layout, b1, b2, refresh_every=refresh_every)
+    return finish(rule, learning_rate, weight_decay=weight_decay)
+
+
+def scale_by_kl_soap(
+    layout: Layout | None = None,
+    b1: float | Float[Array, ""] = 0.9,
+    b2: float | Float[Array, ""] = 0.98,
+    eps: float = 1e-8,
+    init_factor: float = 0.1,
+    refresh_every: Interval = 10,
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Take Adam's step in the eigenbasis of KL-Shampoo's second moments.
+
+    L, R, P, Q, d_L and d_R are those of `scale_by_kl_shampoo`. With `g = P' V Q`
+
+      m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   U = P (m / (sqrt(v) + eps)) Q',
+
+    where m and v are corrected for their bias. At a refresh m is turned into the new basis.
+
+    Args:
+      layout: the matrices, see `scale_by_kl_shampoo`; None reads them from shapes.
+      b1: decay of m.
+      b2: decay of v and of L, R and their eigenvalues.
+      eps: is added to the root of v.
+      init_factor: the eigenvalues at the start.
+      refresh_every: number of steps between bases, or a schedule of it.
+      fallback: the rule for what is in no matrix; by default `optax.scale_by_adam(b1, b2, eps)`.
+
+    Returns:
+      `optax.GradientTransformationExtraArgs`; its state is a `curvax.optim.ScaleByMatricesState`.
+
+    Raises:
+      ValueError: as `scale_by_kl_shampoo` does.
+
+    Cost: `5 i o (i + o)` multiplications a matrix and step; at a refresh about `4 (i^3 + o^3)`.
+      Memory: `2 (i^2 + o^2) + 2 i o + i + o` floats a matrix.
+
+    Example: a gradient that stays the same gives steps of the size of Adam's.
+      >>> import jax.numpy as jnp, curvax
+      >>> gradient = jnp.array([[3.0, -1.0], [0.5, 2.0]])
+      >>> rule = curvax.scale_by_kl_soap()
+      >>> state = rule.init(gradient)
+      >>> for _ in range(3):
+      ...     updates, state = rule.update(gradient, state)
+      >>> round(float(jnp.linalg.norm(updates)), 3)
+      1.414
+
+    References: Lin et al. (2025), KL-Shampoo, https://arxiv.org/abs/2509.03378.
+
+    Deviates: the averages are corrected for their bias, as SOAP's are.
+    """
+    check_decay(b1=b1, b2=b2)
+    check_precision(b1=b1, b2=b2)
+    check_at_least(0, eps=eps, init_factor=init_factor)
+
+    def init(block: Block, V: Matrices) -> MatrixBlock:
+        return MatrixBlock(*init_kl(block, V, init_factor, init_moments(V)))
+
+    def step(state: MatrixBlock, V: Matrices, count: Count) -> tuple[Matrices, MatrixBlock]:
+        current: KlBlock = state.preconditioner
+        rotated = rotate(current.basis, V)
+        moments = averaged_moments(current.moments, rotated, count, b1, b2)
+        U = rotate_back(current.basis, adam_step(moments, count, b1, b2, eps))
+        return U, state._replace(preconditioner=current._replace(moments=moments))
+
+    def average_whitened(
+        block: Block, state: MatrixBlock, V: Matrices, count: Count
+    ) -> MatrixBlock:
+        return averaged_kl(block, state, V, count, b2)
+
+    method = MatrixMethod(init, average_whitened, step, refresh_kl, has_current_gradient=False)
+    adam = optax.scale_by_adam(b1, b2, eps)
+    return scale_by_matrices(layout, method, refresh_every, fallback or adam)
+
+
+def kl_soap(
+    learning_rate: optax.ScalarOrSchedule,
+    layout: Layout | None = None,
+    b1: float | Float[Array, ""] = 0.9,
+    b2: float | Float[Array, ""] = 0.98,
+    refresh_every: Interval = 10,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """KL-SOAP for every matrix of a model.
+
+    This is `scale_by_kl_soap(layout, b1, b2, refresh_every=refresh_every)`, then decoupled
+    weight decay and the learning rate.
+
+    Args:
+      learning_rate: a number or a schedule; Adam's fit.
+      layout: the matrices, see `curvax.scale_by_kl_soap`; None reads them from shapes.
+      b1: decay of the momentum.
+      b2: decay of second moments.
+      refresh_every: number of steps between bases.
+      weight_decay: decoupled, `params -= learning_rate weight_decay params`; None leaves it out.
+
+    Returns:
+      `optax.GradientTransformationExtraArgs`; call `update(grads, state, params)`.
+
+    Raises:
+      ValueError: as `scale_by_kl_soap` does.
+
+    Cost: that of `scale_by_kl_soap`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, curvax
+      >>> target = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> loss = lambda w: jnp.sum((w - target) ** 2)
+      >>> tx, w = curvax.kl_soap(0.1), jnp.zeros((2, 2))
+      >>> state = tx.init(w)
+      >>> @jax.jit
+      ... def step(w, state):
+      ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
+      ...     return optax.apply_updates(w, updates), state
+      >>> for _ in range(100):
+      ...     w, state = step(w, state)
+      >>> bool(loss(w) < 0.5)
+      True
+
+    References: see `scale_by_kl_soap`.
+    """
+    rule = scale_by_kl_soap(layout, b1, b2, refresh_every=refresh_every)
+    return finish(rule, learning_rate, weight_decay=weight_decay)
+
+
+def init_kl(
+    block: Block, V: Matrices, init_factor: float, moments: AdamMoments | None
+) -> tuple[Sides, KlBlock]:
+    """Return statistics and basis of no gradients, with eigenvalues of `init_factor`."""
+    statistics = init_statistics(block, V)
+    left = jnp.full(V.shape[:2], init_factor, V.dtype)
+    right = jnp.full((len(V), V.shape[2]), init_factor, V.dtype)
+    basis = init_basis(factors_of(block, statistics))
+    return statistics, KlBlock(basis, Sides(left, right), moments)
+
+
+def averaged_kl(
+    block: Block, state: MatrixBlock, V: Matrices, count: Count, b2: Decay
+) -> MatrixBlock:
+    """Take a gradient into both second moments and their eigenvalues, each whitened by the other.
+
+    Both from the old ones: a step of Jacobi's kind towards `L = E[V R^-1 V'] / out` and `R = E[V'
+    L^-1 V] / in`. Without the divisions there is no such pair of L and R unless in = out.
+    """
+    current: KlBlock = state.preconditioner
+    (P, Q), (d_left, d_right) = current.basis, map(above_floor, current.values)
+    _, rows, columns = V.shape
+    is_first = count == 0
+
+    # V R^-1 V' = (V Q d_R^-1/2)(V Q d_R^-1/2)', and V' L^-1 V likewise. Before the very first
+    # gradient there is no basis, and R is a multiple of the identity.
+    of_left = jnp.where(is_first, V, rotate(Sides(None, Q), V)) / jnp.sqrt(d_right[:, None, :])
+    of_right = jnp.where(is_first, V, rotate(Sides(P, None), V)) / jnp.sqrt(d_left[:, :, None])
+    products = outer_products(block, of_left, of_right)
+    moments = Sides(products.left / columns, products.right / rows)
+
+    # d_L = mean over columns of (P' V Q)^2 / d_R: the diagonal of P' L P.
+    new_left = jnp.mean(rotate(Sides(P, None), of_left) ** 2, axis=2)
+    new_right = jnp.mean(rotate(Sides(None, Q), of_right) ** 2, axis=1)
+    values = Sides(
+        jnp.where(is_first, current.values.left, average(current.values.left, new_left, b2)),
+        jnp.where(is_first, current.values.right, average(current.values.right, new_right, b2)),
+    )
+    statistics = averaged_statistics(state.statistics, moments, b2)
+    statistics, values = _of_equal_means(statistics, values)
+    return state._replace(
+        statistics=statistics,
+        preconditioner=current._replace(values=values),
+    )
+
+
+def above_floor(values: Float[Array, "s n"]) -> Float[Array, "s n"]:
+    """Bound eigenvalues below by a fraction of their mean, whatever the gradient's unit is."""
+    mean = jnp.mean(values, axis=1, keepdims=True)
+    # Where all are zero, gradients have been zero for long: 1 makes the step zero, not NaN.
+    floor = jnp.where(mean > 0, RELATIVE_FLOOR * mean, 1)
+    return jnp.maximum(values, floor)
+
+
+def refresh_kl(layout: Layout, statistics: ByBlock, states: ByBlock) -> ByBlock:
+    """Follow the eigenvectors of L and R; eigenvalues stay with their columns."""
+    old = {name: state.basis for name, state in states.items()}
+    bases = refreshed_bases(layout, statistics, old, sort=False)
+    fresh = {}
+    for name, (basis, values, moments) in states.items():
+        new = bases[name].basis
+        if moments is not None:
+            first = rotate(new, rotate_back(basis, moments.first))
+            moments = moments._replace(first=first)
+        fresh[name] = KlBlock(new, values, moments)
+    return fresh
+
+
+def _of_equal_means(statistics: Sides, values: Sides) -> tuple[Sides, Sides]:
+    """Give the eigenvalues of both sides equal means, and L and R with them.
+
+    `c L` and `R / c` are the same Kronecker product for any c, which would drift.
+    """
+    left, right = (jnp.mean(side, axis=1) for side in values)
+    # c^2 = mean d_R / mean d_L; where one of them is zero nothing is changed.
+    ratio = safe_divide(right, left)
+    c = jnp.sqrt(jnp.where(ratio > 0, ratio, 1))
+    scaled_statistics = Sides(
+        _times(statistics.left, c),
+        _times(statistics.right, 1 / c),
+    )
+    return scaled_statistics, Sides(values.left * c[:, None], values.right / c[:, None])
+
+
+def _times(moment: WeightedMean, c: PerSlice) -> WeightedMean:
+    """Multiply a second moment of every slice by a number."""
+    trailing = [1] * (moment.total.ndim - 1)
+    return moment._replace(total=moment.total * c.reshape(-1, *trailing))
