@@ -48,7 +48,7 @@ def gradient_layout(layout: Layout) -> Layout:
     bias_of = {}
     for block in layout.blocks:
         for path in block.bias.leaves if block.bias else ():
-            bias_of[path] = block.name
+            bias_of[path] = block.kernel.leaves[0]
     if not bias_of:
         return Layout(blocks, layout.leaves)
     # A leaf may hold a kernel and its bias: it stays in the block in part.

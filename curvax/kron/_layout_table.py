@@ -98,6 +98,8 @@ def _notes(block: Block, leaf: Leaf) -> list[str]:
     """Write what is not the default in a block."""
     notes = [block.name] if block.name != leaf.path else []
     notes += block.notes
+    # Rules on gradients may treat a table of embeddings unlike a matrix.
+    notes += ["only looked up"] if block.is_lookup and not block.uses else []
     notes += [block.sharing] if block.sharing != "expand" else []
     notes += ["all positions"] if block.positions == "all" else []
     mask = block.kernel.mask
