@@ -6,10 +6,12 @@ from curvax.kron._build_layout import kron_layout
 from curvax.kron._estimator import estimator
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean, moving_average
 from curvax.kron._fit import fit_factors, fit_moments
+from curvax.kron._gradient_layout import gradient_layout, tiled
 from curvax.kron._gradient_pairs import Basis
 from curvax.kron._inverse import kron_inverse
 from curvax.kron._kron_factor import Diagonal, Full, Identity, KronFactor
 from curvax.kron._layout import Block, Layout, Leaf
+from curvax.kron._matrix_layout import matrix_layout
 from curvax.kron._merging import merge
 from curvax.kron._moments import (
     EigenCurvature,
@@ -53,13 +55,16 @@ __all__ = [
     "estimator",
     "fit_factors",
     "fit_moments",
+    "gradient_layout",
     "kron_basis",
     "kron_factors",
     "kron_inverse",
     "kron_layout",
     "kron_moments",
     "kron_operator",
+    "matrix_layout",
     "merge",
     "moving_average",
+    "tiled",
     "with_block_matrices",
 ]

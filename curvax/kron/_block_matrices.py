@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import jax
-from jaxtyping import Array, Float, PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from curvax._types import Params, tree_at_least_float32
-from curvax.kron._layout import Layout, named_leaves, present
-from curvax.kron._operator import block_matrix
+from curvax._checks import describe
+from curvax._types import Params, at_least_float32, tree_at_least_float32
+from curvax.kron._layout import Block, Layout, named_leaves, present
+from curvax.kron._operator import block_matrix, scatter
 
 
 def block_matrices(layout: Layout, tree: Params) -> dict[str, Float[Array, "s i o"]]:
-    """Return the matrix V of every block, with its bias as last row, in at least float32.
+    """Return the matrix V of every block, its bias as last row if it has one, in at least float32.
 
     Args:
-      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
+      layout: the `Layout` of `curvax.kron_layout(objective, params, batch)`, or one for gradients
+        alone, of `curvax.matrix_layout(params)`.
       tree: a tree like params, for instance a gradient. Blocks that are masked out are left out.
 
     Returns:
@@ -32,7 +35,8 @@ def block_matrices(layout: Layout, tree: Params) -> dict[str, Float[Array, "s i 
       {"['w']": [[[1.0], [1.0], [0.0]]]}
     """
     # A block that is masked out has no arrays to read.
-    return _read(present(layout, tree), tree_at_least_float32(tree))
+    layout = present(layout, tree)
+    return _read(layout.blocks, named_leaves(layout, tree_at_least_float32(tree)))
 
 
 def with_block_matrices(
@@ -41,26 +45,75 @@ def with_block_matrices(
     """Return `tree` with these matrices in place of its blocks, in the dtypes of `tree`.
 
     Args:
-      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
+      layout: the `Layout` of `curvax.kron_layout(objective, params, batch)`, or one for gradients
+        alone, of `curvax.matrix_layout(params)`.
       matrices: `[stack, in (+ 1), out]` for each block, by name, as `block_matrices` returns them.
-      tree: a tree like params, whose entries in no block stay.
+      tree: a tree like params, whose entries in no block (or behind a constant mask) stay as they
+        are, bit by bit. Of leaves that are in blocks wholly, only shapes and dtypes are used.
+
+    Raises:
+      ValueError: a block has no matrix, or one of another shape, or a matrix no block.
+
+    Cost: none for a leaf that is in one block; one pass over leaves that are in blocks in part.
     """
-    wide = tree_at_least_float32(tree)
-    read = partial(_read, present(layout, tree))
-    # S reads the blocks, S' puts them back, and S S' = I: x - S' S x is in no block.
-    write = jax.linear_transpose(read, wide)
-    (in_blocks,) = write(read(wide))
-    (replaced,) = write(matrices)
-    return jax.tree.map(
-        lambda x, old, new, like: (x - old + new).astype(like.dtype),
-        wide,
-        in_blocks,
-        replaced,
-        tree,
-    )
-
-
-def _read(layout: Layout, tree: PyTree[Array]) -> dict[str, Array]:
-    """Return the matrices of all blocks; linear in `tree`."""
+    layout = present(layout, tree)
+    _check_matrices(layout, matrices)
     leaves = named_leaves(layout, tree)
-    return {block.name: block_matrix(block, leaves) for block in layout.blocks}
+    replaced = _put_back(layout.blocks, matrices, leaves)
+    # S reads the blocks and S' puts them back: S' S 1 is 1 at their entries, and 0 elsewhere.
+    in_part = _covered_in_part(layout)
+    blocks = [block for block in layout.blocks if in_part.intersection(block.leaves)]
+    touched = [path for block in blocks for path in block.leaves]
+    ones = {path: jnp.ones_like(leaves[path]) for path in touched}
+    covered = _put_back(blocks, _read(blocks, ones), ones)
+    ordered = []
+    for path, x in leaves.items():
+        if path in in_part:
+            # A choice, and no sum x - S' S x + S' V, which is NaN where x is not finite.
+            x = jnp.where(covered[path] != 0, replaced[path].astype(x.dtype), x)
+        elif path in replaced:
+            x = replaced[path].astype(x.dtype)
+        ordered.append(x)
+    return jax.tree.unflatten(jax.tree.structure(tree), ordered)
+
+
+def _read(blocks: Sequence[Block], leaves: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the matrices of blocks; linear in the leaves."""
+    return {block.name: block_matrix(block, leaves) for block in blocks}
+
+
+def _put_back(
+    blocks: Sequence[Block], matrices: Mapping[str, Array], leaves: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Put matrices to where blocks read them, in at least float32; zeros elsewhere in a leaf."""
+    results: dict[str, Array] = {}
+    for block in blocks:
+        # Shapes and dtypes of the leaves matter, and not what they hold.
+        of_block = {path: at_least_float32(leaves[path]) for path in block.leaves}
+        for path, x in scatter(block, matrices[block.name], of_block).items():
+            results[path] = results[path] + x if path in results else x
+    return results
+
+
+def _covered_in_part(layout: Layout) -> set[str]:
+    """Return the paths of leaves in blocks with entries that no block reads, as static facts."""
+    paths = {leaf.path for leaf in layout.leaves if leaf.kind == "kron" and leaf.outside}
+    for block in layout.blocks:
+        # What a constant mask hides is in the block, where nothing is read or written.
+        if any(view.has("times") for view in (block.kernel, block.bias) if view is not None):
+            paths.update(block.leaves)
+    return paths
+
+
+def _check_matrices(layout: Layout, matrices: Mapping[str, Array]) -> None:
+    """Raise unless every block has a matrix of its shape, and every matrix a block."""
+    shapes = {block.name: block.shape for block in layout.blocks}
+    for name in dict.fromkeys((*shapes, *matrices)):
+        want, got = shapes.get(name), matrices.get(name)
+        if want is None or got is None or jnp.shape(got) != want:
+            there = "no such block" if want is None else f"a block {list(want)}"
+            here = "none" if got is None else describe(got)
+            raise ValueError(
+                f"matrices[{name!r}]: the layout has {there}, got {here}; give what "
+                "curvax.kron.block_matrices(layout, tree) has the shapes of."
+            )

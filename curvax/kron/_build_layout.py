@@ -5,37 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from curvax._checks import check_choice, check_params
 from curvax._types import Batch, Params
 from curvax.capture import Kernel, View, entry_numbers, find_kernels, uses_in_part
-from curvax.kron._layout import POSITIONS, SHARING, UNMATCHED, Block, Layout, Leaf, leaf_shapes
+from curvax.kron._choices import ByPath, Choice, Shapes, by_key, by_path, check_positive
+from curvax.kron._layout import (
+    POSITIONS,
+    SHARING,
+    UNMATCHED,
+    Block,
+    Layout,
+    Leaf,
+    are_lookups,
+    leaf_shapes,
+)
 from curvax.objective import Objective, checked_inputs
-
-T = TypeVar("T")
-
-ByPath: TypeAlias = T | Mapping[str, T]
-"""A choice for all leaves, or by path.
-
-The longest key with which a leaf's path begins counts; "" begins all.
-"""
-
-Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-
-
-class Choice(NamedTuple):
-    """What was chosen for a leaf.
-
-    Attributes:
-      key: the key by which it was chosen; "" where the choice is for all.
-      value: the choice.
-    """
-
-    key: str
-    value: Any
 
 
 class Choices(NamedTuple):
@@ -136,10 +124,10 @@ def kron_layout(
     inputs = checked_inputs(objective, batch)
     shapes = leaf_shapes(params)
     choices = Choices(
-        unmatched=_by_path("unmatched", unmatched, shapes, UNMATCHED),
-        sharing=_by_path("sharing", sharing, shapes, SHARING),
-        max_dim=_by_path("max_dim", max_dim, shapes, None),
-        positions=_by_path("positions", positions, shapes, POSITIONS),
+        unmatched=_choices("unmatched", unmatched, shapes, UNMATCHED),
+        sharing=_choices("sharing", sharing, shapes, SHARING),
+        max_dim=_choices("max_dim", max_dim, shapes, None),
+        positions=_choices("positions", positions, shapes, POSITIONS),
     )
     # A use is where a leaf enters a linear map; those of one kernel make a block.
     kernels, reasons = find_kernels(objective, params, inputs)
@@ -149,7 +137,7 @@ def kron_layout(
         blocks = _with_parts(blocks, list(kernels), objective, params, inputs)
         reasons = _reasons_by_part(reasons, objective, params, inputs)
     # A leaf may lie in blocks wholly, in part, or not at all.
-    covered = _covered(blocks, shapes)
+    covered = covered_entries(blocks, shapes)
     leaves = []
     for path, shape in shapes.items():
         # A leaf that the trace never meets has no reason of its own.
@@ -173,29 +161,17 @@ def _refuse_errors(leaves: Sequence[Leaf]) -> None:
         )
 
 
-def _by_path(
-    name: str, choice: Any, shapes: Shapes, allowed: Sequence[Any] | None
+def _choices(
+    name: str, choice: Any, shapes: Shapes, allowed: Sequence[str] | None
 ) -> Mapping[str, Choice]:
     """Resolve a choice for every path; `allowed` is None for a positive integer."""
-    by_key = choice if isinstance(choice, Mapping) else {"": choice}
-    for key, value in by_key.items():
-        # A key that no path begins with is a slip, which would otherwise choose nothing, unseen.
-        if not any(path.startswith(key) for path in shapes):
-            raise ValueError(
-                f"{name}: no leaf's path begins with {key!r}; the paths are {', '.join(shapes)}."
-            )
-        if allowed is not None:
+    choices = by_key(name, choice, shapes)
+    if allowed is None:
+        check_positive(name, choices)
+    else:
+        for value in choices.values():
             check_choice(name, value, dict.fromkeys(allowed))
-        elif not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-    resolved = {}
-    for path in shapes:
-        # A longer key names a smaller part of the tree, and so overrides the shorter ones.
-        matching = [key for key in by_key if path.startswith(key)]
-        longest = max(matching, key=len, default=None)
-        value = DEFAULTS[name] if longest is None else by_key[longest]
-        resolved[path] = Choice(longest or "", value)
-    return resolved
+    return by_path(choices, shapes, DEFAULTS[name])
 
 
 def unique_names(kernels: Sequence[Kernel]) -> list[str]:
@@ -220,23 +196,27 @@ def _block(name: str, kernel: Kernel, choices: Choices) -> Block:
 
     max_dim = chosen(choices.max_dim)
 
-    # A full factor of n rows takes n^2 memory and about n^3 time: too much beyond max_dim.
-    def structure(size: int) -> str:
-        return "full" if size <= max_dim else "diagonal"
-
     _, rows, columns = kernel.view.shape
     # Inputs of lookups are one-hot: A is diagonal, exactly.
-    only_lookups = all(use.kind == "lookup" and not use.transposed for use in kernel.uses)
+    is_lookup = are_lookups(kernel.uses)
+    a_structure = structure_of(rows + (kernel.bias is not None), max_dim)
     return Block(
         name=name,
         kernel=kernel.view,
         bias=kernel.bias,
         uses=kernel.uses,
-        a_structure="diagonal" if only_lookups else structure(rows + (kernel.bias is not None)),
-        g_structure=structure(columns),
+        a_structure="diagonal" if is_lookup else a_structure,
+        g_structure=structure_of(columns, max_dim),
         sharing=chosen(choices.sharing),
         positions=chosen(choices.positions),
+        is_lookup=is_lookup,
     )
+
+
+def structure_of(size: int, max_dim: int) -> str:
+    """Return the structure of a factor with so many rows, of which `max_dim` may be full."""
+    # A full factor of n rows takes n^2 memory and about n^3 time: too much beyond max_dim.
+    return "full" if size <= max_dim else "diagonal"
 
 
 def _with_parts(
@@ -280,7 +260,7 @@ def _reasons_by_part(
     return named
 
 
-def _covered(blocks: Sequence[Block], shapes: Shapes) -> dict[str, int]:
+def covered_entries(blocks: Sequence[Block], shapes: Shapes) -> dict[str, int]:
     """Count the entries of every leaf that are in blocks."""
     covered = dict.fromkeys(shapes, 0)
     for block in blocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,6 +60,9 @@ class Block:
       parts: for an objective of several parts, what the uses are in each part that has any, by the
         name of the part; together they are `uses`.
       is_penalized: whether a penalty on params is a part of the objective.
+      is_lookup: whether all uses look rows up, as those of a table of embeddings do that is not the
+        head too.
+      notes: how the matrix was read, where its uses do not say it: in layouts for gradients alone.
     """
 
     name: str
@@ -72,6 +76,8 @@ class Block:
     positions: str = "active"
     parts: tuple[tuple[str, tuple[UseKind, ...]], ...] = ()
     is_penalized: bool = False
+    is_lookup: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -120,7 +126,15 @@ class Block:
         uses = dict(self.parts).get(name)
         if uses is None:
             return None
-        return dataclasses.replace(self, uses=uses, parts=(), two_products="balanced")
+        return dataclasses.replace(
+            self, uses=uses, parts=(), two_products="balanced", is_lookup=are_lookups(uses)
+        )
+
+
+def are_lookups(uses: Sequence[UseKind]) -> bool:
+    """Tell whether all uses of a kernel look up its rows, by one-hot inputs."""
+    # The cotangent of a transposed lookup is one-hot, and its input is not.
+    return all(use.kind == "lookup" and not use.transposed for use in uses)
 
 
 @dataclass(frozen=True)

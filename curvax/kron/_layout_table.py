@@ -79,7 +79,8 @@ def _row(layout: Layout, leaf: Leaf) -> tuple[str, ...]:
     # A block's numbers stand beside its first leaf only, so that the column has each once.
     uses, memory = "", ""
     if described:
-        uses = str(sum(len(block.uses) for block in described))
+        # Blocks for gradients alone have no uses.
+        uses = str(sum(len(block.uses) for block in described) or "")
         memory = _memory(sum(map(_floats, described)))
     return (
         leaf.path,
@@ -96,6 +97,9 @@ def _row(layout: Layout, leaf: Leaf) -> tuple[str, ...]:
 def _notes(block: Block, leaf: Leaf) -> list[str]:
     """Write what is not the default in a block."""
     notes = [block.name] if block.name != leaf.path else []
+    notes += block.notes
+    # Rules on gradients may treat a table of embeddings unlike a matrix.
+    notes += ["only looked up"] if block.is_lookup and not block.uses else []
     notes += [block.sharing] if block.sharing != "expand" else []
     notes += ["all positions"] if block.positions == "all" else []
     mask = block.kernel.mask

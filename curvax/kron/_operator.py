@@ -204,7 +204,7 @@ def apply(layout: Layout, operator: KronOperator, v: Params) -> Params:
             continue
         of_block = {path: present[path] for path in block.leaves}
         product = _times(operator.blocks[block.name], block_matrix(block, of_block))
-        for path, x in _scatter(block, product, of_block).items():
+        for path, x in scatter(block, product, of_block).items():
             results[path] = results[path] + x if path in results else x
     # Back into the tree of v, in its dtypes, with masks where they were.
     ordered = []
@@ -223,7 +223,7 @@ def block_matrix(block: Block, leaves: Mapping[str, Array]) -> Float[Array, "s i
     return jnp.concatenate([kernel, block.bias.read(leaves)[:, None]], axis=1)
 
 
-def _scatter(
+def scatter(
     block: Block, matrix: Float[Array, "s i o"], leaves: Mapping[str, Array]
 ) -> dict[str, Array]:
     """Put a block's entries back to where `block_matrix` reads them; zeros elsewhere.

@@ -27,8 +27,15 @@ def layout_plan(
       per_example: run every row by itself; otherwise the batch is one "example" with all positions.
 
     Raises:
-      ValueError: as `curvax.capture.plan`.
+      ValueError: as `curvax.capture.plan`; or the layout is for gradients alone.
     """
+    for block in layout.blocks:
+        if not block.uses:
+            raise ValueError(
+                "the layout was made from shapes (or for gradients alone): it does not say where "
+                f"the model uses {block.name}. K-FAC, and what else captures the inputs and "
+                "cotangents of layers, needs curvax.kron_layout(objective, params, batch)."
+            )
     kernels = {block.name: kernel_of(block) for block in layout.blocks}
     # Leaves that are the identity outside of blocks need no gradient.
     leaves = [leaf.path for leaf in layout.leaves if leaf.outside == "diagonal"]
