@@ -100,7 +100,7 @@ def test_batches_of_factors_are_bounded(x64, monkeypatch):
     roots = [normal(seed, 1, 3, 3) for seed in range(5)]
     factors = [Full(x @ x.swapaxes(1, 2) + jnp.eye(3)) for x in roots]
     monkeypatch.setattr(_kron_factor, "ENTRIES_AT_A_TIME", 20)  # two matrices of 9 entries
-    batches = _kron_factor._batches(factors, _kron_factor._equal_sizes)
+    batches = _kron_factor._batches(factors, _kron_factor.equal_sizes)
     assert [list(batch) for batch in batches] == [[0, 1], [2, 3], [4]]
     for factor, inverted in zip(factors, _kron_factor.invert_all(factors), strict=True):
         chex.assert_trees_all_close(
