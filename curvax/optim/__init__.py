@@ -15,6 +15,13 @@ from curvax.optim._gradient_regularized import (
 from curvax.optim._kfac import kfac, scale_by_kfac
 from curvax.optim._kfac_auto import kfac_auto
 from curvax.optim._kl_clip import KlClipState, kl_clip
+from curvax.optim._kl_shampoo import (
+    KlBlock,
+    kl_shampoo,
+    kl_soap,
+    scale_by_kl_shampoo,
+    scale_by_kl_soap,
+)
 from curvax.optim._kronecker import BlockInfo, KronInfo, ScaleByKronState
 from curvax.optim._lazy_newton import (
     LazyNewtonInfo,
@@ -26,6 +33,21 @@ from curvax.optim._levenberg_marquardt import (
     LevenbergMarquardtInfo,
     LevenbergMarquardtState,
     levenberg_marquardt,
+)
+from curvax.optim._matrices import (
+    MatrixBlock,
+    MatrixInfo,
+    MatrixMethod,
+    ScaleByMatricesState,
+    scale_by_matrices,
+)
+from curvax.optim._matrix_parts import (
+    ScaleRule,
+    Sides,
+    adam_norm,
+    momentum_norm,
+    rms_norm,
+    unscaled,
 )
 from curvax.optim._mfac import MfacInfo, ScaleByMfacState, mfac, scale_by_mfac
 from curvax.optim._newton import (
@@ -41,6 +63,14 @@ from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelStat
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
+from curvax.optim._shampoo import (
+    ShampooMemory,
+    asgo,
+    scale_by_asgo,
+    scale_by_shampoo,
+    shampoo,
+)
+from curvax.optim._soap import SoapBlock, scale_by_soap, soap
 from curvax.optim._sophia import SophiaInfo, scale_by_sophia, sophia_g, sophia_h
 
 __all__ = [
@@ -51,11 +81,15 @@ __all__ = [
     "GradientRegularizedInfo",
     "GradientRegularizedState",
     "Interval",
+    "KlBlock",
     "KlClipState",
     "KronInfo",
     "LazyNewtonInfo",
     "LevenbergMarquardtInfo",
     "LevenbergMarquardtState",
+    "MatrixBlock",
+    "MatrixInfo",
+    "MatrixMethod",
     "MfacInfo",
     "NewtonInfo",
     "QuadraticModelInfo",
@@ -64,12 +98,19 @@ __all__ = [
     "ScaleByDiagonalState",
     "ScaleByKronState",
     "ScaleByLazyNewtonState",
+    "ScaleByMatricesState",
     "ScaleByMfacState",
     "ScaleByNewtonState",
+    "ScaleRule",
+    "ShampooMemory",
+    "Sides",
+    "SoapBlock",
     "SophiaInfo",
     "StepContext",
     "StepResult",
     "adahessian",
+    "adam_norm",
+    "asgo",
     "block_average",
     "curvature_rule",
     "egn",
@@ -82,25 +123,38 @@ __all__ = [
     "kfac",
     "kfac_auto",
     "kl_clip",
+    "kl_shampoo",
+    "kl_soap",
     "lazy_newton",
     "levenberg_marquardt",
     "mfac",
+    "momentum_norm",
     "newton_cg",
     "on_fraction",
     "quadratic_model",
     "refresh_if",
+    "rms_norm",
     "saddle_free_newton",
     "scale_by_adahessian",
+    "scale_by_asgo",
     "scale_by_ekfac",
     "scale_by_gradient_regularized_newton",
     "scale_by_kfac",
+    "scale_by_kl_shampoo",
+    "scale_by_kl_soap",
     "scale_by_lazy_newton",
+    "scale_by_matrices",
     "scale_by_mfac",
     "scale_by_newton",
+    "scale_by_shampoo",
+    "scale_by_soap",
     "scale_by_sophia",
+    "shampoo",
+    "soap",
     "sophia_g",
     "sophia_h",
     "spatial_average",
+    "unscaled",
     "zero_count",
     "zero_number",
 ]

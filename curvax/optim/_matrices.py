@@ -42,7 +42,7 @@ from curvax._types import Count, Params, tree_at_least_float32
 from curvax.kron import Layout, block_matrices, with_block_matrices
 from curvax.kron._gradient_layout import gradient_layout
 from curvax.kron._layout import Block, check_layout, named_leaves, present
-from curvax.kron._matrix_layout import matrix_layout
+from curvax.kron._matrix_layout import layout_of_shapes
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._rule import (
     StepContext,
@@ -159,7 +159,7 @@ def scale_by_matrices(
 
     def layout_of(tree: Params, name: str) -> Layout:
         if matrices is None:
-            return edit_layout(matrix_layout(tree))
+            return edit_layout(layout_of_shapes(tree))
         check_layout(matrices, tree, name)
         return present(matrices, tree)
 
