@@ -49,10 +49,11 @@ def gradient_layout(layout: Layout) -> Layout:
     for block in layout.blocks:
         for path in block.bias.leaves if block.bias else ():
             bias_of[path] = block.kernel.leaves[0]
-    if not bias_of:
-        return Layout(blocks, layout.leaves)
-    # A leaf may hold a kernel and its bias: it stays in the block in part.
-    covered = covered_entries(blocks, {leaf.path: leaf.shape for leaf in layout.leaves})
+    # A leaf may hold a kernel and its bias: it stays in the block in part. Only of those few are
+    # entries counted.
+    shapes = {leaf.path: leaf.shape for leaf in layout.leaves}
+    holders = [block for block in blocks if bias_of.keys() & block.leaves]
+    covered = covered_entries(holders, shapes)
     leaves = []
     for leaf in layout.leaves:
         if leaf.path in bias_of:
