@@ -92,8 +92,8 @@ def tiled(layout: Layout, block_size: int) -> Layout:
       >>> {block.name: block.shape for block in layout.blocks}
       {"['w'][0:8, 0:4]": (2, 4, 4), "['w'][0:8, 4:5]": (2, 4, 1)}
 
-    References: Anil et al. (2020), Scalable second order optimization for deep learning, section
-      3.4 (blocking), https://arxiv.org/abs/2002.09018.
+    References: Anil et al. (2020), Scalable second order optimization for deep learning, on large
+      tensors that are partitioned into blocks, https://arxiv.org/abs/2002.09018.
     """
     check_count(1, block_size=block_size)
     layout = gradient_layout(layout)
