@@ -59,7 +59,8 @@ def matrix_layout(
         "sio" for a stack of layers, "iiio" for a convolution, "ioo" for a projection to heads
         `[in, heads, size]`, "iio" for one from heads `[heads, size, out]`, "sioo" for a stack of
         those; None for no matrix, for instance for embeddings. Where the path goes on behind the
-        beginning, leaves with another number of axes are no matrices.
+        beginning, leaves with another number of axes are no matrices. Without `axes` all are read
+        from their shapes.
       max_dim: factors with more rows than this are diagonal; may be a dict by path, too.
       block_size: longest side of a tile, see `curvax.kron.tiled`; None for no tiles.
 
