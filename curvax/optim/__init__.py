@@ -46,6 +46,7 @@ from curvax.optim._matrix_parts import (
     Sides,
     adam_norm,
     momentum_norm,
+    rms_at_most,
     rms_norm,
     unscaled,
 )
@@ -58,6 +59,14 @@ from curvax.optim._newton import (
     newton_cg,
     saddle_free_newton,
     scale_by_newton,
+)
+from curvax.optim._psgd import (
+    HessianPair,
+    PsgdStatistics,
+    hessian_pairs,
+    psgd,
+    psgd_interval,
+    scale_by_psgd,
 )
 from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelState, quadratic_model
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
@@ -80,6 +89,7 @@ __all__ = [
     "EstimatingState",
     "GradientRegularizedInfo",
     "GradientRegularizedState",
+    "HessianPair",
     "Interval",
     "KlBlock",
     "KlClipState",
@@ -92,6 +102,7 @@ __all__ = [
     "MatrixMethod",
     "MfacInfo",
     "NewtonInfo",
+    "PsgdStatistics",
     "QuadraticModelInfo",
     "QuadraticModelState",
     "RelativeDamping",
@@ -120,6 +131,7 @@ __all__ = [
     "gauss_newton",
     "gradient_regularized_newton",
     "growing_interval",
+    "hessian_pairs",
     "kfac",
     "kfac_auto",
     "kl_clip",
@@ -131,8 +143,11 @@ __all__ = [
     "momentum_norm",
     "newton_cg",
     "on_fraction",
+    "psgd",
+    "psgd_interval",
     "quadratic_model",
     "refresh_if",
+    "rms_at_most",
     "rms_norm",
     "saddle_free_newton",
     "scale_by_adahessian",
@@ -146,6 +161,7 @@ __all__ = [
     "scale_by_matrices",
     "scale_by_mfac",
     "scale_by_newton",
+    "scale_by_psgd",
     "scale_by_shampoo",
     "scale_by_soap",
     "scale_by_sophia",

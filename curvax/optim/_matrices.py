@@ -267,10 +267,15 @@ def scale_by_matrices(
         """Take what was measured of every block into its state."""
         del gradient
         assert method.take_in is not None
-        blocks = {}
-        for name, block in state.blocks.items():
-            blocks[name] = method.take_in(block, _measured(curvature, name))
-        return state._replace(blocks=blocks), all_finite(curvature)
+        blocks, num_failures = {}, {}
+        for name, old in state.blocks.items():
+            new = method.take_in(old, _measured(curvature, name))
+            # A block that overflows goes on with its last good state, and holds up no other.
+            is_good = all_finite(new)
+            blocks[name] = keep_changed(is_good, new, old)
+            num_failures[name] = state.info.num_failures[name] + ~is_good
+        info = state.info._replace(num_failures=num_failures)
+        return state._replace(blocks=blocks, info=info), all_finite(curvature)
 
     return curvature_rule(init, step, take_in=take_in if method.take_in else None)
 
