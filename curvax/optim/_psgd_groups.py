@@ -15,6 +15,7 @@ Li (2018), https://arxiv.org/abs/1512.04202; Li (2024), https://arxiv.org/abs/24
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -291,15 +292,13 @@ class LowRank:
       d: `[s, n, 1]`, positive.
       U: `[s, n, r]`.
       V: `[s, n, r]`.
-      bounds: L of d, U and V, `[s]` each.
-      num_fits: fits so far, `[s]`.
+      bounds: L of the moves of d, U and V, `[s, 3]`.
     """
 
     d: Matrices
     U: Matrices
     V: Matrices
-    bounds: tuple[PerSlice, PerSlice, PerSlice]
-    num_fits: Any
+    bounds: Float[Array, "s 3"]
 
 
 def low_rank_group(rank: int) -> Group:
@@ -310,66 +309,62 @@ def low_rank_group(rank: int) -> Group:
         stack = len(V)
         shape = stack, V[0].size, rank
         # With U = V = 0 neither would ever change; with U = 0 alone Q is the identity.
-        directions = jax.random.normal(key, shape, V.dtype) / jnp.sqrt(shape[1])
+        directions = jax.random.normal(key, shape, V.dtype) / math.sqrt(shape[1])
         return LowRank(
             d=jnp.ones((*shape[:2], 1), V.dtype),
             U=jnp.zeros(shape, V.dtype),
-            V=directions.astype(V.dtype),
-            bounds=tuple(jnp.zeros(stack, V.dtype) for _ in range(3)),
-            num_fits=jnp.zeros(stack, jnp.int32),
+            V=directions,
+            bounds=jnp.zeros((stack, 3), V.dtype),
         )
 
     def fit(Q: LowRank, h: Matrices, v: Matrices, step: FitStep) -> LowRank:
-        return fit_low_rank(_with_equal_norms(Q), _as_vectors(h), _as_vectors(v), step)
+        # One after another, each from where the one before it led: steps of size 1 / L in three
+        # directions at once could together go too far.
+        h, v, Q = _as_vectors(h), _as_vectors(v), _with_equal_norms(Q)
+        for move in (_move_d, _move_u, _move_v):
+            Q = move(Q, _times(Q, h), _solve_transposed_low_rank(Q, v), step)
+        return Q
 
     def apply(Q: LowRank, M: Matrices) -> Matrices:
-        product = _times_transposed(Q, _times(Q, _as_vectors(M)))
+        y = _times(Q, _as_vectors(M))
+        # Q'y = d (y + V U'y)
+        product = Q.d * (y + matmul(Q.V, matmul(Q.U.mT, y)))
         return product.reshape(M.shape)
 
     return Group(init, fit, apply)
 
 
-def fit_low_rank(Q: LowRank, h: Matrices, v: Matrices, step: FitStep) -> LowRank:
-    """Fit d, and in turns U or V, to a pair of vectors.
+def _move_d(Q: LowRank, a: Matrices, b: Matrices, step: FitStep) -> LowRank:
+    """Multiply Q by a diagonal matrix from the left, which stays in the group.
 
-    Moves that stay in the group are `Q <- Q diag(1 - e)`, `Q <- (I + X V') Q` with any X, which
-    changes U alone, and `Q <- (I + U X') Q`, which changes V alone.
+    `diag(c) (I + U V') diag(d) = (I + (c U) (V / c)') diag(c d)`.
     """
-    d, U, V = Q.d, Q.U, Q.V
-    a, b = _times(Q, h), _solve_transposed_low_rank(Q, v)
-
-    # 1. d, by the derivative along Q diag(1 - e): e = h * P h - v * P^-1 v
-    plus, minus = h * _times_transposed(Q, a), v * _solve_low_rank(Q, b)
-    largest = jnp.max(jnp.abs(plus) + jnp.abs(minus), axis=(1, 2))
-    bound_d = step.bound(Q.bounds[0], largest)
-    new_d = d - step.length(bound_d) * (plus - minus) * d
-
-    # 2. U: X = -mu (a a' - b b') V, and (I + X V')(I + U V') = I + (U + X (I + V'U)) V'
-    bound_u, X = _move(a, b, V, Q.bounds[1], step)
-    new_u = U - X - matmul(X, matmul(V.mT, U))
-
-    # 3. V: X = -mu (a a' - b b') U, and (I + U X')(I + U V') = I + U (V + X + V U'X)'
-    bound_v, X = _move(a, b, U, Q.bounds[2], step)
-    new_v = V - X - matmul(V, matmul(U.mT, X))
-
-    # One of the two: together they would count the same error twice.
-    is_turn_of_u = Q.num_fits % 2 == 0
-    turn = is_turn_of_u[:, None, None]
-    bound_u = jnp.where(is_turn_of_u, bound_u, Q.bounds[1])
-    bound_v = jnp.where(is_turn_of_u, Q.bounds[2], bound_v)
-    return LowRank(
-        d=new_d,
-        U=jnp.where(turn, new_u, U),
-        V=jnp.where(turn, V, new_v),
-        bounds=(bound_d, bound_u, bound_v),
-        num_fits=Q.num_fits + 1,
-    )
+    plus, minus = a * a, b * b
+    bound = step.bound(Q.bounds[:, 0], jnp.max(plus + minus, axis=(1, 2)))
+    # Positive for a rate below 1, for L is at least the largest entry.
+    c = 1 - step.length(bound) * (plus - minus)
+    bounds = Q.bounds.at[:, 0].set(bound)
+    return LowRank(d=c * Q.d, U=c * Q.U, V=Q.V / c, bounds=bounds)
 
 
-def _move(
+def _move_u(Q: LowRank, a: Matrices, b: Matrices, step: FitStep) -> LowRank:
+    """Multiply Q by `I - X V'` from the left: `U <- U - X (I + V'U)`."""
+    bound, X = _low_rank_step(a, b, Q.V, Q.bounds[:, 1], step)
+    U = Q.U - X - matmul(X, matmul(Q.V.mT, Q.U))
+    return LowRank(d=Q.d, U=U, V=Q.V, bounds=Q.bounds.at[:, 1].set(bound))
+
+
+def _move_v(Q: LowRank, a: Matrices, b: Matrices, step: FitStep) -> LowRank:
+    """Multiply Q by `I - U X'` from the left: `V <- V - X - V U'X`."""
+    bound, X = _low_rank_step(a, b, Q.U, Q.bounds[:, 2], step)
+    V = Q.V - X - matmul(Q.V, matmul(Q.U.mT, X))
+    return LowRank(d=Q.d, U=Q.U, V=V, bounds=Q.bounds.at[:, 2].set(bound))
+
+
+def _low_rank_step(
     a: Matrices, b: Matrices, W: Matrices, old: PerSlice, step: FitStep
 ) -> tuple[PerSlice, Matrices]:
-    """Return L, and `mu (a a' - b b') W` for a bound L of the norm of `(a a' + b b') W W'`."""
+    """Return L and `X = mu (a a' - b b') W` for a bound L of the norm of `(a a' + b b') W W'`."""
     a_in_w, b_in_w = matmul(a.mT, W), matmul(b.mT, W)
     latest = _norm(a) * _norm(matmul(W, a_in_w.mT)) + _norm(b) * _norm(matmul(W, b_in_w.mT))
     bound = step.bound(old, latest)
@@ -382,7 +377,7 @@ def _with_equal_norms(Q: LowRank) -> LowRank:
     # Where U is still zero there is nothing to compare.
     ratio = jnp.where(norm_u > 0, safe_divide(norm_v, norm_u), 1)
     c = jnp.sqrt(ratio)[:, None, None]
-    return LowRank(d=Q.d, U=c * Q.U, V=Q.V / c, bounds=Q.bounds, num_fits=Q.num_fits)
+    return LowRank(d=Q.d, U=c * Q.U, V=Q.V / c, bounds=Q.bounds)
 
 
 def _times(Q: LowRank, x: Matrices) -> Matrices:
@@ -391,21 +386,11 @@ def _times(Q: LowRank, x: Matrices) -> Matrices:
     return y + matmul(Q.U, matmul(Q.V.mT, y))
 
 
-def _times_transposed(Q: LowRank, x: Matrices) -> Matrices:
-    """Return `Q' x`."""
-    return Q.d * (x + matmul(Q.V, matmul(Q.U.mT, x)))
-
-
-def _solve_low_rank(Q: LowRank, x: Matrices) -> Matrices:
-    """Return `Q^-1 x = diag(1/d) (x - U (I + V'U)^-1 V'x)`, by Woodbury's identity."""
-    small = _plus_identity(matmul(Q.V.mT, Q.U))
-    return (x - matmul(Q.U, _slice_by_slice(jnp.linalg.solve, small, matmul(Q.V.mT, x)))) / Q.d
-
-
 def _solve_transposed_low_rank(Q: LowRank, x: Matrices) -> Matrices:
-    """Return `Q^-T x = y - V (I + U'V)^-1 U'y` with `y = x / d`."""
+    """Return `Q^-T x = y - V (I + U'V)^-1 U'y` with `y = x / d`, by Woodbury's identity."""
     y = x / Q.d
-    small = _plus_identity(matmul(Q.U.mT, Q.V))
+    product = matmul(Q.U.mT, Q.V)
+    small = product + jnp.eye(product.shape[-1], dtype=product.dtype)
     return y - matmul(Q.V, _slice_by_slice(jnp.linalg.solve, small, matmul(Q.U.mT, y)))
 
 
@@ -440,10 +425,6 @@ def _slice_by_slice(fn: Callable[..., Array], *stacks: Array) -> Array:
 
 def _as_vectors(x: Matrices) -> Matrices:
     return x.reshape(len(x), -1, 1)
-
-
-def _plus_identity(x: Squares) -> Squares:
-    return x + jnp.eye(x.shape[-1], dtype=x.dtype)
 
 
 def _trace(x: Squares) -> PerSlice:
