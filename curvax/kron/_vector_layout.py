@@ -49,9 +49,8 @@ def vector_layout(params: Params, structure: str = "full") -> Layout:
     block = _column_block("params", view, structure, "all params as one column")
     leaves = []
     for path, shape in shapes.items():
-        is_in_column = math.prod(shape) > 0
-        leaf = Leaf(path, shape, "kron") if is_in_column else _without_matrix(path, shape)
-        leaves.append(leaf)
+        leaf = Leaf(path=path, shape=shape, kind="kron")
+        leaves.append(leaf if math.prod(shape) else _without_matrix(path, shape))
     return Layout((block,), tuple(leaves))
 
 

@@ -108,7 +108,8 @@ def scale_by_psgd(
       Q_left  <- Q_left  - fit_rate / L_left  triu(A A' - B B') Q_left,
       Q_right <- Q_right - fit_rate / L_right triu(A'A - B'B) Q_right,
 
-    both from the old ones. What h is says what P becomes, as well as Q can:
+    both from the old ones; the first pair also sets their size, so that `|A| = |B|`. What h is says
+    what P becomes, as well as Q can:
 
     | `fit_to`   | h                                | P                            |
     |------------|----------------------------------|------------------------------|
@@ -116,7 +117,9 @@ def scale_by_psgd(
     | "gradient" | V and noise                      | `E[V V']^-1/2`, whitening    |
     | "hessian"  | `H v`, passed as `curvature=`    | the inverse of `|H|`, Newton |
 
-    The noise is `2^-11.5 mean|h| v`, which limits P where h is zero. L bounds the norm of `A A' +
+    The noise is `2^-11.5 mean|h| v`, which limits P where h is zero. With H positive definite, all
+    products agree on Q where P is the inverse of H, and fits end there exactly; otherwise they go
+    on by `fit_rate` as the probes differ. L bounds the norm of `A A' +
     B B'`: by two steps of power iteration from the largest row, at least 0.7 of the norm in
     practice; for matrices of one column by the trace `|a|^2 + |b|^2`; of diagonal factors by the
     largest entry.
@@ -127,8 +130,8 @@ def scale_by_psgd(
         or diagonal; None reads them from shapes. A diagonal side has a diagonal Q; a side that is
         "identity" has none.
       b1: decay of the momentum M.
-      fit_rate: the step of a fit, in (0, 1]. Near 1 a fit to products with a fixed H converges
-        linearly; 0.1 averages over about ten probes, as sampled gradients need.
+      fit_rate: the step of a fit, in (0, 1]. For products with a fixed definite H it may be near 1;
+        0.1 averages over about ten probes, as sampled gradients need.
       fit_every: number of steps between fits, or a schedule of it; step 0 fits. None is
         `curvax.optim.psgd_interval()`. For "hessian" it is the estimator's, and None here.
       fit_to: "momentum", "gradient" or "hessian".
@@ -175,7 +178,8 @@ def scale_by_psgd(
 
     Deviates: the two sides are balanced in every fit that takes place, not at random, which changes
       rounding alone; a matrix whose h is zero keeps its Q, which would grow without limit; the
-      interval between fits is a function of the step, not a counter.
+      interval between fits is a function of the step, not a counter; the diagonal of a low-rank Q
+      is moved from the left, `Q <- diag(c) Q`, after which U and V are moved, each at every fit.
     """
     check_choice("fit_to", fit_to, FIT_TO)
     check_decay(b1=b1, bound_decay=bound_decay)
@@ -186,8 +190,8 @@ def scale_by_psgd(
         check_count(1, rank=rank)
     if fit_to == "hessian" and fit_every is not None:
         raise ValueError(
-            f"fit_every={fit_every!r} is for fits to gradients; one to Hessian products takes place "
-            "whenever `curvature=` is passed. Leave it out here, and give the interval to "
+            f"fit_every={fit_every!r} is for fits to gradients; one to Hessian products takes "
+            "place whenever `curvature=` is passed. Leave it out here, and give the interval to "
             "curvax.estimating(rule, estimator, curvature_every=...)."
         )
     group = kronecker_group() if rank is None else low_rank_group(rank)
@@ -226,7 +230,8 @@ def psgd(
 
     Args:
       learning_rate: a number or a schedule. Without an objective a third to a fifth of Adam's; with
-        one it is a fraction of Newton's step, and so of order 0.1 to 1 where the Hessian is exact.
+        one a fraction of Newton's step: 0.03 is a safe start for networks, and 0.3 for problems
+        without noise.
       objective: the `curvax.Objective` that is minimized; None whitens gradients.
       layout: the matrices, see `curvax.scale_by_psgd`; None reads them from shapes.
       b1: decay of the momentum.
@@ -255,7 +260,7 @@ def psgd(
       >>> saddle = lambda w, x: x * (2 * w[0] ** 2 - w[1] ** 2 / 2)
       >>> objective, batch = curvax.Objective(saddle, value), (jnp.ones(1), jnp.ones(1))
       >>> layout = curvax.kron.vector_layout(jnp.zeros(2))
-      >>> tx = curvax.optim.psgd(0.1, objective, layout, b1=0.0, fit_rate=0.5)
+      >>> tx = curvax.optim.psgd(0.1, objective, layout, b1=0.0)
       >>> w = jnp.array([1.0, 0.01])
       >>> state = tx.init(w)
       >>> @jax.jit
@@ -263,7 +268,7 @@ def psgd(
       ...     gradient = jax.grad(objective)(w, batch)
       ...     updates, state = tx.update(gradient, state, w, batch=batch)
       ...     return optax.apply_updates(w, updates), state
-      >>> for _ in range(60):
+      >>> for _ in range(40):
       ...     w, state = step(w, state)
       >>> bool(abs(w[0]) < 0.1), bool(abs(w[1]) > 1)
       (True, True)
@@ -436,8 +441,8 @@ def _psgd_method(
         return scaled(scale, state.memory, U, M, count + 1), state
 
     if is_whitening:
-        return MatrixMethod(init, average_all, step, refresh)
-    return MatrixMethod(init, average_all, step, take_in=take_in)
+        return MatrixMethod(init=init, average=average_all, step=step, refresh=refresh)
+    return MatrixMethod(init=init, average=average_all, step=step, take_in=take_in)
 
 
 def _fitted(group: Group, Q: Any, h: Matrices, v: Matrices, fit_step: FitStep) -> Any:

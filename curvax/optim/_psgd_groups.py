@@ -66,7 +66,8 @@ class Group(NamedTuple):
 
     Attributes:
       init: `(block, V, key) -> Q`, the identity, from zeros like V.
-      fit: `(Q, h, v, step) -> Q`, one step for a pair of matrices.
+      fit: `(Q, h, v, step) -> Q`, one step for a pair of matrices; the first one also sets the size
+        of Q, so that `|Q h| = |Q^-T v|`.
       apply: `(Q, M) -> Q'Q M`.
     """
 
@@ -238,7 +239,7 @@ def kronecker_group() -> Group:
         return Sides(*(_identity_side(name, stack, size, V.dtype) for name, size in sizes))
 
     def fit(Q: Sides, h: Matrices, v: Matrices, step: FitStep) -> Sides:
-        Q = balanced(Q)
+        Q = balanced(_with_first_scale(Q, h, v))
         # A = Q_left h Q_right',   B = Q_left^-T v Q_right^-1
         A = Q.right.times(Q.left.times(h).mT).mT
         B = Q.right.solve_transposed(Q.left.solve_transposed(v).mT).mT
@@ -246,7 +247,9 @@ def kronecker_group() -> Group:
         return Sides(Q.left.fitted(A, B, step), Q.right.fitted(A.mT, B.mT, step))
 
     def apply(Q: Sides, M: Matrices) -> Matrices:
-        return Q.right.times_gram(Q.left.times_gram(M).mT).mT
+        # Q'Q M = Q_left' Q_left M Q_right' Q_right
+        product: Matrices = Q.right.times_gram(Q.left.times_gram(M).mT).mT
+        return product
 
     return Group(init, fit, apply)
 
@@ -262,6 +265,15 @@ def balanced(Q: Sides) -> Sides:
         return Q
     ratio = jnp.sqrt(right / left)
     return Sides(Q.left.scaled(ratio), Q.right.scaled(1 / ratio))
+
+
+def _with_first_scale(Q: Sides, h: Matrices, v: Matrices) -> Sides:
+    """Multiply by the scale of the first pair, if this is that one."""
+    if not isinstance(Q.left, Unfitted):
+        return Sides(Q.left.scaled(_first_scale(Q.left.bound, h, v)), Q.right)
+    if not isinstance(Q.right, Unfitted):
+        return Sides(Q.left, Q.right.scaled(_first_scale(Q.right.bound, h, v)))
+    return Q
 
 
 def norm_bound(S: Squares) -> PerSlice:
@@ -321,6 +333,8 @@ def low_rank_group(rank: int) -> Group:
         # One after another, each from where the one before it led: steps of size 1 / L in three
         # directions at once could together go too far.
         h, v, Q = _as_vectors(h), _as_vectors(v), _with_equal_norms(Q)
+        scale = _first_scale(Q.bounds[:, 0], h, v)[:, None, None]
+        Q = LowRank(d=scale * Q.d, U=Q.U, V=Q.V, bounds=Q.bounds)
         for move in (_move_d, _move_u, _move_v):
             Q = move(Q, _times(Q, h), _solve_transposed_low_rank(Q, v), step)
         return Q
@@ -409,6 +423,18 @@ def _identity_side(structure: str, stack: int, size: int, dtype: Any) -> Side:
     return Triangular(jnp.tile(identity, (stack, 1, 1)), bound)
 
 
+def _first_scale(bound: PerSlice, h: Matrices, v: Matrices) -> PerSlice:
+    """Return the number c that fits the first pair best, `|c h| = |v / c|`; 1 for all others.
+
+    A fit multiplies Q by at most `1 + rate`: many would pass before a Q that begins with 1 has the
+    size of curvature or gradients.
+    """
+    ratio = safe_divide(_norm(v), _norm(h))
+    # L is zero until a pair was fitted.
+    is_first = (bound == 0) & (ratio > 0)
+    return jnp.where(is_first, jnp.sqrt(ratio), 1)
+
+
 def _solve_transposed(Q: Float[Array, "n n"], x: Float[Array, "n o"]) -> Float[Array, "n o"]:
     return lax.linalg.triangular_solve(Q, x, left_side=True, lower=False, transpose_a=True)
 
@@ -420,7 +446,8 @@ def _slice_by_slice(fn: Callable[..., Array], *stacks: Array) -> Array:
     one_by_one = one_after_another(fn)
     if len(stacks[0]) == 1:
         return one_by_one(*(x[0] for x in stacks))[None]
-    return lax.map(lambda slices: one_by_one(*slices), stacks)
+    solutions: Array = lax.map(lambda slices: one_by_one(*slices), stacks)
+    return solutions
 
 
 def _as_vectors(x: Matrices) -> Matrices:
