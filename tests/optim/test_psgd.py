@@ -196,7 +196,7 @@ def test_low_rank_is_exact_on_diagonal_plus_rank_one(x64):
     u = normal(10)
     hessian = np.diag(np.logspace(-0.5, 0.5, 10)) + np.outer(u, u)
     layout = curvax.kron.vector_layout(jnp.zeros(10))
-    rule = scale_by_psgd(layout, b1=0.0, fit_rate=0.7, fit_to="hessian", rank=1, scale=unscaled())
+    rule = scale_by_psgd(layout, b1=0.0, fit_rate=0.5, fit_to="hessian", rank=1, scale=unscaled())
     P = preconditioner(rule, fit(rule, hessian, 2500), 10)
     np.testing.assert_allclose(P, np.linalg.inv(hessian), rtol=0, atol=1e-4)
 
@@ -224,7 +224,7 @@ def test_whitening_of_kronecker_gradients_is_the_inverse_root(x64):
 
 
 def test_diagonal_and_absent_sides(x64):
-    """V = diag(l) Z: the diagonal side becomes 1 / l up to a number, the identity stays."""
+    """V = diag(l) Z: the diagonal side becomes 1 / l, the identity stays."""
     scales = np.array([3.0, 1.0, 0.2])
     gradients = scales[:, None] * normal(1500, 3, 4)
     layout = curvax.matrix_layout(jnp.zeros((3, 4))).edit(
@@ -232,9 +232,9 @@ def test_diagonal_and_absent_sides(x64):
     )
     rule = scale_by_psgd(layout, b1=0.0, fit_rate=0.03, fit_every=1, scale=unscaled())
     updates, state = whiten(rule, gradients)
-    whitened = np.asarray(only(state.blocks).left.entries[0]) ** 2 * scales
-    np.testing.assert_allclose(whitened / whitened.mean(), 1, atol=0.2)
-    np.testing.assert_allclose(updates[0] / gradients[0], np.ones((3, 4)), rtol=0.2)
+    P = np.asarray(only(state.blocks).left.entries[0]) ** 2
+    np.testing.assert_allclose(P * scales, 1, rtol=0, atol=0.2)
+    np.testing.assert_allclose(updates[-1], P[:, None] * gradients[-1], rtol=1e-12)
     assert only(state.blocks).right == ()
 
 
@@ -293,14 +293,13 @@ def test_two_seeds_have_two_noises_under_vmap_and_one_has_one():
     @jax.jit
     @jax.vmap
     def update(seed):
-        rule = scale_by_psgd(seed=seed, fit_every=psgd_interval())
-        updates, state = rule.update(first(GRADIENTS), rule.init(PARAMS))
-        return rule.update(updates, state)[0]
+        rule = scale_by_psgd(seed=seed)
+        return rule.update(first(GRADIENTS), rule.init(PARAMS))[0]
 
     updates = update(jnp.array([0, 1, 0]))
     for x in jax.tree.leaves(updates):
         chex.assert_trees_all_equal(x[0], x[2])
-        assert not np.allclose(x[0], x[1], rtol=1e-3)
+        assert not np.allclose(x[0], x[1], rtol=1e-4)
 
 
 def test_blocks_and_steps_have_noises_of_their_own():
@@ -315,7 +314,7 @@ def test_blocks_and_steps_have_noises_of_their_own():
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_bfloat16_params_have_float32_state(rank):
-    wide = first(GRADIENTS)
+    wide = {"w": GRADIENTS["w"][0]}
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide)
     rule = scale_by_psgd(rank=rank)
     update = jax.jit(rule.update)
@@ -354,9 +353,10 @@ def test_nan_leaves_the_state_as_it_was(fit_to):
 
 def test_a_fit_that_overflows_is_counted_and_left_out():
     rule = scale_by_psgd(fit_to="hessian")
+    update = jax.jit(rule.update)
     ones, huge = jnp.ones((1, 2, 2)), jnp.full((1, 2, 2), 1e30)
-    _, state = rule.update(ones[0], rule.init(ones[0]), curvature={"": HessianPair(ones, ones)})
-    updates, after = rule.update(ones[0], state, curvature={"": HessianPair(ones, huge)})
+    _, state = update(ones[0], rule.init(ones[0]), curvature={"": HessianPair(ones, ones)})
+    updates, after = update(ones[0], state, curvature={"": HessianPair(ones, huge)})
     chex.assert_trees_all_equal(only(after.blocks), only(state.blocks))
     assert after.info.num_failures == {"": 1} and np.isfinite(updates).all()
 
@@ -368,11 +368,15 @@ def test_gradients_of_zero_leave_q_as_it_is():
 
 
 def test_steps_are_limited_and_short_ones_are_not():
-    rule = scale_by_psgd(scale=rms_at_most(0.5), fit_rate=0.001)
-    for size, expected in ((100.0, 0.5), (0.01, 0.01)):
-        gradient = jnp.full((3, 2), size)
-        updates, _ = rule.update(gradient, rule.init(gradient))
-        np.testing.assert_allclose(jnp.sqrt(jnp.mean(updates**2)), expected, rtol=0.02)
+    gradient = jnp.asarray(normal(3, 2), jnp.float32)
+    steps = []
+    for scale in (unscaled(), rms_at_most(0.5), rms_at_most(100.0)):
+        rule = scale_by_psgd(scale=scale)
+        steps.append(np.asarray(rule.update(gradient, rule.init(gradient))[0]))
+    rms = np.sqrt(np.mean(steps[0] ** 2))
+    assert 0.5 < rms < 100
+    np.testing.assert_allclose(steps[1], steps[0] * 0.5 / rms, rtol=1e-5)
+    np.testing.assert_array_equal(steps[2], steps[0])
 
 
 # --- with an objective ----------------------------------------------------------------------------
