@@ -127,9 +127,8 @@ def test_the_criterion_does_not_cancel_in_float32():
     assert jnp.sqrt(jnp.maximum(total - diagonal, 0) / total) < 2e-5 or total < diagonal
     # In a basis that is no identity, rounded to float32, too.
     q = jnp.asarray(orthogonal(1, 1, n), jnp.float32)
-    turned = (
-        jnp.asarray(q, float) @ jnp.asarray(matrix, float) @ jnp.asarray(q, float).swapaxes(1, 2)
-    )
+    wide = np.asarray(q, float)
+    turned = jnp.asarray(wide @ np.asarray(matrix, float) @ wide.swapaxes(1, 2))
     reading = tracked_basis(turned.astype(jnp.float32), q).off_diagonal_ratio
     np.testing.assert_allclose(reading, 9.6e-5, rtol=2e-2)
 
@@ -184,7 +183,7 @@ def test_bases_of_factors_without_full_rank_are_orthogonal(dtype, error):
 
 
 def test_zeros_and_what_is_not_finite_keep_the_basis():
-    matrix, q = with_values(0, [[3.0, 1.0, 2.0, 0.5]] * 4)
+    matrix, _ = with_values(0, [[3.0, 1.0, 2.0, 0.5]] * 4)
     matrix[0], matrix[1, 2, 2], matrix[2, 1, 0] = 0, np.inf, np.nan
     old = orthogonal(1, 4, 4)
     for tolerance in (0.0, 0.01):
