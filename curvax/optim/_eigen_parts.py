@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from curvax._types import Count
 from curvax.kron import Layout
-from curvax.kron._eigenbasis import first_bases, tracked_bases
+from curvax.kron._eigenbasis import tracked_bases
 from curvax.kron._kron_factor import Full, KronFactor, matmul
 from curvax.optim._matrices import Matrices
 from curvax.optim._matrix_parts import Decay, Sides, average, factors_of
-from curvax.optim._refresh import refresh_if
 
 # P: eigenvectors of L, Q: of R, in columns; None on a side that is not turned.
 
@@ -89,7 +88,7 @@ def refreshed_bases(
     Args:
       layout: the blocks.
       statistics: L and R, by block.
-      old: the bases so far; zeros before the first.
+      old: the bases so far; one of zeros stands for none.
       sort: bring the columns into descending order of `diag(P' L P)` first.
     """
     # One list of the sides of all blocks: those of equal size share a program.
@@ -98,26 +97,12 @@ def refreshed_bases(
     for block in layout.blocks:
         factors += factors_of(block, statistics[block.name])
         bases += old[block.name]
-    zero_bases = [jnp.all(basis == 0) for basis in bases if basis is not None]
-    is_first = jnp.any(jnp.stack(zero_bases)) if zero_bases else jnp.array(False)
-
-    def track(factors: Any, bases: Any) -> Any:
-        return [(new.basis, new.order) for new in tracked_bases(factors, bases, sort=sort)]
-
-    def decompose(factors: Any, bases: Any) -> Any:
-        # A basis that failed at its first refresh is the only one that is decomposed later on.
-        pairs = []
-        for first, (basis, order) in zip(first_bases(factors), track(factors, bases), strict=True):
-            if basis is not None and first.basis is not None:
-                basis = jnp.where(jnp.all(basis == 0), first.basis, basis)
-            pairs.append((basis, order))
-        return pairs
-
-    pairs = refresh_if(is_first, decompose, track, factors, bases)
+    tracked = tracked_bases(factors, bases, sort=sort)
     result = {}
     for k, block in enumerate(layout.blocks):
-        (left, left_order), (right, right_order) = pairs[2 * k : 2 * k + 2]
-        result[block.name] = NewBasis(Sides(left, right), Sides(left_order, right_order))
+        left, right = tracked[2 * k : 2 * k + 2]
+        basis, orders = Sides(left.basis, right.basis), Sides(left.order, right.order)
+        result[block.name] = NewBasis(basis, orders)
     return result
 
 
