@@ -76,21 +76,21 @@ class PsgdStatistics(NamedTuple):
     Attributes:
       momentum: the average of gradients, `[s, i, o]`.
       gradient: the latest gradient, if that is fitted to; else None.
-      seed: the seed of the probes; None for the fit to Hessian products.
-      count: steps before this one; None likewise.
+      probe_seed: the seed of the probes; None for the fit to Hessian products.
+      num_steps: steps before this one; None likewise.
     """
 
     momentum: Matrices
     gradient: Matrices | None
-    seed: UInt32[Array, ""] | None
-    count: Any
+    probe_seed: UInt32[Array, ""] | None
+    num_steps: Any
 
 
 def scale_by_psgd(
     layout: Layout | None = None,
     b1: float | Float[Array, ""] = 0.9,
     fit_rate: float | Float[Array, ""] = 0.1,
-    fit_every: Interval | None = None,
+    refresh_every: Interval | None = None,
     fit_to: str = "momentum",
     rank: int | None = None,
     bound_decay: float = 0.9,
@@ -132,7 +132,7 @@ def scale_by_psgd(
       b1: decay of the momentum M.
       fit_rate: the step of a fit, in (0, 1]. For products with a fixed definite H it may be near 1;
         0.1 averages over about ten probes, as sampled gradients need.
-      fit_every: number of steps between fits, or a schedule of it; step 0 fits. None is
+      refresh_every: number of steps between fits, or a schedule of it; step 0 fits. None is
         `curvax.optim.psgd_interval()`. For "hessian" it is the estimator's, and None here.
       fit_to: "momentum", "gradient" or "hessian".
       rank: r, for `Q = (I + U V') diag(d)` with U and V `[i o, r]` in place of the Kronecker
@@ -151,7 +151,7 @@ def scale_by_psgd(
       are zero.
 
     Raises:
-      ValueError: A number is out of its range, `fit_to` is unknown, `fit_every` comes with
+      ValueError: A number is out of its range, `fit_to` is unknown, `refresh_every` comes with
         "hessian", or updates or the curvature are of another layout.
 
     Cost: `2 i o (i + o)` multiplications a matrix and step, and `3 i o (i + o) + i^3 + o^3` for a
@@ -188,16 +188,16 @@ def scale_by_psgd(
     check_integer(0, 2**32 - 1, seed=seed)
     if rank is not None:
         check_count(1, rank=rank)
-    if fit_to == "hessian" and fit_every is not None:
+    if fit_to == "hessian" and refresh_every is not None:
         raise ValueError(
-            f"fit_every={fit_every!r} is for fits to gradients; one to Hessian products takes "
+            f"refresh_every={refresh_every!r} is for fits to gradients; one to Hessian products takes "
             "place whenever `curvature=` is passed. Leave it out here, and give the interval to "
             "curvax.estimating(rule, estimator, curvature_every=...)."
         )
     group = kronecker_group() if rank is None else low_rank_group(rank)
     fit_step = FitStep(fit_rate, bound_decay)
     method = _psgd_method(group, fit_step, b1, fit_to, scale or rms_at_most(), seed)
-    interval = psgd_interval() if fit_every is None else fit_every
+    interval = psgd_interval() if refresh_every is None else refresh_every
     if fallback is not None:
         return scale_by_matrices(layout, method, interval, fallback)
     adam = optax.scale_by_adam(b1)
@@ -210,7 +210,7 @@ def psgd(
     layout: Layout | None = None,
     b1: float | Float[Array, ""] = 0.9,
     fit_rate: float | Float[Array, ""] = 0.1,
-    fit_every: Interval | None = None,
+    refresh_every: Interval | None = None,
     rank: int | None = None,
     damping: float | Float[Array, ""] = 0.0,
     weight_decay: optax.ScalarOrSchedule | None = None,
@@ -218,13 +218,13 @@ def psgd(
 ) -> optax.GradientTransformationExtraArgs:
     """PSGD: whitened momentum without an objective, steps of Newton's kind with one.
 
-    Without an objective this is `scale_by_psgd(layout, b1, fit_rate, fit_every)`, then decoupled
+    Without an objective this is `scale_by_psgd(layout, b1, fit_rate, refresh_every)`, then decoupled
     weight decay and the learning rate. With one, P is fitted to products with the Hessian,
     ```
     def estimator(params, batch, key):
         return hessian_pairs(objective, params, batch, key, layout, damping)
 
-    estimating(scale_by_psgd(layout, b1, fit_rate, fit_to="hessian"), estimator, fit_every)
+    estimating(scale_by_psgd(layout, b1, fit_rate, fit_to="hessian"), estimator, refresh_every)
     ```
     in place of that rule.
 
@@ -236,7 +236,7 @@ def psgd(
       layout: the matrices, see `curvax.scale_by_psgd`; None reads them from shapes.
       b1: decay of the momentum.
       fit_rate: the step of a fit, in (0, 1].
-      fit_every: number of steps between fits, or a schedule of it; None is
+      refresh_every: number of steps between fits, or a schedule of it; None is
         `curvax.optim.psgd_interval()`.
       rank: rank of the update of a diagonal Q, in place of Kronecker products.
       damping: P is fitted to `H + damping I`, in the unit of an eigenvalue of H; for an objective.
@@ -268,7 +268,7 @@ def psgd(
       ...     gradient = jax.grad(objective)(w, batch)
       ...     updates, state = tx.update(gradient, state, w, batch=batch)
       ...     return optax.apply_updates(w, updates), state
-      >>> for _ in range(30):
+      >>> for _ in range(40):
       ...     w, state = step(w, state)
       >>> bool(abs(w[0]) < 0.2), bool(abs(w[1]) > 1)
       (True, True)
@@ -278,7 +278,7 @@ def psgd(
     check_at_least(0, damping=damping)
     if objective is None:
         if isinstance(damping, int | float) and damping == 0:
-            rule = scale_by_psgd(layout, b1, fit_rate, fit_every, rank=rank, seed=seed)
+            rule = scale_by_psgd(layout, b1, fit_rate, refresh_every, rank=rank, seed=seed)
             return finish(rule, learning_rate, weight_decay=weight_decay)
         raise ValueError(
             f"damping={damping!r} is added to a Hessian, and there is no objective to have one. "
@@ -290,7 +290,7 @@ def psgd(
         return hessian_pairs(of_hessian, params, batch, key, layout, damping)
 
     rule = scale_by_psgd(layout, b1, fit_rate, fit_to="hessian", rank=rank, seed=seed)
-    interval = psgd_interval() if fit_every is None else fit_every
+    interval = psgd_interval() if refresh_every is None else refresh_every
     rule = estimating(rule, estimator, interval, seed)
     return finish(rule, learning_rate, weight_decay=weight_decay)
 
@@ -356,7 +356,7 @@ def psgd_interval(
       probability: the smallest p.
 
     Returns:
-      A schedule for `fit_every`.
+      A schedule for `refresh_every`.
 
     Raises:
       ValueError: A number is below 0, or the probability is 0 or above 1.
@@ -398,8 +398,8 @@ def _psgd_method(
         statistics = PsgdStatistics(
             momentum=jnp.zeros_like(V),
             gradient=jnp.zeros_like(V) if fit_to == "gradient" else None,
-            seed=jnp.array(seed, jnp.uint32) if is_whitening else None,
-            count=zero_count() if is_whitening else None,
+            probe_seed=jnp.array(seed, jnp.uint32) if is_whitening else None,
+            num_steps=zero_count() if is_whitening else None,
         )
         return MatrixBlock(statistics, group.init(block, V, key), scale.init(V))
 
@@ -408,7 +408,7 @@ def _psgd_method(
         statistics = state.statistics._replace(
             momentum=average(state.statistics.momentum, V, b1),
             gradient=V if fit_to == "gradient" else None,
-            count=count if is_whitening else None,
+            num_steps=count if is_whitening else None,
         )
         return state._replace(statistics=statistics, memory=scale.average(state.memory, V))
 
@@ -423,8 +423,8 @@ def _psgd_method(
         """Return h and v for the fit to momentum or to a gradient."""
         target = of_block.gradient
         if target is None:
-            target = debiased(of_block.momentum, b1, of_block.count + 1)
-        v = draw_probe(of_block.seed, of_block.count, name, target)
+            target = debiased(of_block.momentum, b1, of_block.num_steps + 1)
+        v = draw_probe(of_block.probe_seed, of_block.num_steps, name, target)
         # The same v: h = m + delta v is a product with a Hessian that has delta I added.
         delta = NOISE * jnp.mean(jnp.abs(target), axis=(1, 2), keepdims=True)
         return target + delta * v, v

@@ -48,29 +48,37 @@ def run(rule, params, inputs, update, state=None):
     return updates, state
 
 
-def whiten(rule, gradients, state=None):
-    """The updates for gradients along the leading axis of a tree, and the state after them."""
-    gradients = jax.tree.map(jnp.asarray, gradients)
-    params = jax.tree.map(lambda x: x[0], gradients)
-    return run(rule, params, gradients, lambda s, g: rule.update(g, s), state)
+def whiten(rule, gradients):
+    """The updates for gradients along the leading axis, and the state after them."""
+    gradients = jnp.asarray(gradients)
+    return run(rule, gradients[0], gradients, lambda s, g: rule.update(g, s))
 
 
-def fit(rule, hessian, num_steps, seed=0, state=None):
-    """The state after fits to products of a d x d matrix with drawn probes."""
+def fit(build, hessian, rates):
+    """The state after fits to products of a d x d matrix with drawn probes, by `build(rate)`."""
     size, hessian = len(hessian), jnp.asarray(hessian)
 
-    def update(state, key):
+    def update(state, key_and_rate):
+        key, rate = key_and_rate
         v = jax.random.normal(key, (1, size, 1), hessian.dtype)
         pair = {"params": HessianPair(v, hessian @ v)}
-        return rule.update(jnp.ones(size, hessian.dtype), state, curvature=pair)
+        return build(rate).update(jnp.ones(size, hessian.dtype), state, curvature=pair)
 
-    keys = jax.random.split(jax.random.key(seed), num_steps)
-    return run(rule, jnp.zeros(size, hessian.dtype), keys, update, state)[1]
+    keys = jax.random.split(jax.random.key(0), len(rates))
+    return run(build(1.0), jnp.zeros(size, hessian.dtype), (keys, jnp.asarray(rates)), update)[1]
 
 
-def preconditioner(rule, state, size):
+def fitting(size, **options):
+    """`build(rate)` of a rule without averages and limits, for all params as one vector."""
+    layout = curvax.kron.vector_layout(jnp.zeros(size))
+    return lambda rate: scale_by_psgd(
+        layout, b1=0.0, fit_rate=rate, fit_to="hessian", scale=unscaled(), **options
+    )
+
+
+def preconditioner(build, state, size):
     """P as a matrix, of a rule without averages and limits."""
-    rows = jax.vmap(lambda e: rule.update(e, state)[0])(jnp.eye(size))
+    rows = jax.vmap(lambda e: build(1.0).update(e, state)[0])(jnp.eye(size))
     return np.asarray(rows)
 
 
@@ -100,7 +108,7 @@ def test_whitening_equals_its_transcription_on_a_stack(x64, fit_to, max_dim, dec
     gradients = normal(20, 2, *SHAPE) * np.logspace(-1, 1, 5)[:, None]
     layout = curvax.matrix_layout(jnp.asarray(gradients[0]), axes={"": "sio"}, max_dim=max_dim)
     rule = scale_by_psgd(
-        layout, fit_rate=0.7, fit_every=2, fit_to=fit_to, bound_decay=decay, seed=3
+        layout, fit_rate=0.7, refresh_every=2, fit_to=fit_to, bound_decay=decay, seed=3
     )
     updates, state = whiten(rule, gradients)
     probes = list(probes_of(20, (2, *SHAPE), seed=3))
@@ -173,9 +181,8 @@ def test_the_interval_fits_about_as_often_as_the_counter():
 def test_dense_fits_converge_linearly_to_the_inverse(x64):
     hessian = normal(20, 20)
     hessian = hessian @ hessian.T / 20 + 0.1 * np.eye(20)
-    layout = curvax.kron.vector_layout(jnp.zeros(20))
-    rule = scale_by_psgd(layout, b1=0.0, fit_rate=1.0, fit_to="hessian", scale=unscaled())
-    P = preconditioner(rule, fit(rule, hessian, 3000), 20)
+    build = fitting(20)
+    P = preconditioner(build, fit(build, hessian, np.ones(3000)), 20)
     error = np.linalg.norm(P @ hessian @ hessian @ P - np.eye(20)) / np.sqrt(20)
     assert error < 1e-4
     np.testing.assert_allclose(P, np.linalg.inv(hessian), rtol=0, atol=1e-3)
@@ -183,21 +190,17 @@ def test_dense_fits_converge_linearly_to_the_inverse(x64):
 
 def test_an_indefinite_hessian_gives_the_inverse_of_its_absolute_value(x64):
     hessian, expected = with_eigenvalues(np.array([3.0, 1.0, -1.0, -0.4]))
-    layout, state = curvax.kron.vector_layout(jnp.zeros(4)), None
+    build = fitting(4)
     # Products with an indefinite matrix keep the noise of the probes: smaller and smaller steps.
-    for rate in (0.3, 0.03, 0.003):
-        rule = scale_by_psgd(layout, b1=0.0, fit_rate=rate, fit_to="hessian", scale=unscaled())
-        state = fit(rule, hessian, 1500, state=state)
-    P = preconditioner(rule, state, 4)
+    P = preconditioner(build, fit(build, hessian, np.geomspace(0.3, 0.001, 4000)), 4)
     np.testing.assert_allclose(P, expected, rtol=0, atol=0.05 * expected.max())
 
 
 def test_low_rank_is_exact_on_diagonal_plus_rank_one(x64):
     u = normal(10)
     hessian = np.diag(np.logspace(-0.5, 0.5, 10)) + np.outer(u, u)
-    layout = curvax.kron.vector_layout(jnp.zeros(10))
-    rule = scale_by_psgd(layout, b1=0.0, fit_rate=0.5, fit_to="hessian", rank=1, scale=unscaled())
-    P = preconditioner(rule, fit(rule, hessian, 2500), 10)
+    build = fitting(10, rank=1)
+    P = preconditioner(build, fit(build, hessian, np.full(2500, 0.5)), 10)
     np.testing.assert_allclose(P, np.linalg.inv(hessian), rtol=0, atol=1e-4)
 
 
@@ -208,13 +211,13 @@ def test_whitening_of_kronecker_gradients_is_the_inverse_root(x64):
         with_eigenvalues(np.array([2.0, 0.2]), 2),
     )
     root_a, root_b = np.linalg.cholesky(A), np.linalg.cholesky(B)
-    state = None
-    for seed, rate in enumerate((0.3, 0.03, 0.003)):
-        rule = scale_by_psgd(
-            b1=0.0, fit_rate=rate, fit_every=1, fit_to="gradient", scale=unscaled()
-        )
-        gradients = root_a @ normal(1500, 3, 2, seed=seed) @ root_b.T
-        _, state = whiten(rule, gradients, state)
+    gradients = jnp.asarray(root_a @ normal(4000, 3, 2) @ root_b.T)
+    build = lambda rate: scale_by_psgd(
+        b1=0.0, fit_rate=rate, refresh_every=1, fit_to="gradient", scale=unscaled()
+    )
+    inputs = gradients, jnp.geomspace(0.3, 0.001, 4000)
+    update = lambda state, x: build(x[1]).update(x[0], state)
+    _, state = run(build(1.0), gradients[0], inputs, update)
     Q = only(state.blocks)
     P = np.kron(*(np.asarray(q.matrix[0].T @ q.matrix[0]) for q in (Q.left, Q.right)))
     values, vectors = np.linalg.eigh(np.kron(A_inverse, B_inverse))
@@ -230,7 +233,7 @@ def test_diagonal_and_absent_sides(x64):
     layout = curvax.matrix_layout(jnp.zeros((3, 4))).edit(
         "", a_structure="diagonal", g_structure="identity"
     )
-    rule = scale_by_psgd(layout, b1=0.0, fit_rate=0.03, fit_every=1, scale=unscaled())
+    rule = scale_by_psgd(layout, b1=0.0, fit_rate=0.03, refresh_every=1, scale=unscaled())
     updates, state = whiten(rule, gradients)
     P = np.asarray(only(state.blocks).left.entries[0]) ** 2
     np.testing.assert_allclose(P * scales, 1, rtol=0, atol=0.2)
@@ -241,7 +244,7 @@ def test_diagonal_and_absent_sides(x64):
 def test_the_diagonal_of_a_triangle_stays_positive():
     """Whatever the probes are, for any rate below 1; so Q can be inverted."""
     h = np.logspace(-3, 3, 60)[:, None, None] * normal(60, *SHAPE)
-    rule = scale_by_psgd(b1=0.0, fit_rate=0.99, fit_every=1, fit_to="gradient", bound_decay=0.0)
+    rule = scale_by_psgd(b1=0.0, fit_rate=0.99, refresh_every=1, fit_to="gradient", bound_decay=0.0)
     _, state = whiten(rule, np.float32(np.random.default_rng(1).permutation(h)))
     Q = only(state.blocks)
     for side in (Q.left, Q.right):
@@ -405,7 +408,7 @@ def test_pairs_are_products_with_the_damped_hessian():
 def test_newton_steps_solve_least_squares(form):
     layout = None if form == "kronecker" else curvax.kron.vector_layout(LINEAR)
     rank = 3 if form == "low rank" else None
-    tx = psgd(0.3, OBJECTIVE, layout, b1=0.0, fit_rate=0.5, fit_every=1, rank=rank)
+    tx = psgd(0.3, OBJECTIVE, layout, b1=0.0, fit_rate=0.5, refresh_every=1, rank=rank)
 
     def update(state, _):
         params, inner = state
@@ -441,8 +444,8 @@ def test_a_mask_has_the_pairs_of_its_part():
         ({"fit_rate": 1.5}, r"fit_rate must lie in \(0, 1\]"),
         ({"b1": 1.0}, "b1 must lie"),
         ({"rank": 0}, "rank must be at least 1"),
-        ({"fit_to": "hessian", "fit_every": 2}, "curvature_every"),
-        ({"fit_every": 0}, "refresh_every"),
+        ({"fit_to": "hessian", "refresh_every": 2}, "curvature_every"),
+        ({"refresh_every": 0}, "refresh_every"),
     ],
 )
 def test_options_that_cannot_be(options, message):
