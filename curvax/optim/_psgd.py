@@ -190,9 +190,9 @@ def scale_by_psgd(
         check_count(1, rank=rank)
     if fit_to == "hessian" and refresh_every is not None:
         raise ValueError(
-            f"refresh_every={refresh_every!r} is for fits to gradients; one to Hessian products takes "
-            "place whenever `curvature=` is passed. Leave it out here, and give the interval to "
-            "curvax.estimating(rule, estimator, curvature_every=...)."
+            f"refresh_every={refresh_every!r} is for fits to gradients; one to Hessian products "
+            "takes place whenever `curvature=` is passed. Leave it out here, and give the interval "
+            "to curvax.estimating(rule, estimator, curvature_every=...)."
         )
     group = kronecker_group() if rank is None else low_rank_group(rank)
     fit_step = FitStep(fit_rate, bound_decay)
@@ -212,26 +212,26 @@ def psgd(
     fit_rate: float | Float[Array, ""] = 0.1,
     refresh_every: Interval | None = None,
     rank: int | None = None,
-    damping: float | Float[Array, ""] = 0.0,
+    max_kl: float | None = 1e-3,
     weight_decay: optax.ScalarOrSchedule | None = None,
     seed: int | UInt32[Array, ""] = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """PSGD: whitened momentum without an objective, steps of Newton's kind with one.
 
-    Without an objective this is `scale_by_psgd(layout, b1, fit_rate, refresh_every)`, then decoupled
-    weight decay and the learning rate. With one, P is fitted to products with the Hessian,
+    Without an objective this is `scale_by_psgd(layout, b1, fit_rate, refresh_every)`, then
+    decoupled weight decay and the learning rate. With one, P is fitted to products with the
+    Hessian,
     ```
     def estimator(params, batch, key):
-        return hessian_pairs(objective, params, batch, key, layout, damping)
+        return hessian_pairs(objective, params, batch, key, layout)
 
     estimating(scale_by_psgd(layout, b1, fit_rate, fit_to="hessian"), estimator, refresh_every)
     ```
-    in place of that rule.
+    in place of that rule, and its steps are limited by `max_kl`.
 
     Args:
       learning_rate: a number or a schedule. Without an objective a third to a fifth of Adam's; with
-        one a fraction of Newton's step: 0.03 is a safe start for networks, and 0.3 for problems
-        without noise.
+        one a fraction of Newton's step, such as 0.1.
       objective: the `curvax.Objective` that is minimized; None whitens gradients.
       layout: the matrices, see `curvax.scale_by_psgd`; None reads them from shapes.
       b1: decay of the momentum.
@@ -239,7 +239,8 @@ def psgd(
       refresh_every: number of steps between fits, or a schedule of it; None is
         `curvax.optim.psgd_interval()`.
       rank: rank of the update of a diagonal Q, in place of Kronecker products.
-      damping: P is fitted to `H + damping I`, in the unit of an eigenvalue of H; for an objective.
+      max_kl: with an objective, the limit of `learning_rate^2 g.u` for the gradient g and its step
+        u = P g, twice what the step is expected to gain, see `curvax.kl_clip`; None for no limit.
       weight_decay: decoupled, `params -= learning_rate weight_decay params`; None leaves it out.
       seed: the seed of the probes.
 
@@ -248,8 +249,7 @@ def psgd(
       objective `update(grads, state, params, batch=batch)`.
 
     Raises:
-      ValueError: as `scale_by_psgd` does; a damping is below 0, or comes without an objective; or,
-        at trace time, `batch=` is missing.
+      ValueError: as `scale_by_psgd` does; or, at trace time, with an objective `batch=` is missing.
 
     Cost: that of `scale_by_psgd`; with an objective also a Hessian product, about 3 gradients with
       its building, at each fit.
@@ -260,7 +260,7 @@ def psgd(
       >>> saddle = lambda w, x: x * (2 * w[0] ** 2 - w[1] ** 2 / 2)
       >>> objective, batch = curvax.Objective(saddle, value), (jnp.ones(1), jnp.ones(1))
       >>> layout = curvax.kron.vector_layout(jnp.zeros(2))
-      >>> tx = curvax.optim.psgd(0.1, objective, layout, b1=0.0)
+      >>> tx = curvax.optim.psgd(0.1, objective, layout, b1=0.0, max_kl=None)
       >>> w = jnp.array([1.0, 0.1])
       >>> state = tx.init(w)
       >>> @jax.jit
@@ -275,24 +275,19 @@ def psgd(
 
     References: see `scale_by_psgd`.
     """
-    check_at_least(0, damping=damping)
     if objective is None:
-        if isinstance(damping, int | float) and damping == 0:
-            rule = scale_by_psgd(layout, b1, fit_rate, refresh_every, rank=rank, seed=seed)
-            return finish(rule, learning_rate, weight_decay=weight_decay)
-        raise ValueError(
-            f"damping={damping!r} is added to a Hessian, and there is no objective to have one. "
-            "Pass objective=, or leave the damping out: whitening has noise in its place."
-        )
+        rule = scale_by_psgd(layout, b1, fit_rate, refresh_every, rank=rank, seed=seed)
+        # Whitened steps have no quadratic model whose gain could be limited.
+        return finish(rule, learning_rate, weight_decay=weight_decay)
     of_hessian = objective
 
     def estimator(params: Params, batch: Batch, key: PRNGKey) -> dict[str, HessianPair]:
-        return hessian_pairs(of_hessian, params, batch, key, layout, damping)
+        return hessian_pairs(of_hessian, params, batch, key, layout)
 
     rule = scale_by_psgd(layout, b1, fit_rate, fit_to="hessian", rank=rank, seed=seed)
     interval = psgd_interval() if refresh_every is None else refresh_every
     rule = estimating(rule, estimator, interval, seed)
-    return finish(rule, learning_rate, weight_decay=weight_decay)
+    return finish(rule, learning_rate, max_kl=max_kl, weight_decay=weight_decay)
 
 
 def hessian_pairs(

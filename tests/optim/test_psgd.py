@@ -408,7 +408,8 @@ def test_pairs_are_products_with_the_damped_hessian():
 def test_newton_steps_solve_least_squares(form):
     layout = None if form == "kronecker" else curvax.kron.vector_layout(LINEAR)
     rank = 3 if form == "low rank" else None
-    tx = psgd(0.3, OBJECTIVE, layout, b1=0.0, fit_rate=0.5, refresh_every=1, rank=rank)
+    options = {"b1": 0.0, "fit_rate": 0.5, "refresh_every": 1, "max_kl": None}
+    tx = psgd(0.3, OBJECTIVE, layout, rank=rank, **options)
 
     def update(state, _):
         params, inner = state
@@ -420,6 +421,17 @@ def test_newton_steps_solve_least_squares(form):
     losses, _ = run(tx, LINEAR, jnp.arange(200), update, start)
     # The condition of this problem is about 100: gradient descent at its best is at 1e-2.
     assert losses[-1] < 1e-5 * losses[0]
+
+
+def test_steps_with_an_objective_are_limited():
+    gradient = jax.grad(OBJECTIVE)(LINEAR, BATCH)
+    sizes = []
+    for max_kl in (None, 1e-3):
+        tx = psgd(0.5, OBJECTIVE, max_kl=max_kl)
+        updates, _ = jax.jit(tx.update)(gradient, tx.init(LINEAR), LINEAR, batch=BATCH)
+        sizes.append(-0.5 * optax.tree.vdot(gradient, updates))  # lr^2 g.u
+    assert sizes[0] > 2e-3
+    np.testing.assert_allclose(sizes[1], 1e-3, rtol=1e-3)
 
 
 def test_a_mask_has_the_pairs_of_its_part():
@@ -451,11 +463,6 @@ def test_a_mask_has_the_pairs_of_its_part():
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         scale_by_psgd(**options)
-
-
-def test_a_damping_needs_an_objective():
-    with pytest.raises(ValueError, match="there is no objective"):
-        psgd(0.1, damping=0.1)
 
 
 def test_curvature_of_another_layout_or_kind():
