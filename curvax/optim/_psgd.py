@@ -239,8 +239,8 @@ def psgd(
       refresh_every: number of steps between fits, or a schedule of it; None is
         `curvax.optim.psgd_interval()`.
       rank: rank of the update of a diagonal Q, in place of Kronecker products.
-      max_kl: with an objective, the limit of `learning_rate^2 g.u` for the gradient g and its step
-        u = P g, twice what the step is expected to gain, see `curvax.kl_clip`; None for no limit.
+      max_kl: with an objective, the limit of `learning_rate^2 u' P^-1 u` for a step u, twice its
+        curvature term in a quadratic model, see `curvax.kl_clip`; None for no limit.
       weight_decay: decoupled, `params -= learning_rate weight_decay params`; None leaves it out.
       seed: the seed of the probes.
 
