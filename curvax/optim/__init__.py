@@ -50,6 +50,7 @@ from curvax.optim._matrix_parts import (
     unscaled,
 )
 from curvax.optim._mfac import MfacInfo, ScaleByMfacState, mfac, scale_by_mfac
+from curvax.optim._mkor import mkor, mkor_h, scale_by_mkor
 from curvax.optim._newton import (
     NewtonInfo,
     ScaleByNewtonState,
@@ -59,6 +60,7 @@ from curvax.optim._newton import (
     saddle_free_newton,
     scale_by_newton,
 )
+from curvax.optim._plateau import LossAverages, UntilPlateauState, until_plateau
 from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelState, quadratic_model
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping
@@ -90,6 +92,7 @@ __all__ = [
     "MatrixBlock",
     "MatrixInfo",
     "MatrixMethod",
+    "LossAverages",
     "MfacInfo",
     "NewtonInfo",
     "QuadraticModelInfo",
@@ -108,6 +111,7 @@ __all__ = [
     "SophiaInfo",
     "StepContext",
     "StepResult",
+    "UntilPlateauState",
     "adahessian",
     "adam_norm",
     "asgo",
@@ -128,6 +132,8 @@ __all__ = [
     "lazy_newton",
     "levenberg_marquardt",
     "mfac",
+    "mkor",
+    "mkor_h",
     "momentum_norm",
     "newton_cg",
     "on_fraction",
@@ -145,6 +151,7 @@ __all__ = [
     "scale_by_lazy_newton",
     "scale_by_matrices",
     "scale_by_mfac",
+    "scale_by_mkor",
     "scale_by_newton",
     "scale_by_shampoo",
     "scale_by_soap",
@@ -155,6 +162,7 @@ __all__ = [
     "sophia_h",
     "spatial_average",
     "unscaled",
+    "until_plateau",
     "zero_count",
     "zero_number",
 ]
