@@ -65,6 +65,13 @@ from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelStat
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
+from curvax.optim._self_scaled import (
+    ScaleBySsbroydenState,
+    SsbroydenInfo,
+    scale_by_ssbroyden,
+    ssbfgs,
+    ssbroyden,
+)
 from curvax.optim._shampoo import (
     ShampooMemory,
     asgo,
@@ -108,7 +115,9 @@ __all__ = [
     "ShampooMemory",
     "Sides",
     "SoapBlock",
+    "ScaleBySsbroydenState",
     "SophiaInfo",
+    "SsbroydenInfo",
     "StepContext",
     "StepResult",
     "UntilPlateauState",
@@ -158,9 +167,12 @@ __all__ = [
     "scale_by_sophia",
     "shampoo",
     "soap",
+    "scale_by_ssbroyden",
     "sophia_g",
     "sophia_h",
     "spatial_average",
+    "ssbfgs",
+    "ssbroyden",
     "unscaled",
     "until_plateau",
     "zero_count",

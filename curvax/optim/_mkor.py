@@ -96,8 +96,7 @@ def scale_by_mkor(
       True
 
     References: Mozaffari et al. (2023), MKOR: Momentum-enabled Kronecker-factor-based optimizer
-      using rank-1 updates, https://arxiv.org/abs/2306.01685, algorithm 1 and section 3; Sherman and
-      Morrison (1950).
+      using rank-1 updates, https://arxiv.org/abs/2306.01685, algorithm 1; Sherman and Morrison (1950).
 
     Deviates: the rank-one update that the paper prints is not the inverse of its average (19 % off
       on a random 5 x 5 matrix), and is left out. The released code also clips activations to +-100,
@@ -215,7 +214,7 @@ def mkor_h(
       >>> gradient = jax.grad(objective)(params, batch)
       >>> updates, state = tx.update(gradient, tx.init(params), params, batch=batch)
 
-    References: Mozaffari et al. (2023), section 3, for the idea; the rule of the switch is in no
+    References: Mozaffari et al. (2023), for the idea; the rule of the switch is in no
       publication or code, and is ours.
     """
     rule = estimating(scale_by_mkor(layout, decay), _estimator(objective, layout), curvature_every)

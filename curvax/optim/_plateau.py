@@ -103,7 +103,7 @@ def until_plateau(
       >>> updates.tolist(), bool(state.has_switched)
       ([3.0, -2.0], True)
 
-    References: Mozaffari et al. (2023), https://arxiv.org/abs/2306.01685, section 3, has a switch
+    References: Mozaffari et al. (2023), https://arxiv.org/abs/2306.01685, has a switch
       by the rate at which the loss falls. Its rule is not published; this one is ours.
     """
     check_at_least(0, tolerance=tolerance)
