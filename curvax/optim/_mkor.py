@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from curvax._checks import check_at_least, check_choice, check_decay, check_precision
+from curvax._checks import check_at_least, check_choice, check_decay, check_precision, describe
 from curvax._types import Batch, Count, Params, PRNGKey
 from curvax.kron import Layout, MeanVectors, mean_vectors
 from curvax.kron._kron_factor import STRUCTURES, Diagonal, Full, Identity, KronFactor, matmul
@@ -96,7 +96,8 @@ def scale_by_mkor(
       True
 
     References: Mozaffari et al. (2023), MKOR: Momentum-enabled Kronecker-factor-based optimizer
-      using rank-1 updates, https://arxiv.org/abs/2306.01685, algorithm 1; Sherman and Morrison (1950).
+      using rank-1 updates, https://arxiv.org/abs/2306.01685, algorithm 1; Sherman and Morrison
+      (1950).
 
     Deviates: the rank-one update that the paper prints is not the inverse of its average (19 % off
       on a random 5 x 5 matrix), and is left out. The released code also clips activations to +-100,
@@ -259,6 +260,7 @@ def _mkor_method(
     def take_in(state: MatrixBlock, vectors: MeanVectors) -> MatrixBlock:
         fresh: list[KronFactor] = []
         for inverse, rows in zip(state.preconditioner, vectors, strict=True):
+            _check_vectors(inverse, rows)
             if isinstance(inverse, Identity):  # a side that is left as it is
                 fresh.append(inverse)
                 continue
@@ -277,6 +279,17 @@ def _mkor_method(
         return scaled(scale, state.memory, U, V, count + 1), state
 
     return MatrixMethod(init=init, average=average, step=step, take_in=take_in)
+
+
+def _check_vectors(inverse: KronFactor, rows: Float[Array, "s k n"]) -> None:
+    """Raise unless there are vectors for every slice of a side, of its size."""
+    stack, size = len(inverse.trace()), inverse.size
+    # A stack of one would broadcast.
+    if rows.ndim != 3 or (rows.shape[0], rows.shape[2]) != (stack, size):
+        raise ValueError(
+            f"curvature is of another layout: vectors [{stack}, k, {size}] were expected, got "
+            f"{describe(rows)}. Pass the layout of this rule to curvax.kron.mean_vectors."
+        )
 
 
 def _exact(inverse: KronFactor, vectors: Float[Array, "s k n"], decay: Decay) -> KronFactor:
@@ -305,8 +318,8 @@ def _with_vector(inverse: KronFactor, x: Float[Array, "s n"], weight: Decay) -> 
     if isinstance(inverse, Full):
         y = matmul(inverse.matrix, x[:, :, None])
         denominator = 1 + weight * jnp.sum(x[:, :, None] * y, axis=1, keepdims=True)
-        # A product with the transpose entry by entry, so that the matrix stays symmetric.
-        change = weight * y * y.mT / denominator
+        # The product y y' comes first, entry by entry, so that the matrix stays symmetric.
+        change = y * y.mT * (weight / denominator)
         return Full((inverse.matrix - change).astype(inverse.matrix.dtype))
     if isinstance(inverse, Diagonal):
         entries = inverse.entries
