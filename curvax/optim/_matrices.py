@@ -154,7 +154,8 @@ def scale_by_matrices(
       edit_layout: what the method changes in a layout: a structure, blocks that it leaves out.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; its state is a `ScaleByMatricesState`.
+      `optax.GradientTransformationExtraArgs`; its state is a `ScaleByMatricesState`. A gradient
+      whose squares overflow gives a zero step, leaves the state as it is and counts as not finite.
     """
     check_interval(refresh_every=refresh_every)
     matrices = None if layout is None else edit_layout(gradient_layout(layout))
@@ -183,7 +184,9 @@ def scale_by_matrices(
     ) -> StepResult:
         here = layout_of(gradient, "updates")
         V = block_matrices(here, gradient)
-        is_finite = context.gradient_is_finite
+        # Statistics are sums of squares, and keep an overflow for ever.
+        squares_are_finite = all_finite([jnp.sum(x * x) for x in V.values()])
+        is_finite = context.gradient_is_finite & squares_are_finite
 
         # 1. Entries in no block.
         wide = tree_at_least_float32(gradient)
@@ -206,7 +209,13 @@ def scale_by_matrices(
 
         # 3. Both into one tree.
         tree = with_outside(here, updates, wide)
-        return StepResult(with_block_matrices(here, steps, tree), new, info={})
+        return StepResult(
+            updates=with_block_matrices(here, steps, tree),
+            state=new,
+            info={},
+            is_finite=squares_are_finite,
+            is_accepted=squares_are_finite | ~context.gradient_is_finite,
+        )
 
     def averaged(
         here: Layout,
