@@ -13,7 +13,7 @@ from curvax.kron import Layout, MeanVectors, mean_vectors
 from curvax.kron._kron_factor import STRUCTURES, Diagonal, Full, Identity, KronFactor, matmul
 from curvax.kron._layout import Block
 from curvax.objective import Objective
-from curvax.optim._estimating import Estimator, estimating
+from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
 from curvax.optim._matrices import Matrices, MatrixBlock, MatrixMethod, scale_by_matrices
 from curvax.optim._matrix_parts import (
@@ -25,7 +25,7 @@ from curvax.optim._matrix_parts import (
     scaled,
 )
 from curvax.optim._plateau import until_plateau
-from curvax.optim._refresh import Interval
+from curvax.optim._refresh import Interval, check_interval, growing_interval
 
 VARIANTS = ("exact", "reference")
 
@@ -119,17 +119,17 @@ def mkor(
 ) -> optax.GradientTransformationExtraArgs:
     """MKOR: gradient descent with momentum, in directions of rank-one curvature.
 
-    This is `estimating(scale_by_mkor(layout, decay), estimator, curvature_every)` with the
-    estimator `curvax.kron.mean_vectors(objective, layout, params, batch)`; then momentum,
-    decoupled weight decay and the learning rate.
+    This is `estimating(scale_by_mkor(layout, decay), estimator)` with the estimator
+    `curvax.kron.mean_vectors(objective, layout, params, batch)`; then momentum, decoupled weight
+    decay and the learning rate.
 
     Args:
       learning_rate: a number or a schedule; steps are as long as those of gradient descent with
         momentum, whose rates fit.
       objective: the `curvax.Objective` that is minimized.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
-      curvature_every: number of steps between updates of the inverses, or a schedule of it; step 0
-        is one.
+      curvature_every: number of steps between updates of the inverses. They begin with one in each
+        step and get rarer, see `curvax.optim.growing_interval`; a schedule is used as it is.
       decay: decay of the averages for each such update.
       momentum: decay of the sum of past steps, as in `optax.trace`; the number 0 leaves out the
         buffer.
@@ -163,9 +163,10 @@ def mkor(
       >>> bool(objective(params, batch) < 1e-3)
       True
 
-    References: see `scale_by_mkor`; momentum and interval are those of the released code.
+    References: see `scale_by_mkor`; momentum, interval and updates in every
+      step at first are those of the released code.
     """
-    rule = estimating(scale_by_mkor(layout, decay), _estimator(objective, layout), curvature_every)
+    rule = _estimated(objective, layout, curvature_every, decay)
     return finish(rule, learning_rate, momentum=momentum, weight_decay=weight_decay)
 
 
@@ -189,7 +190,7 @@ def mkor_h(
       learning_rate: see `mkor`; it serves both, for their steps are equally long.
       objective: the `curvax.Objective` that is minimized.
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
-      curvature_every: number of steps between updates of the inverses.
+      curvature_every: number of steps between updates of the inverses, see `mkor`.
       decay: decay of the averages for each such update.
       momentum: decay of the sum of past steps; it goes on through the switch.
       tolerance: see `curvax.optim.until_plateau`.
@@ -218,17 +219,24 @@ def mkor_h(
     References: Mozaffari et al. (2023), for the idea; the rule of the switch is in no
       publication or code, and is ours.
     """
-    rule = estimating(scale_by_mkor(layout, decay), _estimator(objective, layout), curvature_every)
+    rule = _estimated(objective, layout, curvature_every, decay)
     switching = until_plateau(rule, objective, tolerance, patience)
     return finish(switching, learning_rate, momentum=momentum, weight_decay=weight_decay)
 
 
-def _estimator(objective: Objective, layout: Layout) -> Estimator:
+def _estimated(
+    objective: Objective, layout: Layout, curvature_every: Interval, decay: Decay
+) -> optax.GradientTransformationExtraArgs:
+    """Return the rule with its estimator, of the batch's own targets."""
+
     def estimate(params: Params, batch: Batch, key: PRNGKey) -> dict[str, MeanVectors]:
-        del key  # the batch's own targets: nothing is drawn
+        del key  # nothing is drawn
         return mean_vectors(objective, layout, params, batch)
 
-    return estimate
+    check_interval(curvature_every=curvature_every)
+    # At first the inverses are the identity, and cotangents change within a few steps.
+    interval = growing_interval(curvature_every)
+    return estimating(scale_by_mkor(layout, decay), estimate, interval)
 
 
 def _mkor_method(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
@@ -194,8 +195,8 @@ def ssbroyden(
 
     Returns:
       `optax.GradientTransformationExtraArgs`, a whole optimizer: no learning rate comes after it.
-      Call `update(grads, state, params, batch=batch)` with gradients of that batch, the same in
-      every step (or the same loss); the loss may be passed besides, `value=loss`.
+      Call `update(grads, state, params, batch=batch)` with gradients of that batch, which is the
+      same in every step.
 
     Raises:
       ValueError: `max_search_steps` is below 1; or, at trace time, params or batch are missing.
@@ -273,13 +274,16 @@ def _searching(
     search = optax.scale_by_zoom_linesearch(max_search_steps, initial_guess_strategy="one")
     inner = optax.chain(scale_by_ssbroyden(kind), optax.scale(-1.0), search)
 
+    def init(params: Params) -> Any:
+        # The search begins with numbers of weak types and ends with others: a second compilation.
+        return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), inner.init(params))
+
     def update(
         updates: PyTree,
         state: Any,
         params: Params | None = None,
         *,
         batch: Batch | None = None,
-        value: Any = None,
         **extra: Any,
     ) -> tuple[PyTree, Any]:
         del extra  # the search refuses what the function that it minimizes does not take
@@ -289,10 +293,11 @@ def _searching(
         def loss_at(point: Params) -> Scalar:
             return objective.value(point, batch)
 
-        value = loss_at(params) if value is None else value
+        # The compiler shares this forward pass with that of the gradient.
+        value = loss_at(params)
         return inner.update(updates, state, params, value=value, grad=updates, value_fn=loss_at)
 
-    return transformation(inner.init, update)
+    return transformation(init, update)
 
 
 def _updated_inverse(

@@ -128,10 +128,10 @@ def test_steps_without_positive_curvature_leave_the_matrix_alone():
     rule = curvax.optim.scale_by_ssbroyden()
     gradient_at = lambda x: jnp.array([1.0, -3.0]) * x
     update = jax.jit(lambda x, state: rule.update(gradient_at(x), state, x))
-    x = jnp.array([0.1, 1.0])
-    state = rule.init(x)
-    for x in (x, x - 0.5 * gradient_at(x)):
-        direction, state = update(x, state)
+    start = jnp.array([0.1, 1.0])
+    x = start - 0.5 * gradient_at(start)
+    _, state = update(start, rule.init(start))
+    _, state = update(x, state)
     np.testing.assert_array_equal(state.inverse, np.eye(2))
     assert state.info.num_skipped == 1 and state.num_updates == 0
     # No step at all has no curvature either.
