@@ -316,7 +316,12 @@ def _root_method(
         U = right.right(left.left(M))
         return scaled(scale, state.memory.scale, U, M, count + 1), state
 
-    return MatrixMethod(init, average_all, step, refresh)
+    return MatrixMethod(
+        init=init,
+        average=average_all,
+        step=step,
+        refresh=refresh,
+    )
 
 
 def _is_sum(b2: Decay) -> bool:
