@@ -12,6 +12,7 @@ from curvax.kron._inverse import kron_inverse
 from curvax.kron._kron_factor import Diagonal, Full, Identity, KronFactor
 from curvax.kron._layout import Block, Layout, Leaf
 from curvax.kron._matrix_layout import matrix_layout
+from curvax.kron._mean_vectors import MeanVectors, mean_vectors
 from curvax.kron._merging import merge
 from curvax.kron._moments import (
     EigenCurvature,
@@ -47,6 +48,7 @@ __all__ = [
     "KronOperator",
     "Layout",
     "Leaf",
+    "MeanVectors",
     "Saving",
     "WeightedMean",
     "apply",
@@ -63,6 +65,7 @@ __all__ = [
     "kron_moments",
     "kron_operator",
     "matrix_layout",
+    "mean_vectors",
     "merge",
     "moving_average",
     "tiled",

@@ -50,6 +50,7 @@ from curvax.optim._matrix_parts import (
     unscaled,
 )
 from curvax.optim._mfac import MfacInfo, ScaleByMfacState, mfac, scale_by_mfac
+from curvax.optim._mkor import mkor, mkor_h, scale_by_mkor
 from curvax.optim._newton import (
     NewtonInfo,
     ScaleByNewtonState,
@@ -59,10 +60,18 @@ from curvax.optim._newton import (
     saddle_free_newton,
     scale_by_newton,
 )
+from curvax.optim._plateau import LossAverages, UntilPlateauState, until_plateau
 from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelState, quadratic_model
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
+from curvax.optim._self_scaled import (
+    ScaleBySsbroydenState,
+    SsbroydenInfo,
+    scale_by_ssbroyden,
+    ssbfgs,
+    ssbroyden,
+)
 from curvax.optim._shampoo import (
     ShampooMemory,
     asgo,
@@ -90,6 +99,7 @@ __all__ = [
     "MatrixBlock",
     "MatrixInfo",
     "MatrixMethod",
+    "LossAverages",
     "MfacInfo",
     "NewtonInfo",
     "QuadraticModelInfo",
@@ -105,9 +115,12 @@ __all__ = [
     "ShampooMemory",
     "Sides",
     "SoapBlock",
+    "ScaleBySsbroydenState",
     "SophiaInfo",
+    "SsbroydenInfo",
     "StepContext",
     "StepResult",
+    "UntilPlateauState",
     "adahessian",
     "adam_norm",
     "asgo",
@@ -128,6 +141,8 @@ __all__ = [
     "lazy_newton",
     "levenberg_marquardt",
     "mfac",
+    "mkor",
+    "mkor_h",
     "momentum_norm",
     "newton_cg",
     "on_fraction",
@@ -145,16 +160,21 @@ __all__ = [
     "scale_by_lazy_newton",
     "scale_by_matrices",
     "scale_by_mfac",
+    "scale_by_mkor",
     "scale_by_newton",
     "scale_by_shampoo",
     "scale_by_soap",
     "scale_by_sophia",
     "shampoo",
     "soap",
+    "scale_by_ssbroyden",
     "sophia_g",
     "sophia_h",
     "spatial_average",
+    "ssbfgs",
+    "ssbroyden",
     "unscaled",
+    "until_plateau",
     "zero_count",
     "zero_number",
 ]

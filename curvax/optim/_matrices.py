@@ -91,6 +91,9 @@ class MatrixMethod(NamedTuple):
         None: there is none.
       has_current_gradient: whether V is averaged and refreshed before the step, so that it is in
         its own preconditioner; False does both after the step.
+      take_in: `(state, measured) -> MatrixBlock`, for a method that needs more than gradients: what
+        an estimator measured of the block, at intervals, before V is averaged. None: gradients are
+        all that it needs.
     """
 
     init: Callable[[Block, Matrices], MatrixBlock]
@@ -267,10 +270,15 @@ def scale_by_matrices(
         """Take what was measured of every block into its state."""
         del gradient
         assert method.take_in is not None
-        blocks = {}
+        blocks, failures = {}, {}
         for name, block in state.blocks.items():
-            blocks[name] = method.take_in(block, _measured(curvature, name))
-        return state._replace(blocks=blocks), all_finite(curvature)
+            fresh = method.take_in(block, _measured(curvature, name))
+            # Finite measurements can overflow in what is computed from them.
+            is_good = all_finite(fresh)
+            blocks[name] = keep_changed(is_good, fresh, block)
+            failures[name] = state.info.num_failures[name] + ~is_good
+        info = state.info._replace(num_failures=failures)
+        return state._replace(blocks=blocks, info=info), all_finite(curvature)
 
     return curvature_rule(init, step, take_in=take_in if method.take_in else None)
 

@@ -13,7 +13,7 @@ from curvax._checks import check_at_least, check_decay
 from curvax._trees import safe_divide
 from curvax._types import Count
 from curvax.kron._factors import WeightedMean, moving_average
-from curvax.kron._kron_factor import STRUCTURES, KronFactor
+from curvax.kron._kron_factor import STRUCTURES, Identity, KronFactor
 from curvax.kron._layout import Block
 from curvax.optim._matrices import Matrices, PerMatrix
 
@@ -71,6 +71,12 @@ def factors_of(block: Block, statistics: Sides) -> tuple[KronFactor, KronFactor]
     """Return both means as Kronecker factors of the block's structures."""
     left, right = (STRUCTURES[name] for name in block.structures)
     return left.from_moment(statistics.left.mean), right.from_moment(statistics.right.mean)
+
+
+def identity_like(zeros: KronFactor) -> KronFactor:
+    """Return the identity in the structure of a factor of zeros."""
+    # The structure "identity" is one already, whatever it was made of.
+    return zeros if isinstance(zeros, Identity) else zeros.damped(1.0)
 
 
 def average(old: Array, new: Array, decay: Decay) -> Array:
