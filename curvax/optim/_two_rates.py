@@ -72,7 +72,7 @@ def _two_rates(
     ) -> tuple[PyTree, TwoRatesState]:
         del params, extra
         here = layout_of(updates, "updates")
-        matrices, matrices_state = of_matrices.update(block_matrices(here, updates), state.matrices)
+        steps, matrices_state = of_matrices.update(block_matrices(here, updates), state.matrices)
         others, others_state = of_others.update(updates, state.fallback)
         # A leaf may be in a matrix in part: its other entries keep what the fallback's rate made.
         stepped = with_block_matrices(here, cast(dict[str, Array], steps), others)
