@@ -16,10 +16,11 @@ from curvax.estimate import (
     hutchinson_trace,
     per_example_grads,
 )
-from curvax.kron import kron_factors, kron_inverse, kron_layout
+from curvax.kron import kron_factors, kron_inverse, kron_layout, matrix_layout
 from curvax.objective import Objective, penalty, total
 from curvax.optim import (
     adahessian,
+    asgo,
     egn,
     ekfac,
     estimating,
@@ -28,6 +29,8 @@ from curvax.optim import (
     kfac,
     kfac_auto,
     kl_clip,
+    kl_shampoo,
+    kl_soap,
     lazy_newton,
     levenberg_marquardt,
     mfac,
@@ -36,13 +39,20 @@ from curvax.optim import (
     quadratic_model,
     saddle_free_newton,
     scale_by_adahessian,
+    scale_by_asgo,
     scale_by_ekfac,
     scale_by_gradient_regularized_newton,
     scale_by_kfac,
+    scale_by_kl_shampoo,
+    scale_by_kl_soap,
     scale_by_lazy_newton,
     scale_by_mfac,
     scale_by_newton,
+    scale_by_shampoo,
+    scale_by_soap,
     scale_by_sophia,
+    shampoo,
+    soap,
     sophia_g,
     sophia_h,
 )
@@ -88,6 +98,12 @@ __all__ = [
     "saddle_free_newton",
     "lazy_newton",
     "gradient_regularized_newton",
+    # Optimizers that need gradients only, of every matrix of a model
+    "shampoo",
+    "soap",
+    "kl_shampoo",
+    "kl_soap",
+    "asgo",
     # Their rules, which take curvature as data
     "scale_by_adahessian",
     "scale_by_sophia",
@@ -97,6 +113,11 @@ __all__ = [
     "scale_by_newton",
     "scale_by_lazy_newton",
     "scale_by_gradient_regularized_newton",
+    "scale_by_shampoo",
+    "scale_by_soap",
+    "scale_by_kl_shampoo",
+    "scale_by_kl_soap",
+    "scale_by_asgo",
     # Wrappers around rules and optimizers
     "estimating",
     "on_fraction",
@@ -105,6 +126,7 @@ __all__ = [
     "quadratic_model",
     # Kronecker-factored curvature
     "kron_layout",
+    "matrix_layout",
     "kron_factors",
     "kron_inverse",
     # Solves and spectra

@@ -49,10 +49,11 @@ def gradient_layout(layout: Layout) -> Layout:
     for block in layout.blocks:
         for path in block.bias.leaves if block.bias else ():
             bias_of[path] = block.kernel.leaves[0]
-    if not bias_of:
-        return Layout(blocks, layout.leaves)
-    # A leaf may hold a kernel and its bias: it stays in the block in part.
-    covered = covered_entries(blocks, {leaf.path: leaf.shape for leaf in layout.leaves})
+    # A leaf may hold a kernel and its bias: it stays in the block in part. Only of those few are
+    # entries counted.
+    shapes = {leaf.path: leaf.shape for leaf in layout.leaves}
+    holders = [block for block in blocks if bias_of.keys() & block.leaves]
+    covered = covered_entries(holders, shapes)
     leaves = []
     for leaf in layout.leaves:
         if leaf.path in bias_of:
@@ -91,8 +92,8 @@ def tiled(layout: Layout, block_size: int) -> Layout:
       >>> {block.name: block.shape for block in layout.blocks}
       {"['w'][0:8, 0:4]": (2, 4, 4), "['w'][0:8, 4:5]": (2, 4, 1)}
 
-    References: Anil et al. (2020), Scalable second order optimization for deep learning, section
-      3.4 (blocking), https://arxiv.org/abs/2002.09018.
+    References: Anil et al. (2020), Scalable second order optimization for deep learning, on large
+      tensors that are partitioned into blocks, https://arxiv.org/abs/2002.09018.
     """
     check_count(1, block_size=block_size)
     layout = gradient_layout(layout)

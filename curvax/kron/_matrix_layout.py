@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from curvax._checks import check_count, check_params
@@ -59,7 +59,8 @@ def matrix_layout(
         "sio" for a stack of layers, "iiio" for a convolution, "ioo" for a projection to heads
         `[in, heads, size]`, "iio" for one from heads `[heads, size, out]`, "sioo" for a stack of
         those; None for no matrix, for instance for embeddings. Where the path goes on behind the
-        beginning, leaves with another number of axes are no matrices.
+        beginning, leaves with another number of axes are no matrices. Without `axes` all are read
+        from their shapes.
       max_dim: factors with more rows than this are diagonal; may be a dict by path, too.
       block_size: longest side of a tile, see `curvax.kron.tiled`; None for no tiles.
 
@@ -84,6 +85,18 @@ def matrix_layout(
       >>> layout.leaves[1].reason
       'as chosen: sioo is for 4 axes'
     """
+    layout = layout_of_shapes(params, axes, max_dim, block_size)
+    _check_any(layout.leaves)
+    return layout
+
+
+def layout_of_shapes(
+    params: Params,
+    axes: ByPath[str | None] | None = None,
+    max_dim: ByPath[int] = 8192,
+    block_size: int | None = None,
+) -> Layout:
+    """Do as `matrix_layout`, for a group of params without any matrix too."""
     check_params(params)
     if block_size is not None:
         check_count(1, block_size=block_size)
@@ -101,7 +114,6 @@ def matrix_layout(
         if reading.axes is not None:
             view = matrix_view(path, shape, reading.axes)
             blocks.append(_block(path, view, reading.reason, max_dims[path].value, block_size))
-    _check_any(leaves)
     layout = Layout(tuple(blocks), tuple(leaves))
     return layout if block_size is None else tiled(layout, block_size)
 
@@ -220,7 +232,7 @@ def _check_lengths(
             )
 
 
-def _check_any(leaves: list[Leaf]) -> None:
+def _check_any(leaves: Sequence[Leaf]) -> None:
     """Raise if no leaf is a matrix."""
     if all(leaf.kind != "kron" for leaf in leaves):
         listed = "\n".join(f"  {leaf.path} {list(leaf.shape)}: {leaf.reason}" for leaf in leaves)

@@ -5,6 +5,7 @@ from curvax.optim._averaging import block_average, flax_axes, spatial_average
 from curvax.optim._diagonal import ScaleByDiagonalState
 from curvax.optim._ekfac import EigenBlockState, ekfac, scale_by_ekfac
 from curvax.optim._estimating import EstimatingState, estimating
+from curvax.optim._fismo import FismoFactors, fismo, scale_by_fismo
 from curvax.optim._fraction import on_fraction
 from curvax.optim._gradient_regularized import (
     GradientRegularizedInfo,
@@ -15,6 +16,13 @@ from curvax.optim._gradient_regularized import (
 from curvax.optim._kfac import kfac, scale_by_kfac
 from curvax.optim._kfac_auto import kfac_auto
 from curvax.optim._kl_clip import KlClipState, kl_clip
+from curvax.optim._kl_shampoo import (
+    KlBlock,
+    kl_shampoo,
+    kl_soap,
+    scale_by_kl_shampoo,
+    scale_by_kl_soap,
+)
 from curvax.optim._kronecker import BlockInfo, KronInfo, ScaleByKronState
 from curvax.optim._lazy_newton import (
     LazyNewtonInfo,
@@ -27,7 +35,24 @@ from curvax.optim._levenberg_marquardt import (
     LevenbergMarquardtState,
     levenberg_marquardt,
 )
+from curvax.optim._matrices import (
+    MatrixBlock,
+    MatrixInfo,
+    MatrixMethod,
+    ScaleByMatricesState,
+    scale_by_matrices,
+)
+from curvax.optim._matrix_parts import (
+    ScaleRule,
+    Sides,
+    adam_norm,
+    momentum_norm,
+    rms_norm,
+    shape_norm,
+    unscaled,
+)
 from curvax.optim._mfac import MfacInfo, ScaleByMfacState, mfac, scale_by_mfac
+from curvax.optim._muon import MuonMemory, muon, scale_by_muon
 from curvax.optim._newton import (
     NewtonInfo,
     ScaleByNewtonState,
@@ -37,26 +62,43 @@ from curvax.optim._newton import (
     saddle_free_newton,
     scale_by_newton,
 )
+from curvax.optim._newton_muon import newton_muon, scale_by_newton_muon
+from curvax.optim._polar import exact_polar, newton_schulz, polar_express
 from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelState, quadratic_model
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
+from curvax.optim._shampoo import (
+    ShampooMemory,
+    asgo,
+    scale_by_asgo,
+    scale_by_shampoo,
+    shampoo,
+)
+from curvax.optim._soap import SoapBlock, scale_by_soap, soap
 from curvax.optim._sophia import SophiaInfo, scale_by_sophia, sophia_g, sophia_h
+from curvax.optim._two_rates import TwoRatesState
 
 __all__ = [
     "AdaHessianInfo",
     "BlockInfo",
     "EigenBlockState",
     "EstimatingState",
+    "FismoFactors",
     "GradientRegularizedInfo",
     "GradientRegularizedState",
     "Interval",
+    "KlBlock",
     "KlClipState",
     "KronInfo",
     "LazyNewtonInfo",
     "LevenbergMarquardtInfo",
     "LevenbergMarquardtState",
+    "MatrixBlock",
+    "MatrixInfo",
+    "MatrixMethod",
     "MfacInfo",
+    "MuonMemory",
     "NewtonInfo",
     "QuadraticModelInfo",
     "QuadraticModelState",
@@ -64,17 +106,27 @@ __all__ = [
     "ScaleByDiagonalState",
     "ScaleByKronState",
     "ScaleByLazyNewtonState",
+    "ScaleByMatricesState",
     "ScaleByMfacState",
     "ScaleByNewtonState",
+    "ScaleRule",
+    "ShampooMemory",
+    "Sides",
+    "SoapBlock",
     "SophiaInfo",
     "StepContext",
     "StepResult",
+    "TwoRatesState",
     "adahessian",
+    "adam_norm",
+    "asgo",
     "block_average",
     "curvature_rule",
     "egn",
     "ekfac",
     "estimating",
+    "exact_polar",
+    "fismo",
     "flax_axes",
     "gauss_newton",
     "gradient_regularized_newton",
@@ -82,25 +134,46 @@ __all__ = [
     "kfac",
     "kfac_auto",
     "kl_clip",
+    "kl_shampoo",
+    "kl_soap",
     "lazy_newton",
     "levenberg_marquardt",
     "mfac",
+    "momentum_norm",
+    "muon",
     "newton_cg",
+    "newton_muon",
+    "newton_schulz",
     "on_fraction",
+    "polar_express",
     "quadratic_model",
     "refresh_if",
+    "rms_norm",
     "saddle_free_newton",
     "scale_by_adahessian",
+    "scale_by_asgo",
     "scale_by_ekfac",
+    "scale_by_fismo",
     "scale_by_gradient_regularized_newton",
     "scale_by_kfac",
+    "scale_by_kl_shampoo",
+    "scale_by_kl_soap",
     "scale_by_lazy_newton",
+    "scale_by_matrices",
     "scale_by_mfac",
+    "scale_by_muon",
     "scale_by_newton",
+    "scale_by_newton_muon",
+    "scale_by_shampoo",
+    "scale_by_soap",
     "scale_by_sophia",
+    "shampoo",
+    "shape_norm",
+    "soap",
     "sophia_g",
     "sophia_h",
     "spatial_average",
+    "unscaled",
     "zero_count",
     "zero_number",
 ]

@@ -108,7 +108,7 @@ def refreshed_bases(
         # A basis that failed at its first refresh is the only one that is decomposed later on.
         pairs = []
         for first, (basis, order) in zip(first_bases(factors), track(factors, bases), strict=True):
-            if basis is not None:
+            if basis is not None and first.basis is not None:
                 basis = jnp.where(jnp.all(basis == 0), first.basis, basis)
             pairs.append((basis, order))
         return pairs

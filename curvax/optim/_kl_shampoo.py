@@ -236,15 +236,16 @@ def scale_by_kl_soap(
     Cost: `5 i o (i + o)` multiplications a matrix and step; at a refresh about `4 (i^3 + o^3)`.
       Memory: `2 (i^2 + o^2) + 2 i o + i + o` floats a matrix.
 
-    Example: a gradient that stays the same gives steps of the size of Adam's.
-      >>> import jax.numpy as jnp, curvax
+    Example: for a layout without full sides it is Adam, one gradient later.
+      >>> import jax.numpy as jnp, optax, curvax
       >>> gradient = jnp.array([[3.0, -1.0], [0.5, 2.0]])
-      >>> rule = curvax.scale_by_kl_soap()
-      >>> state = rule.init(gradient)
-      >>> for _ in range(3):
-      ...     updates, state = rule.update(gradient, state)
-      >>> round(float(jnp.linalg.norm(updates)), 3)
-      1.414
+      >>> layout = curvax.matrix_layout(gradient, max_dim=1)
+      >>> rule, adam = curvax.scale_by_kl_soap(layout), optax.scale_by_adam(0.9, 0.98)
+      >>> _, state = rule.update(gradient, rule.init(gradient))
+      >>> updates, state = rule.update(gradient, state)
+      >>> of_adam, _ = adam.update(gradient, adam.init(gradient))
+      >>> bool(jnp.allclose(updates, of_adam, atol=1e-6))
+      True
 
     References: Lin et al. (2025), KL-Shampoo, https://arxiv.org/abs/2509.03378.
 
@@ -259,6 +260,7 @@ def scale_by_kl_soap(
 
     def step(state: MatrixBlock, V: Matrices, count: Count) -> tuple[Matrices, MatrixBlock]:
         current: KlBlock = state.preconditioner
+        assert current.moments is not None  # `init` gave it some
         rotated = rotate(current.basis, V)
         moments = averaged_moments(current.moments, rotated, count, b1, b2)
         U = rotate_back(current.basis, adam_step(moments, count, b1, b2, eps))

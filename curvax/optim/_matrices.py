@@ -42,7 +42,7 @@ from curvax._types import Count, Params, tree_at_least_float32
 from curvax.kron import Layout, block_matrices, with_block_matrices
 from curvax.kron._gradient_layout import gradient_layout
 from curvax.kron._layout import Block, check_layout, named_leaves, present
-from curvax.kron._matrix_layout import matrix_layout
+from curvax.kron._matrix_layout import layout_of_shapes
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._rule import (
     StepContext,
@@ -151,7 +151,8 @@ def scale_by_matrices(
       edit_layout: what the method changes in a layout: a structure, blocks that it leaves out.
 
     Returns:
-      `optax.GradientTransformationExtraArgs`; its state is a `ScaleByMatricesState`.
+      `optax.GradientTransformationExtraArgs`; its state is a `ScaleByMatricesState`. A gradient
+      whose squares overflow gives a zero step, leaves the state as it is and counts as not finite.
     """
     check_interval(refresh_every=refresh_every)
     layout_of = layout_reader(layout, edit_layout)
@@ -174,7 +175,9 @@ def scale_by_matrices(
     ) -> StepResult:
         here = layout_of(gradient, "updates")
         V = block_matrices(here, gradient)
-        is_finite = context.gradient_is_finite
+        # Statistics are sums of squares, and keep an overflow for ever.
+        squares_are_finite = all_finite([jnp.sum(x * x) for x in V.values()])
+        is_finite = context.gradient_is_finite & squares_are_finite
 
         # 1. Entries in no block.
         wide = tree_at_least_float32(gradient)
@@ -197,7 +200,13 @@ def scale_by_matrices(
 
         # 3. Both into one tree.
         tree = with_outside(here, updates, wide)
-        return StepResult(with_block_matrices(here, steps, tree), new, info={})
+        return StepResult(
+            updates=with_block_matrices(here, steps, tree),
+            state=new,
+            info={},
+            is_finite=squares_are_finite,
+            is_accepted=squares_are_finite | ~context.gradient_is_finite,
+        )
 
     def averaged(
         here: Layout,
@@ -271,7 +280,7 @@ def layout_reader(
 
     def layout_of(tree: Params, name: str) -> Layout:
         if matrices is None:
-            return edit_layout(matrix_layout(tree))
+            return edit_layout(layout_of_shapes(tree))
         check_layout(matrices, tree, name)
         return present(matrices, tree)
 

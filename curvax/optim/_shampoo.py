@@ -249,7 +249,7 @@ def asgo(
       >>> import jax.numpy as jnp, curvax
       >>> tx, w = curvax.asgo(0.01), jnp.zeros((2, 3))
       >>> updates, state = tx.update(jnp.ones((2, 3)), tx.init(w), w)
-      >>> updates.round(4).tolist()
+      >>> [[round(x, 4) for x in row] for row in updates.tolist()]
       [[-0.002, -0.002, -0.002], [-0.002, -0.002, -0.002]]
 
     References: see `scale_by_asgo`.
@@ -328,6 +328,8 @@ def _one_sided(layout: Layout) -> Layout:
     blocks = []
     for block in layout.blocks:
         _, rows, columns = block.shape
-        longer = "g_structure" if rows <= columns else "a_structure"
-        blocks.append(dataclasses.replace(block, **{longer: "identity"}))
+        if rows <= columns:
+            blocks.append(dataclasses.replace(block, g_structure="identity"))
+        else:
+            blocks.append(dataclasses.replace(block, a_structure="identity"))
     return dataclasses.replace(layout, blocks=tuple(blocks))

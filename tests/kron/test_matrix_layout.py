@@ -290,6 +290,22 @@ def test_tables_that_are_only_looked_up_are_told_from_those_that_are_the_head_to
     assert lookups(gradient_layout(tied)) == {"['embedding']": False}
 
 
+def test_a_table_may_be_only_looked_up_in_one_part_of_an_objective():
+    loss = curvax.losses.squared_error()
+    parts = {
+        "embed": curvax.Objective(lambda p, tokens: p["table"][tokens], loss),
+        "head": curvax.Objective(lambda p, x: x @ p["table"].T, loss),
+    }
+    batch = {
+        "embed": (jnp.zeros(3, int), jnp.ones((3, 2))),
+        "head": (jnp.ones((3, 2)), jnp.ones((3, 5))),
+    }
+    layout = curvax.kron_layout(curvax.total(parts), {"table": jnp.ones((5, 2))}, batch)
+    of = {name: layout.of_part(name).blocks[0].is_lookup for name in parts}
+    assert of == {"embed": True, "head": False}
+    assert not gradient_layout(layout).blocks[0].is_lookup
+
+
 def homogeneous(w, x):
     """A kernel with its bias as last row, in one array."""
     return jnp.tanh(x @ w[:-1] + w[-1])

@@ -139,7 +139,7 @@ def soap(
 
     A negative `shampoo_beta` means b2. The first G G' of a tall matrix is singular, and U depends
     on which eigenvectors stand for its null space: `first_bases` sets the pair (Q_L, Q_R) instead
-    (None: by eigh). `flip` maps every new basis to one with other signs, to show that U is the same
+    (None: by eigh). `flip` maps every new basis to one with other signs, which U does not see.
     """
     gradients = _float64(gradients)
     beta = b2 if shampoo_beta < 0 else shampoo_beta

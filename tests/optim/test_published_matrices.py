@@ -68,6 +68,22 @@ def test_one_gradient_gives_its_polar_factor(shape):
     np.testing.assert_allclose(update, scale * u @ vt, atol=1e-12)
 
 
+@pytest.mark.parametrize("b3", [None, 0.5])
+def test_bias_corrections_leave_a_constant_gradient_as_it_is(b3):
+    g = normal(3, 5)
+    options = {**SHAMPOO, "b1": 0.9, "b2": 0.95, "b3": b3}
+    for update in published.shampoo([g] * 4, exponent=(0.5, 0), **options):
+        np.testing.assert_allclose(update, published.polar(g), atol=1e-12)
+
+
+def test_shampoo_shifts_eigenvalues_that_rounding_made_negative():
+    g = 1e8 * np.outer(normal(6), normal(5, seed=1))
+    options = {**SHAMPOO, "epsilon": 1e-12}
+    (update,) = published.shampoo([g], exponent=0.25, **options)
+    assert np.all(np.isfinite(update))
+    assert np.linalg.eigvalsh(g @ g.T + 1e-12 * np.eye(6))[0] < 0
+
+
 def test_exponent_one_half_of_one_gradient_inverts_its_singular_values():
     g = normal(5, 3)
     (update,) = published.shampoo([g], exponent=0.5, **SHAMPOO)
@@ -135,6 +151,16 @@ def test_soap_without_bases_is_adam_that_skips_a_step():
         np.testing.assert_allclose(updates[t], m / (1 - 0.9**t) / root, rtol=1e-12)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_soap_of_diagonal_gradients_is_adam_whatever_the_order_of_eigenvalues(every):
+    # The bases stay permutations, which the sort changes: v has to follow.
+    gradients = [np.diag(d) for d in normal(30, 4)]
+    options = {**SOAP, "every": every, "eps": 1e-3}  # off the diagonal is 0 / eps
+    updates = published.soap(gradients, first_bases=(np.eye(4), np.eye(4)), **options)
+    adam = published.soap(gradients, **{**options, "max_dim": 0})
+    expect_equal(updates, adam, 1e-10)
+
+
 def test_soap_with_one_long_axis_follows_rotations_of_the_other():
     gradients, q = normal(20, 6, 4), orthogonal(4, 1)
     options = {**SOAP, "every": 3, "max_dim": 5}
@@ -176,6 +202,19 @@ def test_without_divisions_kl_has_no_fixed_point():
     left, right = published.kl_fixed_point(gradients, b=0.9, num_steps=100, divide=False)
     ratio = np.trace(right) / 2 / (np.trace(left) / 8)
     assert min(ratio, 1 / ratio) < 1e-5
+
+
+@pytest.mark.parametrize("fix_gauge", [False, True])
+def test_kl_shampoo_whitens_kronecker_gradients(fix_gauge):
+    a, b = positive_definite(5, 1), positive_definite(3, 2)
+    white = normal(2000, 5, 3)
+    gradients = list(published._power(a, 0.5) @ white @ published._power(b, 0.5))
+    options = {**KL, "b1": 0.0, "b2": 0.995, "every": 20, "fix_gauge": fix_gauge}
+    updates = np.stack(published.kl_shampoo(gradients, **options))
+    root_a, root_b = published._power(a, -0.5), published._power(b, -0.5)
+    error = updates[-100:] - root_a @ np.stack(gradients[-100:]) @ root_b
+    # The averages of 200 gradients are 2 / (200 sqrt(2 x 3)) off, and more.
+    assert np.linalg.norm(error) < 0.15 * np.linalg.norm(white[-100:])
 
 
 @pytest.mark.parametrize("method", KL_METHODS)
@@ -232,6 +271,18 @@ def test_newton_muon_of_white_inputs_is_muon():
         gradients, b=0.9, nesterov=True, coefficients=None, num_steps=0, consistent_rms=None
     )
     expect_equal(updates, muon, 1e-10)
+
+
+def test_newton_muon_has_the_inputs_since_its_last_refresh():
+    gradients, inputs = list(normal(5, 4, 3)), normal(5, 7, 4, seed=1)
+    options = {"b": 0.0, "decay": 0.5, "every": 2, "damping": 0.2}
+    updates = published.newton_muon(gradients, list(inputs), **options)
+    means = [x.reshape(-1, 4).T @ x.reshape(-1, 4) / 14 for x in (inputs[:2], inputs[2:4])]
+    a = 0.25 * 1e-3 * np.eye(4) + 0.25 * means[0] + 0.5 * means[1]
+    damped = a + (0.2 * np.trace(a) / 4 + 1e-8) * np.eye(4)
+    expected = published.polar(np.linalg.solve(damped, gradients[-1]))
+    np.testing.assert_allclose(updates[-1], expected, atol=1e-12)
+    np.testing.assert_allclose(updates[0], published.polar(gradients[0]), atol=1e-12)
 
 
 def test_newton_muon_follows_rotations_of_inputs_and_not_their_scale():
@@ -392,6 +443,18 @@ def test_self_scaled_broyden_is_secant_positive_and_converges(kind):
             assert np.min(np.linalg.eigvalsh(inverse)) > 0
             checked += 1
     assert checked > 20
+
+
+def test_the_first_update_scales_the_initial_matrix():
+    hessian, x0 = positive_definite(4, 1), normal(4)
+    options = {"fun": None, "grad": lambda x: hessian @ x, "x0": x0, "kind": "ssbfgs"}
+    (x, next_x), (_, inverse) = published.ssbroyden(steps=[0.1], **options)
+    s, y = next_x - x, hessian @ (next_x - x)
+    z = np.linalg.svd(np.stack([s, y]))[2][-1]  # orthogonal to both
+    np.testing.assert_allclose(inverse @ z, (y @ s) / (y @ y) * z, atol=1e-12)
+    _, (_, inverse) = published.ssbroyden(steps=[0.1], initial_scaling=False, **options)
+    bound = min(1, s @ y / (s @ s))  # tau = min(1, 1/b), b = s.s / y.s
+    np.testing.assert_allclose(inverse @ z, z / bound, atol=1e-12)
 
 
 def test_self_scaled_broyden_pair_are_inverses():
