@@ -47,7 +47,7 @@ def input_factors(
     Returns:
       For each block, by name, the mean in the form of its `a_structure`, in at least float32, with
       the number of positions as weight. Tables that are only looked up have none. Kernels that are
-      used transposed have inputs on their other side: their weight is 0.
+      used transposed too, as tied tables are, have inputs on both sides: their weight is 0.
 
     Raises:
       ValueError: the layout belongs to other params or to another model, or is from shapes alone.

@@ -155,7 +155,7 @@ def scale_by_fismo(
         U = right.right(left.left(polar(M)))
         return U, state._replace(memory=M)
 
-    method = MatrixMethod(init, keep_gradient, step, refresh)
+    method = MatrixMethod(init=init, average=keep_gradient, step=step, refresh=refresh)
     rule_outside = fallback or optax.scale_by_adam()
     return scale_by_matrices(layout, method, refresh_every, rule_outside, without_lookups)
 

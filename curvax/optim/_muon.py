@@ -120,7 +120,7 @@ def scale_by_muon(
         N = mixed(momentum, V, b, count, nesterov)
         return scaled(scale, scale_state, polar(N), N, count + 1), state
 
-    method = MatrixMethod(init, average_all, step)
+    method = MatrixMethod(init=init, average=average_all, step=step)
     rule_outside = fallback or optax.scale_by_adam()
     return scale_by_matrices(layout, method, 1, rule_outside, without_lookups)
 

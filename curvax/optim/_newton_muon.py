@@ -64,7 +64,7 @@ def scale_by_newton_muon(
     Args:
       layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`. Tables that
         are only looked up go to the fallback. A side with the structure "identity" is left as it
-        is, and so are kernels that are used transposed.
+        is, and so are kernels that are used transposed too.
       b: decay of the momentum M.
       nesterov: as in `curvax.scale_by_muon`.
       decay: decay of the average of A, for each curvature that is passed.
@@ -166,7 +166,9 @@ def scale_by_newton_muon(
         U = scaled(scale, memory.scale, polar(N), N, count + 1)
         return U, state._replace(memory=memory._replace(momentum=momentum))
 
-    method = MatrixMethod(init, average_scale, step, refresh, take_in=take_in)
+    method = MatrixMethod(
+        init=init, average=average_scale, step=step, refresh=refresh, take_in=take_in
+    )
     rule_outside = fallback or optax.scale_by_adam()
     return scale_by_matrices(layout, method, refresh_every, rule_outside, without_lookups)
 

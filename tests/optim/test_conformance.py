@@ -109,6 +109,7 @@ KRON = {
     "labels": by_block,
     "draws": True,
 }
+ON_MATRICES = {"averages": ("blocks",), "keeps": False, "waits": False}
 SOLVES = {"keeps": False, "masks": False}
 
 
@@ -169,6 +170,24 @@ def lazy(rate, objective, seed=0, **options):
 
 def searching(rate, objective, seed=0, **options):
     return curvax.gradient_regularized_newton(objective, **options)
+
+
+def with_one_rate(build):
+    """A one-liner whose fallback has the rate of the matrices, and which averages no curvature."""
+
+    def built(rate, objective, curvature_every=1, seed=0, **options):
+        return build(rate, layout=LAYOUT, fallback_learning_rate=rate, **options)
+
+    return built
+
+
+def with_inputs(rate, objective, curvature_every=1, seed=0, **options):
+    options = {"fallback_learning_rate": rate, "curvature_every": curvature_every} | options
+    return curvax.optim.newton_muon(rate, objective, LAYOUT, **options)
+
+
+def input_factors(params, batch, key):
+    return curvax.kron.input_factors(OBJECTIVE, LAYOUT, params, batch, key)
 
 
 def on_gradients(rate, objective, curvature_every=1, seed=0, **options):
@@ -277,6 +296,29 @@ OPTIMIZERS = {
         hyperparameter=None,
         masks=False,
         rate=None,
+    ),
+    "muon": Row(
+        build=with_one_rate(curvax.optim.muon),
+        scale_by=functools.partial(curvax.optim.scale_by_muon, LAYOUT),
+        decay="b",
+        hyperparameter="b",
+        **ON_MATRICES,
+    ),
+    "newton_muon": Row(
+        build=with_inputs,
+        scale_by=functools.partial(curvax.optim.scale_by_newton_muon, LAYOUT),
+        estimator=input_factors,
+        decay="decay",
+        labels=by_block,
+        more=(("weight_decay", 0.01),),
+        then=optax.add_decayed_weights(0.01),
+        **ON_MATRICES,
+    ),
+    "fismo": Row(
+        build=with_one_rate(curvax.optim.fismo),
+        scale_by=functools.partial(curvax.optim.scale_by_fismo, LAYOUT),
+        decay="decay",
+        **ON_MATRICES,
     ),
     "eigen_sign": Row(
         build=on_gradients,
