@@ -91,6 +91,8 @@ def test_exact_polar_factors(x64, shape):
     stack = np.stack([full, 1e-200 * full, low_rank])
     factors = exact_polar()(jnp.asarray(stack))
     assert_equal(factors, [published.polar(x) for x in (full, full, low_rank)], 1e-13)
+    of_members = jax.jit(jax.vmap(exact_polar()))(jnp.stack([stack, -stack]))
+    assert_equal(of_members, [factors, -factors], 1e-13)
     converged = newton_schulz(polar_express(9), eps=0.0)(jnp.asarray(stack[:1]))
     assert_equal(converged, factors[:1], 1e-6)  # the margin of 1 % moves the fixed point by 8e-8
 
@@ -154,6 +156,16 @@ def test_products_in_bfloat16():
         assert low < along.min() and along.max() < high
         exactly = newton_schulz(**options)(matrix)
         assert 1e-4 < np.abs(factor - exactly).max() < 0.1
+
+
+def test_products_in_bfloat16_keep_long_directions_with_any_coefficients():
+    """The best polynomials on a wide interval would map its middle to 0, and rounding past it."""
+    u, v = (np.linalg.qr(normal(64, 64, seed=k))[0] for k in range(2))
+    s = np.concatenate([np.geomspace(1e-5, 1e-2, 32), np.geomspace(0.05, 1, 32)])
+    matrix = jnp.asarray((u * s) @ v.T, jnp.float32)[None]
+    factor = newton_schulz(polar_express(10, 1e-5), dtype=jnp.bfloat16)(matrix)
+    along = np.diag(u.T @ np.asarray(factor[0]) @ v)
+    np.testing.assert_allclose(along[32:], 1, atol=0.03)
 
 
 def test_bad_coefficients():
