@@ -21,6 +21,7 @@ from curvax.kron._accumulate import (
     factor_sums,
     make_factors,
 )
+from curvax.kron._eigenbasis import TrackedBasis, tracked_bases
 from curvax.kron._factors import Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis, block_moments
 from curvax.kron._kron_factor import Eigen, KronFactor, eigh_all, matmul
@@ -87,6 +88,30 @@ def kron_basis(layout: Layout, factors: Factors) -> dict[str, Basis]:
 
 def decompose(blocks: Sequence[Block], factors: Factors) -> dict[str, tuple[Eigen, Eigen]]:
     """Decompose A and G of every block."""
+    _check_one_product(blocks)
+    # All factors in one list, so that those of equal size can be decomposed as one batch.
+    decompositions = iter(eigh_all(_combined(tuple(blocks), factors)))
+    return {block.name: (next(decompositions), next(decompositions)) for block in blocks}
+
+
+def track(
+    blocks: Sequence[Block],
+    factors: Factors,
+    bases: Mapping[str, Basis],
+    tolerance: float,
+    method: str,
+) -> dict[str, tuple[TrackedBasis, TrackedBasis]]:
+    """Turn the eigenbases of every block to those of A and G, see `tracked_basis`."""
+    _check_one_product(blocks)
+    pairs = [bases[block.name] for block in blocks]
+    sides = [side for pair in pairs for side in pair]
+    combined = _combined(tuple(blocks), factors)
+    results = iter(tracked_bases(combined, sides, tolerance, method=method))
+    return {block.name: (next(results), next(results)) for block in blocks}
+
+
+def _check_one_product(blocks: Sequence[Block]) -> None:
+    """Raise if a block is a sum of two Kronecker products."""
     for block in blocks:
         if block.two_products == "exact":
             raise ValueError(
@@ -94,9 +119,6 @@ def decompose(blocks: Sequence[Block], factors: Factors) -> dict[str, tuple[Eige
                 "Kronecker eigenbasis, which EK-FAC needs. "
                 f'Use layout.edit("{block.leaves[0]}", two_products="balanced").'
             )
-    # All factors in one list, so that those of equal size can be decomposed as one batch.
-    decompositions = iter(eigh_all(_combined(tuple(blocks), factors)))
-    return {block.name: (next(decompositions), next(decompositions)) for block in blocks}
 
 
 # One program for all blocks, where this is not part of a program anyway.

@@ -41,7 +41,7 @@ from curvax.optim._matrix_parts import (
     init_statistics,
     outer_products,
 )
-from curvax.optim._refresh import Interval
+from curvax.optim._refresh import Interval, growing_interval
 from curvax.optim._soap import adam_step
 
 RELATIVE_FLOOR = 1e-7
@@ -161,15 +161,15 @@ def kl_shampoo(
 ) -> optax.GradientTransformationExtraArgs:
     """KL-Shampoo for every matrix of a model.
 
-    This is `scale_by_kl_shampoo(layout, b1, b2, refresh_every=refresh_every)`, then decoupled
-    weight decay and the learning rate.
+    This is `scale_by_kl_shampoo`, then decoupled weight decay and the learning rate.
 
     Args:
       learning_rate: a number or a schedule; Adam's fit.
       layout: the matrices, see `curvax.scale_by_kl_shampoo`; None reads them from shapes.
       b1: decay of the momentum.
       b2: decay of second moments.
-      refresh_every: number of steps between bases.
+      refresh_every: number of steps between bases. They begin with one in each step and get rarer,
+        see `curvax.optim.growing_interval`; a schedule is used as it is.
       weight_decay: decoupled, `params -= learning_rate weight_decay params`; None leaves it out.
 
     Returns:
@@ -197,7 +197,7 @@ def kl_shampoo(
 
     References: see `scale_by_kl_shampoo`.
     """
-    rule = scale_by_kl_shampoo(layout, b1, b2, refresh_every=refresh_every)
+    rule = scale_by_kl_shampoo(layout, b1, b2, refresh_every=growing_interval(refresh_every))
     return finish(rule, learning_rate, weight_decay=weight_decay)
 
 
@@ -286,15 +286,15 @@ def kl_soap(
 ) -> optax.GradientTransformationExtraArgs:
     """KL-SOAP for every matrix of a model.
 
-    This is `scale_by_kl_soap(layout, b1, b2, refresh_every=refresh_every)`, then decoupled
-    weight decay and the learning rate.
+    This is `scale_by_kl_soap`, then decoupled weight decay and the learning rate.
 
     Args:
       learning_rate: a number or a schedule; Adam's fit.
       layout: the matrices, see `curvax.scale_by_kl_soap`; None reads them from shapes.
       b1: decay of the momentum.
       b2: decay of second moments.
-      refresh_every: number of steps between bases.
+      refresh_every: number of steps between bases. They begin with one in each step and get rarer,
+        see `curvax.optim.growing_interval`; a schedule is used as it is.
       weight_decay: decoupled, `params -= learning_rate weight_decay params`; None leaves it out.
 
     Returns:
@@ -322,7 +322,7 @@ def kl_soap(
 
     References: see `scale_by_kl_soap`.
     """
-    rule = scale_by_kl_soap(layout, b1, b2, refresh_every=refresh_every)
+    rule = scale_by_kl_soap(layout, b1, b2, refresh_every=growing_interval(refresh_every))
     return finish(rule, learning_rate, weight_decay=weight_decay)
 
 

@@ -38,7 +38,7 @@ from curvax.optim._matrix_parts import (
     rms_norm,
     scaled,
 )
-from curvax.optim._refresh import Interval
+from curvax.optim._refresh import Interval, growing_interval
 
 
 class ShampooMemory(NamedTuple):
@@ -128,15 +128,15 @@ def shampoo(
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo with steps as long as Adam's, for every matrix of a model.
 
-    This is `scale_by_shampoo(layout, b1, b2, refresh_every=refresh_every)`, then decoupled weight
-    decay and the learning rate.
+    This is `scale_by_shampoo`, then decoupled weight decay and the learning rate.
 
     Args:
       learning_rate: a number or a schedule; Adam's fit.
       layout: the matrices, see `curvax.scale_by_shampoo`; None reads them from shapes.
       b1: decay of the momentum.
       b2: decay of second moments.
-      refresh_every: number of steps between roots.
+      refresh_every: number of steps between roots. They begin with one in each step and get rarer,
+        see `curvax.optim.growing_interval`; a schedule is used as it is.
       weight_decay: decoupled, `params -= learning_rate weight_decay params`; None leaves it out.
 
     Returns:
@@ -163,7 +163,7 @@ def shampoo(
 
     References: see `scale_by_shampoo`.
     """
-    rule = scale_by_shampoo(layout, b1, b2, refresh_every=refresh_every)
+    rule = scale_by_shampoo(layout, b1, b2, refresh_every=growing_interval(refresh_every))
     return finish(rule, learning_rate, weight_decay=weight_decay)
 
 
@@ -226,15 +226,15 @@ def asgo(
 ) -> optax.GradientTransformationExtraArgs:
     """One-sided Shampoo for every matrix of a model.
 
-    This is `scale_by_asgo(layout, b1, b2, refresh_every=refresh_every)`, then decoupled weight
-    decay and the learning rate.
+    This is `scale_by_asgo`, then decoupled weight decay and the learning rate.
 
     Args:
       learning_rate: a number or a schedule; 0.01 is the authors'.
       layout: the matrices, see `curvax.scale_by_shampoo`; None reads them from shapes.
       b1: decay of the momentum.
       b2: decay of second moments.
-      refresh_every: number of steps between roots.
+      refresh_every: number of steps between roots. They begin with one in each step and get rarer,
+        see `curvax.optim.growing_interval`; a schedule is used as it is.
       weight_decay: decoupled, `params -= learning_rate weight_decay params`; None leaves it out.
 
     Returns:
@@ -254,7 +254,7 @@ def asgo(
 
     References: see `scale_by_asgo`.
     """
-    rule = scale_by_asgo(layout, b1, b2, refresh_every=refresh_every)
+    rule = scale_by_asgo(layout, b1, b2, refresh_every=growing_interval(refresh_every))
     return finish(rule, learning_rate, weight_decay=weight_decay)
 
 

@@ -39,7 +39,7 @@ from curvax.optim._matrix_parts import (
     init_statistics,
     outer_products,
 )
-from curvax.optim._refresh import Interval
+from curvax.optim._refresh import Interval, growing_interval
 
 
 class SoapBlock(NamedTuple):
@@ -178,15 +178,15 @@ def soap(
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP: Adam in the eigenbasis of Shampoo's second moments, for every matrix of a model.
 
-    This is `scale_by_soap(layout, b1, b2, refresh_every=refresh_every)`, then decoupled weight
-    decay and the learning rate.
+    This is `scale_by_soap`, then decoupled weight decay and the learning rate.
 
     Args:
       learning_rate: a number or a schedule; 3e-3 is the authors'.
       layout: the matrices, see `curvax.scale_by_soap`; None reads them from shapes.
       b1: decay of the average of gradients.
       b2: decay of the averages of squares and outer products.
-      refresh_every: number of steps between bases.
+      refresh_every: number of steps between bases. They begin with one in each step and get rarer,
+        see `curvax.optim.growing_interval`; a schedule is used as it is.
       weight_decay: decoupled, `params -= learning_rate weight_decay params`; None leaves it out.
 
     Returns:
@@ -216,5 +216,5 @@ def soap(
 
     Deviates: weight decay is of the params before the step, in the authors' code after it.
     """
-    rule = scale_by_soap(layout, b1, b2, refresh_every=refresh_every)
+    rule = scale_by_soap(layout, b1, b2, refresh_every=growing_interval(refresh_every))
     return finish(rule, learning_rate, weight_decay=weight_decay)

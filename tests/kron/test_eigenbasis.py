@@ -13,7 +13,6 @@ from curvax.kron._eigenbasis import (
     default_basis_method,
     first_bases,
     first_basis,
-    rayleigh_quotients,
     tracked_bases,
     tracked_basis,
 )
@@ -58,6 +57,7 @@ def test_a_step_is_qr_of_the_sorted_product():
         close(basis * np.sign(np.sum(basis * want, axis=0)), want)
         result, row = (first, k) if k < 2 else (last, k - 2)
         np.testing.assert_array_equal(result.order[row], o)
+        close(result.values[row], np.diag(b)[o])
     close(np.concatenate([first.off_diagonal_ratio, last.off_diagonal_ratio]), ratio(matrix, old))
     assert of_diagonal.basis is None and of_diagonal.order.tolist() == [[0, 1]] * 2
     assert of_diagonal.off_diagonal_ratio.tolist() == [0, 0]
@@ -72,8 +72,7 @@ def test_a_step_is_qr_of_the_sorted_product():
 def test_the_first_basis_is_in_descending_order():
     matrix, _ = with_values(0, [[1.0, 3.0, 2.0], [0.0, 0.0, 5.0]])
     result, of_identity = first_bases([jnp.asarray(matrix), Identity(jnp.ones(2), 4)])
-    quotients = rayleigh_quotients(Full(jnp.asarray(matrix)), result.basis)
-    close(quotients, [[3, 2, 1], [5, 0, 0]])
+    close(result.values, [[3, 2, 1], [5, 0, 0]])
     close(ratio(matrix, np.asarray(result.basis)), 0)
     close(result.off_diagonal_ratio, ratio(matrix, np.broadcast_to(np.eye(3), (2, 3, 3))))
     assert of_identity.basis is None and of_identity.order.shape == (2, 4)
@@ -127,9 +126,8 @@ def test_the_criterion_does_not_cancel_in_float32():
     assert jnp.sqrt(jnp.maximum(total - diagonal, 0) / total) < 2e-5 or total < diagonal
     # In a basis that is no identity, rounded to float32, too.
     q = jnp.asarray(orthogonal(1, 1, n), jnp.float32)
-    turned = (
-        jnp.asarray(q, float) @ jnp.asarray(matrix, float) @ jnp.asarray(q, float).swapaxes(1, 2)
-    )
+    wide = np.asarray(q, float)
+    turned = jnp.asarray(wide @ np.asarray(matrix, float) @ wide.swapaxes(1, 2))
     reading = tracked_basis(turned.astype(jnp.float32), q).off_diagonal_ratio
     np.testing.assert_allclose(reading, 9.6e-5, rtol=2e-2)
 
@@ -144,8 +142,35 @@ def test_slices_within_the_tolerance_keep_their_basis_bit_by_bit():
     result = step(jnp.asarray(matrix), old)
     np.testing.assert_array_equal(result.basis[::2], old[::2])
     np.testing.assert_array_equal(result.order, [[0, 1, 2, 3], [0, 2, 1, 3], [0, 1, 2, 3]])
+    assert result.is_turned.tolist() == [False, True, False]
     assert 0.01 < result.off_diagonal_ratio[1] < 0.1
     assert ratio(matrix, np.asarray(result.basis))[1] < 0.5 * result.off_diagonal_ratio[1]
+
+
+@pytest.mark.parametrize("method", ["eigh", "qr"])
+def test_a_basis_of_zeros_is_replaced_by_the_eigenbasis(method):
+    matrix, q = with_values(0, [[3.0, 1.0, 2.0, 0.5]] * 3)
+    matrix[2] = 0
+    old = jnp.asarray(q).at[::2].set(0)
+    for tolerance in (0.0, 0.5):
+        result = tracked_basis(jnp.asarray(matrix), old, tolerance, method=method)
+        close(ratio(matrix[:1], np.asarray(result.basis[:1])), 0)
+        close(result.values[0], [3, 2, 1, 0.5])
+        assert result.off_diagonal_ratio[::2].tolist() == [1, 1] and result.is_turned[0]
+        close(result.basis[2].T @ result.basis[2], np.eye(4))
+        assert bool(jnp.all(result.basis[1] == old[1])) == (tolerance > 0)
+
+
+def test_eigh_skips_too_and_puts_columns_after_those_before():
+    matrix, q = with_values(0, [[3.0, 1.0, 2.0, 0.5]] * 2)
+    near = np.linalg.qr(q[1] + 0.05 * np.random.default_rng(2).normal(size=(4, 4)))[0]
+    old = jnp.asarray(np.stack([q[0], near]))
+    result = tracked_basis(jnp.asarray(matrix), old, 0.01, method="eigh")
+    np.testing.assert_array_equal(result.basis[0], old[0])
+    close(result.values, [[3, 1, 2, 0.5], [3, 2, 1, 0.5]])
+    np.testing.assert_array_equal(result.order, [[0, 1, 2, 3], [0, 2, 1, 3]])
+    overlap = np.abs(result.basis[1].T @ old[1][:, result.order[1]])
+    assert (np.diag(overlap) > 0.9).all()
 
 
 def conditionals(fn, *args):
@@ -157,14 +182,12 @@ def test_skipping_stays_conditional_under_vmap():
     matrices, bases = jnp.asarray(matrix).reshape(2, 2, 4, 4), jnp.asarray(q).reshape(2, 2, 4, 4)
     bases = bases.at[1, 0].set(jnp.eye(4))
     # On CPUs slices go one after another, elsewhere a stack is one call.
-    stack_at_once = lambda m, q: _tracked(Full(m), q, tolerance=0.01, sort=True)
+    stack_at_once = lambda m, q: _tracked(Full(m), q, tolerance=0.01, sort=True, method="qr")
     for fn in (functools.partial(tracked_basis, tolerance=0.01), stack_at_once):
         assert conditionals(jax.vmap(fn), matrices, bases) >= 1
         result = jax.jit(jax.vmap(fn))(matrices, bases)
         np.testing.assert_array_equal(result.basis[0], bases[0])
         assert not jnp.any(result.basis[1, 0] == bases[1, 0])
-    # Without a tolerance nothing is conditional.
-    assert conditionals(jax.vmap(tracked_basis), matrices, bases) == 0
 
 
 @pytest.mark.parametrize("dtype, error", [(jnp.float64, 1e-12), (jnp.float32, 1e-5)])
@@ -184,7 +207,7 @@ def test_bases_of_factors_without_full_rank_are_orthogonal(dtype, error):
 
 
 def test_zeros_and_what_is_not_finite_keep_the_basis():
-    matrix, q = with_values(0, [[3.0, 1.0, 2.0, 0.5]] * 4)
+    matrix, _ = with_values(0, [[3.0, 1.0, 2.0, 0.5]] * 4)
     matrix[0], matrix[1, 2, 2], matrix[2, 1, 0] = 0, np.inf, np.nan
     old = orthogonal(1, 4, 4)
     for tolerance in (0.0, 0.01):
@@ -219,6 +242,8 @@ def test_refusals():
         first_basis(jnp.eye(3))
     with pytest.raises(ValueError, match=r"must be \[1, 3, 3\] as the factor is, got float64"):
         tracked_basis(jnp.eye(3)[None], jnp.eye(4)[None])
+    with pytest.raises(ValueError, match="unknown method 'svd'"):
+        tracked_basis(jnp.eye(3)[None], jnp.eye(3)[None], method="svd")
     with pytest.raises(ValueError, match="begin with the basis of first_basis"):
         tracked_basis(jnp.eye(3)[None], None)
     with pytest.raises(ValueError, match="diagonal factor is I and must be None"):

@@ -194,6 +194,29 @@ def on_gradients(rate, objective, curvature_every=1, seed=0, **options):
     return optax.chain(scale_by_eigen_sign(LAYOUT, **options), optax.scale_by_learning_rate(rate))
 
 
+def of_matrices(build, rule, rate, **options):
+    """A row of a rule on the gradients' matrices, by a one-liner that needs no objective."""
+
+    def built(learning_rate, objective, curvature_every=1, seed=0, **more):
+        # In Adam's units, where other rows have those of a curvature.
+        tx = build(rate, LAYOUT, refresh_every=curvature_every, **options, **more)
+        return optax.chain(tx, optax.scale_by_learning_rate(learning_rate, flip_sign=False))
+
+    return Row(
+        build=built,
+        scale_by=functools.partial(rule, LAYOUT),
+        averages=("blocks",),
+        hyperparameter="b1",
+        keeps=False,
+        waits=False,
+        decay="b1",
+        rate=-0.02 * rate,
+        # First gradients are of low rank; rounding decides what is beside their rows and columns.
+        # tests/optim/test_matrix_rules.py has eight devices with gradients of full rank.
+        continuous=False,
+    )
+
+
 OPTIMIZERS = {
     "adahessian": Row(
         build=curvax.adahessian,
@@ -329,6 +352,11 @@ OPTIMIZERS = {
         waits=False,
         continuous=False,  # another order of sums, and with it rounding, decides signs near zero
     ),
+    "shampoo": of_matrices(curvax.shampoo, curvax.scale_by_shampoo, 2.5),
+    "asgo": of_matrices(curvax.asgo, curvax.scale_by_asgo, 10.0),
+    "soap": of_matrices(curvax.soap, curvax.scale_by_soap, 2.5),
+    "kl_shampoo": of_matrices(curvax.kl_shampoo, curvax.scale_by_kl_shampoo, 2.5),
+    "kl_soap": of_matrices(curvax.kl_soap, curvax.scale_by_kl_soap, 2.5),
 }
 
 
@@ -585,7 +613,7 @@ def test_inject_the_interval(row):
     same(train(jax.jit(step_with(traced)), traced, 5)[0], train(step, fixed, 5)[0])
 
 
-@rows_that("rate")
+@rows_that("rate", "continuous")
 def test_schedules(row):
     """A rate that halves after one step: the second step is half of that at constant rate."""
     falling = row.build(

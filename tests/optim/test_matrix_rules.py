@@ -12,6 +12,8 @@ import numpy as np
 import optax
 import published_matrices as published
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import curvax
 from curvax.optim import (
@@ -260,6 +262,79 @@ def test_the_layout_of_a_model_gives_its_matrices():
     assert sizes["['conv']"] == ((1, 18, 18), (1, 4, 4))
     assert "['b']" not in str(list(sizes))
     assert jax.tree.leaves(state.fallback_state.mu)[0].shape == (6,)
+
+
+RULES = {
+    "shampoo": curvax.scale_by_shampoo,
+    "asgo": curvax.scale_by_asgo,
+    "soap": curvax.scale_by_soap,
+    "kl_shampoo": curvax.scale_by_kl_shampoo,
+    "kl_soap": curvax.scale_by_kl_soap,
+}
+every_rule = pytest.mark.parametrize("build", RULES.values(), ids=RULES)
+
+
+def regression(params, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["first"]) @ params["second"] - y) ** 2)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@every_rule
+def test_eight_devices_equal_one(x64, build, axis_type):
+    """Square kernels, whose gradients have full rank: nothing is left to rounding."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        name: jax.random.normal(key, (8, 8))
+        for name, key in zip(("first", "second"), keys, strict=False)
+    }
+    batch = tuple(jax.random.normal(key, (32, 8)) for key in keys[2:])
+    tx = optax.chain(build(refresh_every=2), optax.scale(-0.01))
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(regression)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def train(params, batch):
+        state = tx.init(params)
+        for _ in range(5):
+            params, state = step(params, state, batch)
+        return params
+
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    # Explicitly sharded params would need products that say how their results are.
+    of_params = (None, "model") if axis_type == AxisType.Auto else ()
+    sharded = {name: put(x, *of_params) for name, x in params.items()}
+    got = train(sharded, tuple(put(x, "data") for x in batch))
+    expected = train(params, batch)
+    # A millionth of a step: of entries that are nearly zero in the first basis, all but rounding,
+    # Adam's quotient makes steps as long as of any other.
+    for name, x in expected.items():
+        np.testing.assert_allclose(np.asarray(got[name]), x, rtol=0, atol=1e-8)
+
+
+@every_rule
+def test_in_masks_and_partitions(build):
+    """A part of params is stepped as it would be alone; a part without a matrix is no error."""
+    gradients = {"w": recorded(4).astype(np.float32), "b": np.ones((4, 3), np.float32)}
+    alone, _ = run(build(), {"w": gradients["w"]})
+    masked, _ = run(optax.masked(build(), {"w": True, "b": False}), gradients)
+    parts = {"rule": build(), "vectors": build()}
+    parted, _ = run(optax.partition(parts, {"w": "rule", "b": "vectors"}), gradients)
+    for updates in (masked, parted):
+        np.testing.assert_allclose(updates["w"], alone["w"], rtol=2e-3, atol=1e-5)
+    np.testing.assert_array_equal(masked["b"], gradients["b"])
+
+
+@every_rule
+def test_a_vmapped_refresh_stays_conditional(build):
+    gradients = jnp.asarray(recorded(3), jnp.float32)
+    rule = build(refresh_every=3)
+    states = jax.vmap(rule.init)(gradients)
+    update = jax.jit(jax.vmap(rule.update))
+    assert "conditional" in update.lower(gradients, states).compile().as_text()
 
 
 # -- numbers that are not finite, precision, compilation -----------------------------------------
