@@ -35,7 +35,7 @@ from curvax.optim._matrix_parts import (
     init_statistics,
 )
 from curvax.optim._polar import Polar, newton_schulz
-from curvax.optim._refresh import Interval
+from curvax.optim._refresh import Interval, check_interval, growing_interval
 from curvax.optim._two_rates import finish_with_two_rates
 
 
@@ -223,8 +223,7 @@ def fismo(
 ) -> optax.GradientTransformationExtraArgs:
     """FISMO for every matrix of a model, and AdamW for everything else: experimental.
 
-    This is `scale_by_fismo(layout, b, decay, damping, refresh_every, polar)`, then decoupled weight
-    decay and two learning rates.
+    This is `scale_by_fismo`, then decoupled weight decay and two learning rates.
 
     Args:
       learning_rate: of matrices; a number or a schedule; Muon's are a start.
@@ -232,7 +231,8 @@ def fismo(
       b: decay of the momentum.
       decay: decay of P and Q, for each refresh.
       damping: what is added to the eigenvalues of new factors, in units of the mean eigenvalue.
-      refresh_every: number of steps between refreshes.
+      refresh_every: number of steps between refreshes. They begin with one in each step and get
+        rarer, see `curvax.optim.growing_interval`; a schedule is used as it is.
       polar: how polar factors are computed, see `curvax.scale_by_muon`.
       fallback_learning_rate: of Adam, for entries in no matrix; a number or a schedule.
       weight_decay: decoupled, `params -= rate weight_decay params` with the rate of their place;
@@ -262,7 +262,9 @@ def fismo(
 
     References: see `scale_by_fismo`.
     """
-    rule = scale_by_fismo(layout, b, decay, damping, refresh_every, polar)
+    check_interval(refresh_every=refresh_every)
+    interval = growing_interval(refresh_every)
+    rule = scale_by_fismo(layout, b, decay, damping, interval, polar)
     return finish_with_two_rates(
         rule, layout, learning_rate, fallback_learning_rate, weight_decay, without_lookups
     )

@@ -144,8 +144,7 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for every matrix of a model, and AdamW for everything else.
 
-    This is `scale_by_muon(layout, b, polar=polar, scale=scale)`, then decoupled weight decay and
-    two learning rates.
+    This is `scale_by_muon`, then decoupled weight decay and two learning rates.
 
     Args:
       learning_rate: of matrices; a number or a schedule; 0.02 is the authors'.

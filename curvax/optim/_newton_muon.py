@@ -31,7 +31,7 @@ from curvax.optim._matrices import (
 from curvax.optim._matrix_parts import ScaleRule, average, identity_like, scaled, shape_norm
 from curvax.optim._muon import MuonMemory, mixed
 from curvax.optim._polar import Polar, newton_schulz
-from curvax.optim._refresh import Interval
+from curvax.optim._refresh import Interval, check_interval, growing_interval
 from curvax.optim._two_rates import finish_with_two_rates
 
 PLACES = ("after", "before")
@@ -202,9 +202,8 @@ def newton_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Newton-Muon for every matrix of a model, and AdamW for everything else.
 
-    This is `estimating(scale_by_newton_muon(layout, b, damping=damping,
-    refresh_every=inverse_every, polar=polar), kron.estimator(objective, layout,
-    kron.input_factors), curvature_every)`, then decoupled weight decay and two learning rates.
+    This is `estimating(scale_by_newton_muon(layout, b), kron.estimator(objective, layout,
+    kron.input_factors))`, then decoupled weight decay and two learning rates.
 
     Args:
       learning_rate: of matrices; a number or a schedule; 0.02 is the authors'.
@@ -213,9 +212,9 @@ def newton_muon(
         leave the head to AdamW too: `layout.edit(path, kind="diagonal")`.
       b: decay of the momentum.
       damping: in units of the mean diagonal of A.
-      curvature_every: number of steps between measurements of A, or a schedule of it.
-      inverse_every: number of steps between inverses, or a schedule of it. The inverse of step 0 is
-        of one batch; a multiple of `curvature_every` has the latest A in it.
+      curvature_every: number of steps between measurements of A. They begin with one in each step
+        and get rarer, see `curvax.optim.growing_interval`; a schedule is used as it is.
+      inverse_every: number of steps between inverses, likewise.
       polar: how polar factors are computed, see `curvax.scale_by_muon`.
       fallback_learning_rate: of Adam, for entries in no matrix; a number or a schedule.
       weight_decay: decoupled, `params -= rate weight_decay params` with the rate of their place;
@@ -252,11 +251,12 @@ def newton_muon(
 
     References: see `scale_by_newton_muon`.
     """
+    check_interval(curvature_every=curvature_every, inverse_every=inverse_every)
     rule = scale_by_newton_muon(
-        layout, b, damping=damping, refresh_every=inverse_every, polar=polar
+        layout, b, damping=damping, refresh_every=growing_interval(inverse_every), polar=polar
     )
     estimator = kron.estimator(objective, layout, input_factors)
-    estimated = estimating(rule, estimator, curvature_every)
+    estimated = estimating(rule, estimator, growing_interval(curvature_every))
     return finish_with_two_rates(
         estimated, layout, learning_rate, fallback_learning_rate, weight_decay, without_lookups
     )

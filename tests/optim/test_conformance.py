@@ -182,8 +182,10 @@ def with_one_rate(build):
 
 
 def with_inputs(rate, objective, curvature_every=1, seed=0, **options):
-    options = {"fallback_learning_rate": rate, "curvature_every": curvature_every} | options
-    return curvax.optim.newton_muon(rate, objective, LAYOUT, **options)
+    # A schedule, since the one-liner would begin with an interval of one step.
+    interval = 1 if curvature_every == 1 else lambda count: curvature_every
+    options = {"fallback_learning_rate": rate, "curvature_every": interval} | options
+    return curvax.optim.newton_muon(rate, objective, LAYOUT, inverse_every=1, **options)
 
 
 def input_factors(params, batch, key):
@@ -329,7 +331,7 @@ OPTIMIZERS = {
     ),
     "newton_muon": Row(
         build=with_inputs,
-        scale_by=functools.partial(curvax.optim.scale_by_newton_muon, LAYOUT),
+        scale_by=functools.partial(curvax.optim.scale_by_newton_muon, LAYOUT, refresh_every=1),
         estimator=input_factors,
         decay="decay",
         labels=by_block,
