@@ -8,9 +8,11 @@ from curvax.kron._factors import BlockFactors, Factors, WeightedMean, moving_ave
 from curvax.kron._fit import fit_factors, fit_moments
 from curvax.kron._gradient_layout import gradient_layout, tiled
 from curvax.kron._gradient_pairs import Basis
+from curvax.kron._input_factors import input_factors
 from curvax.kron._inverse import kron_inverse
 from curvax.kron._kron_factor import Diagonal, Full, Identity, KronFactor
 from curvax.kron._layout import Block, Layout, Leaf
+from curvax.kron._lookups import without_lookups
 from curvax.kron._matrix_layout import matrix_layout
 from curvax.kron._mean_vectors import MeanVectors, mean_vectors
 from curvax.kron._merging import merge
@@ -58,6 +60,7 @@ __all__ = [
     "fit_factors",
     "fit_moments",
     "gradient_layout",
+    "input_factors",
     "kron_basis",
     "kron_factors",
     "kron_inverse",
@@ -70,4 +73,5 @@ __all__ = [
     "moving_average",
     "tiled",
     "with_block_matrices",
+    "without_lookups",
 ]

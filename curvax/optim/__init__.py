@@ -5,6 +5,7 @@ from curvax.optim._averaging import block_average, flax_axes, spatial_average
 from curvax.optim._diagonal import ScaleByDiagonalState
 from curvax.optim._ekfac import EigenBlockState, ekfac, scale_by_ekfac
 from curvax.optim._estimating import EstimatingState, estimating
+from curvax.optim._fismo import FismoFactors, fismo, scale_by_fismo
 from curvax.optim._fraction import on_fraction
 from curvax.optim._gradient_regularized import (
     GradientRegularizedInfo,
@@ -47,10 +48,12 @@ from curvax.optim._matrix_parts import (
     adam_norm,
     momentum_norm,
     rms_norm,
+    shape_norm,
     unscaled,
 )
 from curvax.optim._mfac import MfacInfo, ScaleByMfacState, mfac, scale_by_mfac
 from curvax.optim._mkor import mkor, mkor_h, scale_by_mkor
+from curvax.optim._muon import MuonMemory, muon, scale_by_muon
 from curvax.optim._newton import (
     NewtonInfo,
     ScaleByNewtonState,
@@ -60,7 +63,9 @@ from curvax.optim._newton import (
     saddle_free_newton,
     scale_by_newton,
 )
+from curvax.optim._newton_muon import newton_muon, scale_by_newton_muon
 from curvax.optim._plateau import LossAverages, UntilPlateauState, until_plateau
+from curvax.optim._polar import exact_polar, newton_schulz, polar_express
 from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelState, quadratic_model
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping
@@ -81,12 +86,14 @@ from curvax.optim._shampoo import (
 )
 from curvax.optim._soap import SoapBlock, scale_by_soap, soap
 from curvax.optim._sophia import SophiaInfo, scale_by_sophia, sophia_g, sophia_h
+from curvax.optim._two_rates import TwoRatesState
 
 __all__ = [
     "AdaHessianInfo",
     "BlockInfo",
     "EigenBlockState",
     "EstimatingState",
+    "FismoFactors",
     "GradientRegularizedInfo",
     "GradientRegularizedState",
     "Interval",
@@ -96,11 +103,12 @@ __all__ = [
     "LazyNewtonInfo",
     "LevenbergMarquardtInfo",
     "LevenbergMarquardtState",
+    "LossAverages",
     "MatrixBlock",
     "MatrixInfo",
     "MatrixMethod",
-    "LossAverages",
     "MfacInfo",
+    "MuonMemory",
     "NewtonInfo",
     "QuadraticModelInfo",
     "QuadraticModelState",
@@ -111,15 +119,16 @@ __all__ = [
     "ScaleByMatricesState",
     "ScaleByMfacState",
     "ScaleByNewtonState",
+    "ScaleBySsbroydenState",
     "ScaleRule",
     "ShampooMemory",
     "Sides",
     "SoapBlock",
-    "ScaleBySsbroydenState",
     "SophiaInfo",
     "SsbroydenInfo",
     "StepContext",
     "StepResult",
+    "TwoRatesState",
     "UntilPlateauState",
     "adahessian",
     "adam_norm",
@@ -129,6 +138,8 @@ __all__ = [
     "egn",
     "ekfac",
     "estimating",
+    "exact_polar",
+    "fismo",
     "flax_axes",
     "gauss_newton",
     "gradient_regularized_newton",
@@ -144,8 +155,12 @@ __all__ = [
     "mkor",
     "mkor_h",
     "momentum_norm",
+    "muon",
     "newton_cg",
+    "newton_muon",
+    "newton_schulz",
     "on_fraction",
+    "polar_express",
     "quadratic_model",
     "refresh_if",
     "rms_norm",
@@ -153,6 +168,7 @@ __all__ = [
     "scale_by_adahessian",
     "scale_by_asgo",
     "scale_by_ekfac",
+    "scale_by_fismo",
     "scale_by_gradient_regularized_newton",
     "scale_by_kfac",
     "scale_by_kl_shampoo",
@@ -161,13 +177,16 @@ __all__ = [
     "scale_by_matrices",
     "scale_by_mfac",
     "scale_by_mkor",
+    "scale_by_muon",
     "scale_by_newton",
+    "scale_by_newton_muon",
     "scale_by_shampoo",
     "scale_by_soap",
     "scale_by_sophia",
-    "shampoo",
-    "soap",
     "scale_by_ssbroyden",
+    "shampoo",
+    "shape_norm",
+    "soap",
     "sophia_g",
     "sophia_h",
     "spatial_average",

@@ -158,14 +158,8 @@ def scale_by_matrices(
       whose squares overflow gives a zero step, leaves the state as it is and counts as not finite.
     """
     check_interval(refresh_every=refresh_every)
-    matrices = None if layout is None else edit_layout(gradient_layout(layout))
+    layout_of = layout_reader(layout, edit_layout)
     rule_outside = optax.with_extra_args_support(fallback or optax.identity())
-
-    def layout_of(tree: Params, name: str) -> Layout:
-        if matrices is None:
-            return edit_layout(layout_of_shapes(tree))
-        check_layout(matrices, tree, name)
-        return present(matrices, tree)
 
     def init(params: Params) -> ScaleByMatricesState:
         here = layout_of(params, "params")
@@ -281,6 +275,24 @@ def scale_by_matrices(
         return state._replace(blocks=blocks, info=info), all_finite(curvature)
 
     return curvature_rule(init, step, take_in=take_in if method.take_in else None)
+
+
+def layout_reader(
+    layout: Layout | None, edit_layout: Callable[[Layout], Layout]
+) -> Callable[[Params, str], Layout]:
+    """Return the function `(tree, name) -> Layout`: the matrices of a tree like params.
+
+    Those that are masked out are missing. Without a layout they are read from shapes.
+    """
+    matrices = None if layout is None else edit_layout(gradient_layout(layout))
+
+    def layout_of(tree: Params, name: str) -> Layout:
+        if matrices is None:
+            return edit_layout(layout_of_shapes(tree))
+        check_layout(matrices, tree, name)
+        return present(matrices, tree)
+
+    return layout_of
 
 
 def _measured(curvature: Mapping[str, Any], name: str) -> Any:

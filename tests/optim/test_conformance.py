@@ -110,6 +110,7 @@ KRON = {
     "labels": by_block,
     "draws": True,
 }
+ON_MATRICES = {"averages": ("blocks",), "keeps": False, "waits": False}
 SOLVES = {"keeps": False, "masks": False}
 
 
@@ -170,6 +171,26 @@ def lazy(rate, objective, seed=0, **options):
 
 def searching(rate, objective, seed=0, **options):
     return curvax.gradient_regularized_newton(objective, **options)
+
+
+def with_one_rate(build):
+    """A one-liner whose fallback has the rate of the matrices, and which averages no curvature."""
+
+    def built(rate, objective, curvature_every=1, seed=0, **options):
+        return build(rate, layout=LAYOUT, fallback_learning_rate=rate, **options)
+
+    return built
+
+
+def with_inputs(rate, objective, curvature_every=1, seed=0, **options):
+    # A schedule, since the one-liner would begin with an interval of one step.
+    interval = 1 if curvature_every == 1 else lambda count: curvature_every
+    options = {"fallback_learning_rate": rate, "curvature_every": interval} | options
+    return curvax.optim.newton_muon(rate, objective, LAYOUT, inverse_every=1, **options)
+
+
+def input_factors(params, batch, key):
+    return curvax.kron.input_factors(OBJECTIVE, LAYOUT, params, batch, key)
 
 
 def on_gradients(rate, objective, curvature_every=1, seed=0, **options):
@@ -318,6 +339,29 @@ OPTIMIZERS = {
         hyperparameter=None,
         masks=False,
         rate=None,
+    ),
+    "muon": Row(
+        build=with_one_rate(curvax.optim.muon),
+        scale_by=functools.partial(curvax.optim.scale_by_muon, LAYOUT),
+        decay="b",
+        hyperparameter="b",
+        **ON_MATRICES,
+    ),
+    "newton_muon": Row(
+        build=with_inputs,
+        scale_by=functools.partial(curvax.optim.scale_by_newton_muon, LAYOUT, refresh_every=1),
+        estimator=input_factors,
+        decay="decay",
+        labels=by_block,
+        more=(("weight_decay", 0.01),),
+        then=optax.add_decayed_weights(0.01),
+        **ON_MATRICES,
+    ),
+    "fismo": Row(
+        build=with_one_rate(curvax.optim.fismo),
+        scale_by=functools.partial(curvax.optim.scale_by_fismo, LAYOUT),
+        decay="decay",
+        **ON_MATRICES,
     ),
     "eigen_sign": Row(
         build=on_gradients,
