@@ -28,6 +28,7 @@ Entries in no matrix, vectors for instance, follow an ordinary optax rule, the f
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -42,6 +43,7 @@ from curvax._types import Count, Params, tree_at_least_float32
 from curvax.kron import Layout, block_matrices, with_block_matrices
 from curvax.kron._gradient_layout import gradient_layout
 from curvax.kron._layout import Block, check_layout, named_leaves, present
+from curvax.kron._match import path_keys
 from curvax.kron._matrix_layout import layout_of_shapes
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._rule import (
@@ -288,11 +290,23 @@ def layout_reader(
 
     def layout_of(tree: Params, name: str) -> Layout:
         if matrices is None:
-            return edit_layout(layout_of_shapes(tree))
+            return edit_layout(_plainly_named(layout_of_shapes(tree)))
         check_layout(matrices, tree, name)
         return present(matrices, tree)
 
     return layout_of
+
+
+def _plainly_named(layout: Layout) -> Layout:
+    """Name blocks by the keys in their paths alone, as the state knows them.
+
+    `nnx.Optimizer` has one container at `init` and another at `update`, which print other paths.
+    """
+    blocks = []
+    for block in layout.blocks:
+        name = ".".join(path_keys(block.name))
+        blocks.append(dataclasses.replace(block, name=name))
+    return dataclasses.replace(layout, blocks=tuple(blocks))
 
 
 def _measured(curvature: Mapping[str, Any], name: str) -> Any:
