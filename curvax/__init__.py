@@ -41,6 +41,7 @@ from curvax.optim import (
     newton_cg,
     newton_muon,
     on_fraction,
+    psgd,
     quadratic_model,
     saddle_free_newton,
     scale_by_adahessian,
@@ -57,6 +58,7 @@ from curvax.optim import (
     scale_by_muon,
     scale_by_newton,
     scale_by_newton_muon,
+    scale_by_psgd,
     scale_by_shampoo,
     scale_by_soap,
     scale_by_sophia,
@@ -119,6 +121,7 @@ __all__ = [
     "asgo",
     "muon",
     "fismo",
+    "psgd",
     # Such that measure a little more of the model
     "newton_muon",
     "mkor",
@@ -143,6 +146,7 @@ __all__ = [
     "scale_by_muon",
     "scale_by_newton_muon",
     "scale_by_fismo",
+    "scale_by_psgd",
     "scale_by_mkor",
     "scale_by_ssbroyden",
     # Wrappers around rules and optimizers

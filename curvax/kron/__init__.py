@@ -32,6 +32,7 @@ from curvax.kron._operator import (
     kron_operator,
 )
 from curvax.kron._storage import Saving
+from curvax.kron._vector_layout import vector_layout
 
 __all__ = [
     "Basis",
@@ -72,6 +73,7 @@ __all__ = [
     "merge",
     "moving_average",
     "tiled",
+    "vector_layout",
     "with_block_matrices",
     "without_lookups",
 ]

@@ -47,6 +47,7 @@ from curvax.optim._matrix_parts import (
     Sides,
     adam_norm,
     momentum_norm,
+    rms_at_most,
     rms_norm,
     shape_norm,
     unscaled,
@@ -66,6 +67,14 @@ from curvax.optim._newton import (
 from curvax.optim._newton_muon import newton_muon, scale_by_newton_muon
 from curvax.optim._plateau import LossAverages, UntilPlateauState, until_plateau
 from curvax.optim._polar import exact_polar, newton_schulz, polar_express
+from curvax.optim._psgd import (
+    HessianPair,
+    PsgdStatistics,
+    hessian_pairs,
+    psgd,
+    psgd_interval,
+    scale_by_psgd,
+)
 from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelState, quadratic_model
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping
@@ -96,6 +105,7 @@ __all__ = [
     "FismoFactors",
     "GradientRegularizedInfo",
     "GradientRegularizedState",
+    "HessianPair",
     "Interval",
     "KlBlock",
     "KlClipState",
@@ -110,6 +120,7 @@ __all__ = [
     "MfacInfo",
     "MuonMemory",
     "NewtonInfo",
+    "PsgdStatistics",
     "QuadraticModelInfo",
     "QuadraticModelState",
     "RelativeDamping",
@@ -144,6 +155,7 @@ __all__ = [
     "gauss_newton",
     "gradient_regularized_newton",
     "growing_interval",
+    "hessian_pairs",
     "kfac",
     "kfac_auto",
     "kl_clip",
@@ -161,8 +173,11 @@ __all__ = [
     "newton_schulz",
     "on_fraction",
     "polar_express",
+    "psgd",
+    "psgd_interval",
     "quadratic_model",
     "refresh_if",
+    "rms_at_most",
     "rms_norm",
     "saddle_free_newton",
     "scale_by_adahessian",
@@ -180,6 +195,7 @@ __all__ = [
     "scale_by_muon",
     "scale_by_newton",
     "scale_by_newton_muon",
+    "scale_by_psgd",
     "scale_by_shampoo",
     "scale_by_soap",
     "scale_by_sophia",

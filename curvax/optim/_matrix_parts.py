@@ -165,6 +165,17 @@ def shape_norm(rms: float | None = None) -> ScaleRule:
     return _stateless(norm)
 
 
+def rms_at_most(rms: float = 1.1) -> ScaleRule:
+    """Shorten steps whose entries have a root mean square above `rms`."""
+    check_at_least(0, rms=rms)
+
+    def norm(state: Any, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
+        del state, M, count
+        return jnp.minimum(matrix_norm(U), rms * math.sqrt(U.shape[1] * U.shape[2]))
+
+    return _stateless(norm)
+
+
 def momentum_norm() -> ScaleRule:
     """Give every step the norm of the momentum, as a step of gradient descent has it."""
 
