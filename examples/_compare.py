@@ -110,7 +110,7 @@ def parser(
     batch: int,
     smoke: Sequence[str] | None = None,
 ) -> argparse.ArgumentParser:
-    """The flags that every comparison has; `smoke` are the methods of a smoke run, by default all."""
+    """The flags that every comparison has; `smoke`: the methods of a smoke run, by default all."""
     flags = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
     flags.add_argument(
         "--optimizers",
