@@ -84,7 +84,8 @@ def refresh_if(
         # Inside a `vmap` this branch runs for every member as soon as one asks; the others keep
         # what they have.
         fresh, old = fast_convs_in_loops(fn)(*operands), keep(*operands)
-        chosen: T = jax.tree.map(lambda new, old: jnp.where(pred, new, old), fresh, old)
+        asks = _this_member(pred)
+        chosen: T = jax.tree.map(lambda new, old: jnp.where(asks, new, old), fresh, old)
         return chosen
 
     result: T = lax.cond(_any_member(pred), refresh, keep, *operands)
@@ -103,6 +104,24 @@ def _(
 ) -> tuple[Bool[Array, ""], bool]:
     del axis_size, in_batched
     return _any_member(jnp.any(preds)), False  # recursion, for there may be an outer vmap
+
+
+@jax.custom_batching.custom_vmap
+def _this_member(pred: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Return `pred` where it is known to hold for any member: without `vmap` that is True.
+
+    XLA does not see that a branch knows its predicate. It would run `keep` beside `fn`, and hold
+    the operands: of EK-FAC's refresh of 1.0 s on an autoencoder, 0.2 s.
+    """
+    return jnp.ones_like(pred)
+
+
+@_this_member.def_vmap
+def _(
+    axis_size: int, in_batched: list[bool], preds: Bool[Array, " members"]
+) -> tuple[Bool[Array, " members"], bool]:
+    del axis_size, in_batched
+    return preds, True
 
 
 def pin_to_iteration(closure: T, index: Array) -> T:

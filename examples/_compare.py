@@ -104,15 +104,19 @@ def grid(**choices: Sequence[float]) -> tuple[Setting, ...]:
 
 
 def parser(
-    doc: str, methods: Mapping[str, Method], steps: int, batch: int
+    doc: str,
+    methods: Mapping[str, Method],
+    steps: int,
+    batch: int,
+    smoke: Sequence[str] | None = None,
 ) -> argparse.ArgumentParser:
-    """The flags that every comparison has."""
+    """The flags that every comparison has; `smoke`: the methods of a smoke run, by default all."""
     flags = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
     flags.add_argument(
         "--optimizers",
-        default=",".join(methods),
-        help="separated by commas; the first is the reference",
+        help=f"separated by commas, the first is the reference; default: {', '.join(methods)}",
     )
+    flags.set_defaults(of_smoke=list(smoke or methods))
     flags.add_argument(
         "--steps", type=int, default=steps, help=f"of each run, rounded up to a multiple of {CHUNK}"
     )
@@ -132,7 +136,9 @@ def parser(
 def parse(flags: argparse.ArgumentParser, methods: Mapping[str, Method]) -> argparse.Namespace:
     """Parse and check the flags of `parser`."""
     args = flags.parse_args()
-    names = dict.fromkeys(name for name in args.optimizers.split(",") if name)
+    names = dict.fromkeys(args.of_smoke if args.smoke else methods)
+    if args.optimizers is not None:
+        names = dict.fromkeys(name for name in args.optimizers.split(",") if name)
     unknown = [name for name in names if name not in methods]
     if unknown or not names:
         flags.error(

@@ -1,6 +1,7 @@
-"""Train a small transformer on the characters of a text with AdamW, Sophia-G, K-FAC and EK-FAC.
+"""Train a small transformer on the characters of a text with AdamW, curvature, and preconditioners.
 
     python examples/char_lm.py                                      # Python's standard library
+    python examples/char_lm.py --optimizers adamw,kfac,soap,muon    # some of them
     python examples/char_lm.py --data tinyshakespeare.txt --steps 2000
     python examples/char_lm.py --smoke                              # does it run? 20 seconds
 
@@ -13,6 +14,7 @@ have no fast bfloat16 products (`--dtype` decides). `_compare.py` says how the t
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,23 @@ def falling(damping: Any) -> optax.Schedule:
     return lambda step: damping * (1 + 99 * 0.9**step)
 
 
+def on_matrices(
+    one_liner: Callable[..., optax.GradientTransformation], *rates: float, **options: Any
+) -> Method:
+    """A rule on gradients, on the matrices that the model uses."""
+    return Method(lambda task, rate: one_liner(rate, task.layout, **options), grid(rate=rates))
+
+
+def of_model(
+    one_liner: Callable[..., optax.GradientTransformation], *rates: float, **options: Any
+) -> Method:
+    """A method that measures inputs, or inputs and cotangents, of the model."""
+    return Method(
+        lambda task, rate: one_liner(rate, task.objective, task.layout, **options),
+        grid(rate=rates),
+    )
+
+
 METHODS = {
     "adamw": Method(lambda task, rate: optax.adamw(rate), grid(rate=(1e-3, 3e-3, 1e-2))),
     "sophia_g": Method(
@@ -95,7 +114,19 @@ METHODS = {
     ),
     "kfac": Method(kfac, grid(rate=(0.01, 0.03), damping=(1e-3, 3e-3, 1e-2))),
     "ekfac": Method(ekfac, grid(rate=(0.01, 0.03), damping=(1e-2,))),
+    "shampoo": on_matrices(curvax.shampoo, 1e-3, 3e-3, 1e-2),
+    "soap": on_matrices(curvax.soap, 1e-3, 3e-3, 1e-2),
+    "kl_shampoo": on_matrices(curvax.kl_shampoo, 1e-3, 3e-3, 1e-2),
+    "kl_soap": on_matrices(curvax.kl_soap, 1e-3, 3e-3, 1e-2),
+    "asgo": on_matrices(curvax.asgo, 3e-3, 1e-2, 3e-2),
+    "muon": on_matrices(curvax.muon, 0.01, 0.02, 0.05, fallback_learning_rate=3e-3),
+    "newton_muon": of_model(curvax.newton_muon, 0.01, 0.02, 0.05, fallback_learning_rate=3e-3),
+    "fismo": on_matrices(curvax.fismo, 1e-3, 3e-3, 1e-2),
+    "mkor": of_model(curvax.mkor, 0.03, 0.1, 0.3),
+    "psgd": on_matrices(lambda rate, layout: curvax.psgd(rate, layout=layout), 3e-4, 1e-3, 3e-3),
+    "optax_muon": Method(lambda task, rate: optax.contrib.muon(rate), grid(rate=(0.01, 0.02))),
 }
+SMOKE = ("adamw", "sophia_g", "kfac", "soap", "muon")
 
 
 def read_text(path: Path | None, limit: int = 1_000_000) -> np.ndarray:
@@ -124,7 +155,7 @@ def language_model(codes: np.ndarray, model: Transformer, seed: int) -> Task:
 
 
 def main() -> None:
-    flags = parser(__doc__, METHODS, steps=500, batch=32)
+    flags = parser(__doc__, METHODS, steps=500, batch=32, smoke=SMOKE)
     flags.add_argument(
         "--data", type=Path, help="a text file; default: sources of Python's standard library"
     )

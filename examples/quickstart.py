@@ -1,6 +1,6 @@
 """Train a classifier of digits with K-FAC; then compare optimizers on it and on an autoencoder.
 
-    python examples/quickstart.py                                   # two minutes on two cores
+    python examples/quickstart.py                                   # six minutes on two cores
     python examples/quickstart.py --smoke                           # does it run? about 20 seconds
     python examples/quickstart.py --optimizers adam,kfac --steps 2000
     python examples/quickstart.py --data folder/with/mnist-idx-files
@@ -12,6 +12,7 @@ from; `_compare.py` says how the table is made.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ def train_with_kfac(num_steps: int) -> None:
 # smaller rates.
 DAMPING = optax.exponential_decay(1.0, transition_steps=10, decay_rate=0.5, end_value=1e-2)
 
+
+def on_matrices(one_liner: Callable[..., optax.GradientTransformation], *rates: float) -> Method:
+    """A rule on gradients, on the matrices that the model uses."""
+    return Method(lambda task, rate: one_liner(rate, task.layout), grid(rate=rates))
+
+
 # To compare another method, add a row. Sophia's weight decay is off, since the others have none.
 METHODS = {
     "adam": Method(lambda task, rate: optax.adam(rate), grid(rate=(1e-3, 3e-3, 1e-2, 3e-2))),
@@ -94,7 +101,24 @@ METHODS = {
         lambda task, rate, damping: curvax.mfac(rate, 64, damping, momentum=0.9, divisor="count"),
         grid(rate=(0.003, 0.01), damping=(1e-3, 1e-2)),
     ),
+    "shampoo": on_matrices(curvax.shampoo, 1e-3, 3e-3, 1e-2, 3e-2),
+    "soap": on_matrices(curvax.soap, 1e-3, 3e-3, 1e-2, 3e-2),
+    "kl_shampoo": on_matrices(curvax.kl_shampoo, 1e-3, 3e-3, 1e-2, 3e-2),
+    "kl_soap": on_matrices(curvax.kl_soap, 1e-3, 3e-3, 1e-2, 3e-2),
+    "asgo": on_matrices(curvax.asgo, 1e-3, 3e-3, 1e-2, 3e-2),
+    "muon": on_matrices(curvax.muon, 3e-3, 1e-2, 3e-2, 0.1),
+    "fismo": on_matrices(curvax.fismo, 1e-4, 1e-3, 1e-2),
+    "psgd": on_matrices(lambda rate, layout: curvax.psgd(rate, layout=layout), 1e-3, 3e-3, 1e-2),
+    "newton_muon": Method(
+        lambda task, rate: curvax.newton_muon(rate, task.objective, task.layout),
+        grid(rate=(3e-3, 1e-2, 3e-2, 0.1)),
+    ),
+    "mkor": Method(
+        lambda task, rate: curvax.mkor(rate, task.objective, task.layout),
+        grid(rate=(0.003, 0.01, 0.03, 0.1)),
+    ),
 }
+SMOKE = ("adam", "adahessian", "sophia_g", "kfac", "ekfac", "mfac", "shampoo")
 
 
 def classifier(images: np.ndarray, labels: np.ndarray, num_train: int, key: jax.Array) -> Task:
@@ -132,7 +156,7 @@ def autoencoder(images: np.ndarray, num_train: int, key: jax.Array) -> Task:
 
 
 def main() -> None:
-    flags = parser(__doc__, METHODS, steps=1000, batch=256)
+    flags = parser(__doc__, METHODS, steps=1000, batch=256, smoke=SMOKE)
     flags.add_argument(
         "--data", type=Path, help="folder of MNIST idx files; default: scikit-learn's digits"
     )

@@ -8,10 +8,13 @@ from curvax.kron._factors import BlockFactors, Factors, WeightedMean, moving_ave
 from curvax.kron._fit import fit_factors, fit_moments
 from curvax.kron._gradient_layout import gradient_layout, tiled
 from curvax.kron._gradient_pairs import Basis
+from curvax.kron._input_factors import input_factors
 from curvax.kron._inverse import kron_inverse
 from curvax.kron._kron_factor import Diagonal, Full, Identity, KronFactor
 from curvax.kron._layout import Block, Layout, Leaf
+from curvax.kron._lookups import without_lookups
 from curvax.kron._matrix_layout import matrix_layout
+from curvax.kron._mean_vectors import MeanVectors, mean_vectors
 from curvax.kron._merging import merge
 from curvax.kron._moments import (
     EigenCurvature,
@@ -48,6 +51,7 @@ __all__ = [
     "KronOperator",
     "Layout",
     "Leaf",
+    "MeanVectors",
     "Saving",
     "WeightedMean",
     "apply",
@@ -57,6 +61,7 @@ __all__ = [
     "fit_factors",
     "fit_moments",
     "gradient_layout",
+    "input_factors",
     "kron_basis",
     "kron_factors",
     "kron_inverse",
@@ -64,9 +69,11 @@ __all__ = [
     "kron_moments",
     "kron_operator",
     "matrix_layout",
+    "mean_vectors",
     "merge",
     "moving_average",
     "tiled",
     "vector_layout",
     "with_block_matrices",
+    "without_lookups",
 ]

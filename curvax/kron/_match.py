@@ -69,9 +69,9 @@ def _by_keys(shapes: Shapes, paths: Sequence[str], leaves: Sequence[Any]) -> lis
     # The usual case, where nothing has changed.
     if paths == list(shapes):
         return [[path] for path in paths]
-    number_at = {_keys(path): number for number, path in enumerate(paths)}
+    number_at = {path_keys(path): number for number, path in enumerate(paths)}
     for path in shapes:
-        keys = _keys(path)
+        keys = path_keys(path)
         # The leaf itself, or a masked part that it lies in: one at a beginning of its keys.
         for length in range(len(keys), -1, -1):
             number = number_at.get(keys[:length])
@@ -92,7 +92,7 @@ def _by_order(shapes: Shapes, leaves: Sequence[Any]) -> list[list[str]] | None:
     return None
 
 
-def _keys(path: str) -> tuple[str, ...]:
+def path_keys(path: str) -> tuple[str, ...]:
     """Return the keys in a path, without the marks of the containers that they are of."""
     # A final `.value` is that of a box around an array, such as `nnx.Param`.
     words = re.split(r"[\[\]'\"./]+", path.removesuffix(".value"))

@@ -6,6 +6,7 @@ sections 3.1 and 3.2; expand is that of Grosse and Martens (2016) for convolutio
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any, TypeAlias
@@ -71,6 +72,32 @@ def diagonal_sums(u: UseCotangents, v: UseCotangents | None) -> dict[str, Array]
         wide, other = at_least_float32(x), at_least_float32(others[path])
         sums[path] = jnp.sum(wide * other, axis=0)
     return sums
+
+
+def mean_inputs(
+    block: Block, inputs: PerUse, chunks: Chunks, counted: list[Counted], transposed: bool
+) -> WeightedMean:
+    """Average the inputs of a block's uses of one orientation, over positions that count.
+
+    The arguments are those of `input_moments`. The inputs `[s, i]` are those of the kernel alone,
+    without the 1 of a bias; row numbers of a lookup are one-hot inputs.
+    """
+    # Sums over the positions of an example are what "reduce" begins with.
+    pooled = dataclasses.replace(block, sharing="reduce", bias=None)
+    totals, weights = [], []
+    for k in _of_orientation(block, transposed):
+        by_row, counts = _of_use(pooled, block.uses[k], inputs[k], chunks[k], counted[k])
+        totals.append(jnp.sum(by_row, axis=0))
+        weights.append(jnp.sum(counts, axis=0))
+    return WeightedMean(_sum(totals), _sum(weights))
+
+
+def summed_cotangents(block: Block, g: PerUse, transposed: bool) -> Float[Array, "s o"]:
+    """Sum the cotangents of a block's uses of one orientation, over all positions."""
+    sums = []
+    for k in _of_orientation(block, transposed):
+        sums.append(jnp.sum(at_least_float32(g[k]), axis=(0, 2)))
+    return _sum(sums)
 
 
 def counted_positions(block: Block, g: PerUse) -> list[Counted]:

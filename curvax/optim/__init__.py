@@ -5,6 +5,7 @@ from curvax.optim._averaging import block_average, flax_axes, spatial_average
 from curvax.optim._diagonal import ScaleByDiagonalState
 from curvax.optim._ekfac import EigenBlockState, ekfac, scale_by_ekfac
 from curvax.optim._estimating import EstimatingState, estimating
+from curvax.optim._fismo import FismoFactors, fismo, scale_by_fismo
 from curvax.optim._fraction import on_fraction
 from curvax.optim._gradient_regularized import (
     GradientRegularizedInfo,
@@ -48,9 +49,12 @@ from curvax.optim._matrix_parts import (
     momentum_norm,
     rms_at_most,
     rms_norm,
+    shape_norm,
     unscaled,
 )
 from curvax.optim._mfac import MfacInfo, ScaleByMfacState, mfac, scale_by_mfac
+from curvax.optim._mkor import mkor, mkor_h, scale_by_mkor
+from curvax.optim._muon import MuonMemory, muon, scale_by_muon
 from curvax.optim._newton import (
     NewtonInfo,
     ScaleByNewtonState,
@@ -60,6 +64,9 @@ from curvax.optim._newton import (
     saddle_free_newton,
     scale_by_newton,
 )
+from curvax.optim._newton_muon import newton_muon, scale_by_newton_muon
+from curvax.optim._plateau import LossAverages, UntilPlateauState, until_plateau
+from curvax.optim._polar import exact_polar, newton_schulz, polar_express
 from curvax.optim._psgd import (
     HessianPair,
     PsgdStatistics,
@@ -72,6 +79,13 @@ from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelStat
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
+from curvax.optim._self_scaled import (
+    ScaleBySsbroydenState,
+    SsbroydenInfo,
+    scale_by_ssbroyden,
+    ssbfgs,
+    ssbroyden,
+)
 from curvax.optim._shampoo import (
     ShampooMemory,
     asgo,
@@ -81,12 +95,14 @@ from curvax.optim._shampoo import (
 )
 from curvax.optim._soap import SoapBlock, scale_by_soap, soap
 from curvax.optim._sophia import SophiaInfo, scale_by_sophia, sophia_g, sophia_h
+from curvax.optim._two_rates import TwoRatesState
 
 __all__ = [
     "AdaHessianInfo",
     "BlockInfo",
     "EigenBlockState",
     "EstimatingState",
+    "FismoFactors",
     "GradientRegularizedInfo",
     "GradientRegularizedState",
     "HessianPair",
@@ -97,10 +113,12 @@ __all__ = [
     "LazyNewtonInfo",
     "LevenbergMarquardtInfo",
     "LevenbergMarquardtState",
+    "LossAverages",
     "MatrixBlock",
     "MatrixInfo",
     "MatrixMethod",
     "MfacInfo",
+    "MuonMemory",
     "NewtonInfo",
     "PsgdStatistics",
     "QuadraticModelInfo",
@@ -112,13 +130,17 @@ __all__ = [
     "ScaleByMatricesState",
     "ScaleByMfacState",
     "ScaleByNewtonState",
+    "ScaleBySsbroydenState",
     "ScaleRule",
     "ShampooMemory",
     "Sides",
     "SoapBlock",
     "SophiaInfo",
+    "SsbroydenInfo",
     "StepContext",
     "StepResult",
+    "TwoRatesState",
+    "UntilPlateauState",
     "adahessian",
     "adam_norm",
     "asgo",
@@ -127,6 +149,8 @@ __all__ = [
     "egn",
     "ekfac",
     "estimating",
+    "exact_polar",
+    "fismo",
     "flax_axes",
     "gauss_newton",
     "gradient_regularized_newton",
@@ -140,9 +164,15 @@ __all__ = [
     "lazy_newton",
     "levenberg_marquardt",
     "mfac",
+    "mkor",
+    "mkor_h",
     "momentum_norm",
+    "muon",
     "newton_cg",
+    "newton_muon",
+    "newton_schulz",
     "on_fraction",
+    "polar_express",
     "psgd",
     "psgd_interval",
     "quadratic_model",
@@ -153,6 +183,7 @@ __all__ = [
     "scale_by_adahessian",
     "scale_by_asgo",
     "scale_by_ekfac",
+    "scale_by_fismo",
     "scale_by_gradient_regularized_newton",
     "scale_by_kfac",
     "scale_by_kl_shampoo",
@@ -160,17 +191,25 @@ __all__ = [
     "scale_by_lazy_newton",
     "scale_by_matrices",
     "scale_by_mfac",
+    "scale_by_mkor",
+    "scale_by_muon",
     "scale_by_newton",
+    "scale_by_newton_muon",
     "scale_by_psgd",
     "scale_by_shampoo",
     "scale_by_soap",
     "scale_by_sophia",
+    "scale_by_ssbroyden",
     "shampoo",
+    "shape_norm",
     "soap",
     "sophia_g",
     "sophia_h",
     "spatial_average",
+    "ssbfgs",
+    "ssbroyden",
     "unscaled",
+    "until_plateau",
     "zero_count",
     "zero_number",
 ]

@@ -146,7 +146,13 @@ def scale_by_kl_shampoo(
     ) -> MatrixBlock:
         return averaged_kl(block, state, V, count, b2)
 
-    method = MatrixMethod(init, average_whitened, step, refresh_kl, has_current_gradient=False)
+    method = MatrixMethod(
+        init=init,
+        average=average_whitened,
+        step=step,
+        refresh=refresh_kl,
+        has_current_gradient=False,
+    )
     adam = optax.scale_by_adam(b1, b2, eps)
     return scale_by_matrices(layout, method, refresh_every, fallback or adam)
 
@@ -271,7 +277,13 @@ def scale_by_kl_soap(
     ) -> MatrixBlock:
         return averaged_kl(block, state, V, count, b2)
 
-    method = MatrixMethod(init, average_whitened, step, refresh_kl, has_current_gradient=False)
+    method = MatrixMethod(
+        init=init,
+        average=average_whitened,
+        step=step,
+        refresh=refresh_kl,
+        has_current_gradient=False,
+    )
     adam = optax.scale_by_adam(b1, b2, eps)
     return scale_by_matrices(layout, method, refresh_every, fallback or adam)
 

@@ -28,6 +28,7 @@ Entries in no matrix, vectors for instance, follow an ordinary optax rule, the f
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -42,6 +43,7 @@ from curvax._types import Count, Params, tree_at_least_float32
 from curvax.kron import Layout, block_matrices, with_block_matrices
 from curvax.kron._gradient_layout import gradient_layout
 from curvax.kron._layout import Block, check_layout, named_leaves, present
+from curvax.kron._match import path_keys
 from curvax.kron._matrix_layout import layout_of_shapes
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._rule import (
@@ -91,6 +93,9 @@ class MatrixMethod(NamedTuple):
         None: there is none.
       has_current_gradient: whether V is averaged and refreshed before the step, so that it is in
         its own preconditioner; False does both after the step.
+      take_in: `(state, measured) -> MatrixBlock`, for a method that needs more than gradients: what
+        an estimator measured of the block, at intervals, before V is averaged. None: gradients are
+        all that it needs.
     """
 
     init: Callable[[Block, Matrices], MatrixBlock]
@@ -155,14 +160,8 @@ def scale_by_matrices(
       whose squares overflow gives a zero step, leaves the state as it is and counts as not finite.
     """
     check_interval(refresh_every=refresh_every)
-    matrices = None if layout is None else edit_layout(gradient_layout(layout))
+    layout_of = layout_reader(layout, edit_layout)
     rule_outside = optax.with_extra_args_support(fallback or optax.identity())
-
-    def layout_of(tree: Params, name: str) -> Layout:
-        if matrices is None:
-            return edit_layout(layout_of_shapes(tree))
-        check_layout(matrices, tree, name)
-        return present(matrices, tree)
 
     def init(params: Params) -> ScaleByMatricesState:
         here = layout_of(params, "params")
@@ -267,17 +266,47 @@ def scale_by_matrices(
         """Take what was measured of every block into its state."""
         del gradient
         assert method.take_in is not None
-        blocks, num_failures = {}, {}
-        for name, old in state.blocks.items():
-            new = method.take_in(old, _measured(curvature, name))
-            # A block that overflows goes on with its last good state, and holds up no other.
-            is_good = all_finite(new)
-            blocks[name] = keep_changed(is_good, new, old)
-            num_failures[name] = state.info.num_failures[name] + ~is_good
-        info = state.info._replace(num_failures=num_failures)
+        blocks, failures = {}, {}
+        for name, block in state.blocks.items():
+            fresh = method.take_in(block, _measured(curvature, name))
+            # Finite measurements can overflow in what is computed from them.
+            is_good = all_finite(fresh)
+            blocks[name] = keep_changed(is_good, fresh, block)
+            failures[name] = state.info.num_failures[name] + ~is_good
+        info = state.info._replace(num_failures=failures)
         return state._replace(blocks=blocks, info=info), all_finite(curvature)
 
     return curvature_rule(init, step, take_in=take_in if method.take_in else None)
+
+
+def layout_reader(
+    layout: Layout | None, edit_layout: Callable[[Layout], Layout]
+) -> Callable[[Params, str], Layout]:
+    """Return the function `(tree, name) -> Layout`: the matrices of a tree like params.
+
+    Those that are masked out are missing. Without a layout they are read from shapes.
+    """
+    matrices = None if layout is None else edit_layout(gradient_layout(layout))
+
+    def layout_of(tree: Params, name: str) -> Layout:
+        if matrices is None:
+            return edit_layout(_plainly_named(layout_of_shapes(tree)))
+        check_layout(matrices, tree, name)
+        return present(matrices, tree)
+
+    return layout_of
+
+
+def _plainly_named(layout: Layout) -> Layout:
+    """Name blocks by the keys in their paths alone, as the state knows them.
+
+    `nnx.Optimizer` has one container at `init` and another at `update`, which print other paths.
+    """
+    blocks = []
+    for block in layout.blocks:
+        name = ".".join(path_keys(block.name))
+        blocks.append(dataclasses.replace(block, name=name))
+    return dataclasses.replace(layout, blocks=tuple(blocks))
 
 
 def _measured(curvature: Mapping[str, Any], name: str) -> Any:

@@ -13,7 +13,7 @@ from curvax._checks import check_at_least, check_decay
 from curvax._trees import safe_divide
 from curvax._types import Count
 from curvax.kron._factors import WeightedMean, moving_average
-from curvax.kron._kron_factor import STRUCTURES, KronFactor
+from curvax.kron._kron_factor import STRUCTURES, Identity, KronFactor
 from curvax.kron._layout import Block
 from curvax.optim._matrices import Matrices, PerMatrix
 
@@ -73,6 +73,12 @@ def factors_of(block: Block, statistics: Sides) -> tuple[KronFactor, KronFactor]
     return left.from_moment(statistics.left.mean), right.from_moment(statistics.right.mean)
 
 
+def identity_like(zeros: KronFactor) -> KronFactor:
+    """Return the identity in the structure of a factor of zeros."""
+    # The structure "identity" is one already, whatever it was made of.
+    return zeros if isinstance(zeros, Identity) else zeros.damped(1.0)
+
+
 def average(old: Array, new: Array, decay: Decay) -> Array:
     """Return `decay old + (1 - decay) new`, in the precision of `old`."""
     mean: Array = decay * old + (1 - decay) * new
@@ -96,7 +102,8 @@ def matrix_norm(x: Matrices) -> PerMatrix:
 class ScaleRule(NamedTuple):
     """How long the step of a matrix is: `U -> s U`, with a number s for every matrix.
 
-    `curvax.optim.adam_norm()`, `momentum_norm()`, `rms_norm()` and `unscaled()` make such rules.
+    `curvax.optim.adam_norm()`, `momentum_norm()`, `rms_norm()`, `shape_norm()` and `unscaled()`
+    make such rules.
 
     Attributes:
       init: `V -> state`, from zeros like the gradient V.
@@ -133,6 +140,27 @@ def rms_norm(rms: float = 0.2) -> ScaleRule:
     def norm(state: Any, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
         del state, M, count
         return jnp.full((len(U), 1, 1), rms * math.sqrt(U.shape[1] * U.shape[2]), U.dtype)
+
+    return _stateless(norm)
+
+
+def shape_norm(rms: float | None = None) -> ScaleRule:
+    """Multiply steps by a number that follows from their shape `[i, o]`: `sqrt(max(1, o / i))`.
+
+    Polar factors of every width then change outputs by as much: Jordan et al. (2024), Muon. With
+    `rms` the number is `rms sqrt(max(i, o))`, which gives the entries of a polar factor of full
+    rank that root mean square. AdamW's steps have about 0.2: Liu et al. (2025), section 2.2,
+    https://arxiv.org/abs/2502.16982.
+    """
+    if rms is not None:
+        check_at_least(0, rms=rms)
+
+    def norm(state: Any, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
+        del state, M, count
+        _, rows, columns = U.shape
+        if rms is None:
+            return math.sqrt(max(1, columns / rows)) * matrix_norm(U)
+        return rms * math.sqrt(max(rows, columns)) * matrix_norm(U)
 
     return _stateless(norm)
 

@@ -32,6 +32,7 @@ from curvax.optim._matrix_parts import (
     averaged_statistics,
     debiased,
     factors_of,
+    identity_like,
     init_statistics,
     outer_products,
     rms_norm,
@@ -274,7 +275,7 @@ def _root_method(
         zeros = factors_of(block, statistics)
         return MatrixBlock(
             statistics=statistics,
-            preconditioner=Sides(*map(_with_identity, zeros)),
+            preconditioner=Sides(*map(identity_like, zeros)),
             memory=ShampooMemory(jnp.zeros_like(V), scale.init(V)),
         )
 
@@ -315,12 +316,12 @@ def _root_method(
         U = right.right(left.left(M))
         return scaled(scale, state.memory.scale, U, M, count + 1), state
 
-    return MatrixMethod(init, average_all, step, refresh)
-
-
-def _with_identity(zeros: KronFactor) -> KronFactor:
-    """Return the identity in the structure of a factor of zeros."""
-    return zeros if isinstance(zeros, Identity) else zeros.damped(1.0)
+    return MatrixMethod(
+        init=init,
+        average=average_all,
+        step=step,
+        refresh=refresh,
+    )
 
 
 def _is_sum(b2: Decay) -> bool:

@@ -138,7 +138,13 @@ def scale_by_soap(
         moments = outer_products(block, V, V)
         return state._replace(statistics=averaged_statistics(state.statistics, moments, b))
 
-    method = MatrixMethod(init, average_products, step, refresh_soap, has_current_gradient=False)
+    method = MatrixMethod(
+        init=init,
+        average=average_products,
+        step=step,
+        refresh=refresh_soap,
+        has_current_gradient=False,
+    )
     adam = optax.scale_by_adam(b1, b2, eps)
     return scale_by_matrices(layout, method, refresh_every, fallback or adam)
 

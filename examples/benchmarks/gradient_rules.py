@@ -83,9 +83,7 @@ def optax_muon(params: Any, layout: curvax.kron.Layout) -> optax.GradientTransfo
 
 
 RULES = {
-    "shampoo": Rule(
-        lambda _, layout: curvax.scale_by_shampoo(layout, refresh_every=T), of_shampoo
-    ),
+    "shampoo": Rule(lambda _, layout: curvax.scale_by_shampoo(layout, refresh_every=T), of_shampoo),
     "soap": Rule(lambda _, layout: curvax.scale_by_soap(layout, refresh_every=T), of_soap),
     "kl_shampoo": Rule(
         lambda _, layout: curvax.scale_by_kl_shampoo(layout, refresh_every=T), of_kl

@@ -63,6 +63,16 @@ def _auto(task: Task, layout: Any, damping: Any, every: int) -> optax.GradientTr
     )
 
 
+def _of_matrices(rate: float, one_liner: Callable[..., optax.GradientTransformation]) -> Method:
+    """A rule on gradients, on the matrices of the model."""
+    return Method(rate, lambda task, layout, rate, every: one_liner(rate, layout=layout))
+
+
+def _of_model(rate: float, one_liner: Callable[..., optax.GradientTransformation]) -> Method:
+    """A method that measures inputs, or inputs and cotangents, of the model."""
+    return Method(rate, lambda task, layout, rate, every: one_liner(rate, task.objective, layout))
+
+
 METHODS = {
     "kfac": _kron(curvax.kfac),
     "ekfac": _kron(curvax.ekfac),
@@ -76,6 +86,16 @@ METHODS = {
     "gauss_newton": Method(
         0.1, lambda task, _, rate, every: curvax.gauss_newton(rate, task.objective, damping=0.1)
     ),
+    "shampoo": _of_matrices(3e-3, curvax.shampoo),
+    "soap": _of_matrices(3e-3, curvax.soap),
+    "kl_shampoo": _of_matrices(3e-3, curvax.kl_shampoo),
+    "kl_soap": _of_matrices(3e-3, curvax.kl_soap),
+    "asgo": _of_matrices(1e-2, curvax.asgo),
+    "muon": _of_matrices(0.02, curvax.muon),
+    "fismo": _of_matrices(1e-3, curvax.fismo),
+    "psgd": _of_matrices(1e-3, curvax.psgd),
+    "newton_muon": _of_model(0.02, curvax.newton_muon),
+    "mkor": _of_model(0.1, curvax.mkor),
 }
 """Optimizers with the rates of their docstrings."""
 

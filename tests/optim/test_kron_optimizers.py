@@ -227,13 +227,15 @@ def test_ekfac_divides_by_averaged_moments_that_go_along_with_the_basis(method):
 def test_ekfac_keeps_bases_and_moments_within_the_tolerance():
     rows = jax.jit(sampled_rows)(PARAMS, BATCHES[0], jax.random.key(0))
     # Of the second curvature one factor is turned, and one block's are as they were.
-    blocks = dict(rows.factors.blocks)
-    name = "['w1']"
+    blocks, name = dict(rows.factors.blocks), "['w1']"
     a = blocks[name].a
     other = normal(9, *a.total.shape)
     total = a.total + 0.2 * np.trace(a.total[0]) * other @ other.swapaxes(1, 2)
     blocks[name] = blocks[name]._replace(a=a._replace(total=total))
-    second = rows._replace(factors=rows.factors._replace(blocks=blocks))
+    second = rows._replace(factors=rows.factors._replace(blocks=dict(blocks)))
+    # A number beside the diagonal is not seen where curvature comes in: the refresh fails.
+    blocks[name] = blocks[name]._replace(a=a._replace(total=a.total.at[0, 0, 1].set(jnp.nan)))
+    failing = rows._replace(factors=rows.factors._replace(blocks=blocks))
     for method in ("eigh", "qr"):
         rule = curvax.scale_by_ekfac(
             LAYOUT, DAMPING, inverse_every=2, decay=0.5, basis=method, tolerance=0.05
@@ -248,6 +250,9 @@ def test_ekfac_keeps_bases_and_moments_within_the_tolerance():
             assert bool(jnp.all(basis == old)) == (factor == "g")
         chex.assert_trees_all_equal(after["['w2']"].basis, before["['w2']"].basis)
         assert states[-1].info.blocks["['w2']"].age == 0
+        failed = update(GRADIENTS[0], states[2], curvature=failing)[1]
+        chex.assert_trees_all_equal(failed.block_state[name].basis, before[name].basis)
+        assert failed.info.num_failures == {name: 1, "['w2']": 0}
         # With the bases kept, moments are a running average of equal numbers.
         of_w2 = [block["['w2']"].moments for block in (before, after)]
         means = [moments.total / moments.weight for moments in of_w2]

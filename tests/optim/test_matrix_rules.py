@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import published_matrices as published
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -405,3 +406,18 @@ def test_bad_arguments():
     layout = curvax.matrix_layout({"w": jnp.ones((2, 3))})
     with pytest.raises(ValueError, match="the layout is of other params"):
         curvax.scale_by_soap(layout).init({"w": jnp.ones((3, 2))})
+
+
+def test_in_nnx_optimizer_without_a_layout():
+    """Its containers print other paths at `init` than at `update`; matrices are the same."""
+    module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(module, curvax.muon(0.1), wrt=nnx.Param)
+    before = module.kernel[...]
+
+    def loss(module):
+        return jnp.sum(module(jnp.ones((2, 4))) ** 2)
+
+    optimizer.update(module, nnx.grad(loss)(module))
+    # A step of a polar factor of rank 1.
+    step = np.linalg.norm(module.kernel[...] - before)
+    assert 0.05 < step < 0.15
