@@ -290,7 +290,7 @@ def layout_reader(
 
     def layout_of(tree: Params, name: str) -> Layout:
         if matrices is None:
-            return edit_layout(_plainly_named(layout_of_shapes(tree)))
+            return _plainly_named(edit_layout(layout_of_shapes(tree)))
         check_layout(matrices, tree, name)
         return present(matrices, tree)
 

@@ -24,9 +24,7 @@ from curvax._checks import (
 from curvax._types import Batch, Count, Params, PRNGKey
 from curvax.estimate import normal
 from curvax.kron import Layout, block_matrices
-from curvax.kron._gradient_layout import gradient_layout
 from curvax.kron._layout import Block
-from curvax.kron._matrix_layout import layout_of_shapes
 from curvax.kron._vector_layout import with_columns
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
@@ -36,6 +34,7 @@ from curvax.optim._matrices import (
     Matrices,
     MatrixBlock,
     MatrixMethod,
+    layout_reader,
     scale_by_matrices,
 )
 from curvax.optim._matrix_parts import (
@@ -325,8 +324,8 @@ def hessian_pairs(
 
     References: Li (2018), https://arxiv.org/abs/1512.04202, section III.
     """
-    matrices = layout_of_shapes(params) if layout is None else gradient_layout(layout)
-    matrices = with_columns(matrices)
+    # The blocks of the rule, by the names that it has for them.
+    matrices = layout_reader(layout, with_columns)(params, "params")
     probe = normal(key, params)
     probes = block_matrices(matrices, probe)
     products = block_matrices(matrices, hvp(objective, params, batch)(probe))

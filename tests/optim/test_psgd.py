@@ -276,11 +276,11 @@ def first(tree):
 def test_vectors_have_a_diagonal_of_their_own_unless_there_is_a_fallback():
     state = scale_by_psgd().init(PARAMS)
     sizes = {name: block.statistics.momentum.shape for name, block in state.blocks.items()}
-    assert sizes == {"['w']": (1, 4, 3), "['b']": (1, 3, 1), "['c']": (1, 1, 1)}
-    assert state.blocks["['b']"].preconditioner.left.entries.shape == (1, 3)
+    assert sizes == {"w": (1, 4, 3), "b": (1, 3, 1), "c": (1, 1, 1)}
+    assert state.blocks["b"].preconditioner.left.entries.shape == (1, 3)
     rule = scale_by_psgd(fallback=optax.scale(7.0))
     updates, state = jax.jit(rule.update)(first(GRADIENTS), rule.init(PARAMS))
-    assert list(state.blocks) == ["['w']"]
+    assert list(state.blocks) == ["w"]
     np.testing.assert_allclose(updates["b"], 7 * GRADIENTS["b"][0], rtol=1e-6)
 
 
@@ -332,9 +332,9 @@ def test_bfloat16_params_have_float32_state(rank):
 @pytest.mark.parametrize("fit_to", ["momentum", "hessian"])
 def test_nan_leaves_the_state_as_it_was(fit_to):
     pair = {
-        "['w']": HessianPair(jnp.ones((1, 4, 3)), jnp.ones((1, 4, 3))),
-        "['b']": HessianPair(jnp.ones((1, 3, 1)), jnp.ones((1, 3, 1))),
-        "['c']": HessianPair(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1))),
+        "w": HessianPair(jnp.ones((1, 4, 3)), jnp.ones((1, 4, 3))),
+        "b": HessianPair(jnp.ones((1, 3, 1)), jnp.ones((1, 3, 1))),
+        "c": HessianPair(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1))),
     }
     curvature = pair if fit_to == "hessian" else None
     rule = scale_by_psgd(fit_to=fit_to)
@@ -346,7 +346,7 @@ def test_nan_leaves_the_state_as_it_was(fit_to):
     info = state.info._replace(num_nonfinite=state.info.num_nonfinite + 1)
     chex.assert_trees_all_equal(after, state._replace(info=info))
     if fit_to == "hessian":  # a bad product: the step goes on with the last good P
-        bad = pair | {"['c']": HessianPair(jnp.ones((1, 1, 1)), jnp.full((1, 1, 1), jnp.inf))}
+        bad = pair | {"c": HessianPair(jnp.ones((1, 1, 1)), jnp.full((1, 1, 1), jnp.inf))}
         updates, after = update(good, state, curvature=bad)
         preconditioners = lambda s: {name: b.preconditioner for name, b in s.blocks.items()}
         chex.assert_trees_all_equal(preconditioners(after), preconditioners(state))
@@ -397,11 +397,11 @@ BATCH = INPUTS, INPUTS @ jnp.asarray(normal(3, 2, seed=1), jnp.float32) + 1
 
 def test_pairs_are_products_with_the_damped_hessian():
     pairs = hessian_pairs(OBJECTIVE, LINEAR, BATCH, jax.random.key(0), damping=0.5)
-    probe = {"w": pairs["['w']"].probe[0], "b": pairs["['b']"].probe[0, :, 0]}
+    probe = {"w": pairs["w"].probe[0], "b": pairs["b"].probe[0, :, 0]}
     product = curvax.hvp(OBJECTIVE, LINEAR, BATCH)(probe)
     expected = jax.tree.map(lambda hv, v: hv + 0.5 * v, product, probe)
-    np.testing.assert_allclose(pairs["['w']"].product[0], expected["w"], rtol=1e-5)
-    np.testing.assert_allclose(pairs["['b']"].product[0, :, 0], expected["b"], rtol=1e-5)
+    np.testing.assert_allclose(pairs["w"].product[0], expected["w"], rtol=1e-5)
+    np.testing.assert_allclose(pairs["b"].product[0, :, 0], expected["b"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["kronecker", "vector", "low rank"])
@@ -443,7 +443,7 @@ def test_a_mask_has_the_pairs_of_its_part():
     gradient = jax.grad(OBJECTIVE)(LINEAR, BATCH)
     _, state = tx.update(gradient, tx.init(LINEAR), LINEAR, batch=BATCH)
     inner = state.inner_state.inner_states["p"].inner_state
-    assert list(inner.blocks) == ["['w']"] and inner.num_refreshes == 1
+    assert list(inner.blocks) == ["w"] and inner.num_refreshes == 1
 
 
 # --- what cannot be -------------------------------------------------------------------------------
