@@ -402,6 +402,11 @@ OPTIMIZERS = {
     "soap": of_matrices(curvax.soap, curvax.scale_by_soap, 2.5),
     "kl_shampoo": of_matrices(curvax.kl_shampoo, curvax.scale_by_kl_shampoo, 2.5),
     "kl_soap": of_matrices(curvax.kl_soap, curvax.scale_by_kl_soap, 2.5),
+    "psgd": of_matrices(
+        lambda rate, layout, **options: curvax.psgd(rate, None, layout, **options),
+        curvax.scale_by_psgd,
+        1.0,
+    ),
 }
 
 
