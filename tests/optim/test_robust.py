@@ -24,6 +24,9 @@ CASES = [
     ("classifier", "adahessian"),
     ("vae", "sophia_g"),
     ("vae", "gauss_newton"),
+    ("zero-head", "soap"),
+    ("resnet", "muon"),
+    ("characters", "shampoo"),
 ]
 
 
