@@ -75,8 +75,8 @@ SETTINGS = {
         Setting("kfac", 10, 10, 1.0, 2.5),
         Setting("kfac", 1, 10, 0.25, 2.9),
         Setting("ekfac", 1, 10, 1.0, None),
-        Setting("ekfac", 1, 10, 0.25, 5.0, 0.05),
-        Setting("ekfac", 10, 10, 1.0, 5.0, 0.05),
+        Setting("ekfac", 1, 10, 0.25, 5.0, 0.1),
+        Setting("ekfac", 10, 10, 1.0, 5.0, 0.1),
     ],
     "cnn": [
         Setting("kfac", 1, 10, 1.0, 2.2),
