@@ -51,8 +51,8 @@ class Cnn(nn.Module):
 
 
 class Setting(NamedTuple):
-    """Intervals, the fraction of the batch that factors are estimated on, and the bound for the
-    ratio (None: no bound).
+    """Intervals, the fraction of the batch that factors are estimated on, the bound for the ratio
+    (None: no bound), and the tolerance within which EK-FAC keeps a basis.
     """
 
     method: str
@@ -60,10 +60,12 @@ class Setting(NamedTuple):
     inverse_every: int
     fraction: float
     bound: float | None
+    tolerance: float = 0.0
 
     def __str__(self) -> str:
         part = f", {self.fraction:g} of the batch" if self.fraction < 1 else ""
-        return f"{self.method} {self.curvature_every}/{self.inverse_every}{part}"
+        kept = f", bases within {self.tolerance:g}" if self.tolerance else ""
+        return f"{self.method} {self.curvature_every}/{self.inverse_every}{part}{kept}"
 
 
 SETTINGS = {
@@ -73,6 +75,8 @@ SETTINGS = {
         Setting("kfac", 10, 10, 1.0, 2.5),
         Setting("kfac", 1, 10, 0.25, 2.9),
         Setting("ekfac", 1, 10, 1.0, None),
+        Setting("ekfac", 1, 10, 0.25, 5.0, 0.1),
+        Setting("ekfac", 10, 10, 1.0, 5.0, 0.1),
     ],
     "cnn": [
         Setting("kfac", 1, 10, 1.0, 2.2),
@@ -128,9 +132,9 @@ def optimizer(
     estimator = lambda params, batch, key: estimate(objective, layout, params, batch, key)
     if setting.fraction < 1:
         estimator = curvax.on_fraction(estimator, setting.fraction)
-    tx = curvax.estimating(
-        rule(layout, 1e-2, setting.inverse_every), estimator, setting.curvature_every
-    )
+    options = {"tolerance": setting.tolerance} if setting.tolerance else {}
+    scaled = rule(layout, 1e-2, setting.inverse_every, **options)
+    tx = curvax.estimating(scaled, estimator, setting.curvature_every)
     return optax.chain(tx, optax.scale_by_learning_rate(1e-3))
 
 
