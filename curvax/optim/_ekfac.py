@@ -83,7 +83,8 @@ def scale_by_ekfac(
         accelerators, and serves as well where factors change by little between refreshes.
       tolerance: a factor keeps its basis where taking it for diagonal there is a relative error of
         at most this much, `|B - diag B| <= tolerance |B|` with `B = Q'AQ`. That costs a product, a
-        third of the decomposition on CPUs. 0 never skips.
+        third of the decomposition on CPUs. 0 never skips. (`age` in the Info counts from the latest
+        check.)
 
     Returns:
       `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *,
@@ -96,7 +97,8 @@ def scale_by_ekfac(
 
     Cost: `2 in out (in + out)` multiplications a block and step, eigendecompositions (about `10
       (in^3 + out^3)`) every `inverse_every` steps. Memory: `2 (in^2 + out^2) + in out` floats a
-      block.
+      block. On two CPU cores, on an autoencoder with layers of up to 1,000 units, a step took 8 of
+      Adam's with curvature in each step and a basis every 10, and 4.5 with both every 10.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
