@@ -233,8 +233,8 @@ def _check_lengths(
 
 
 def _check_any(leaves: Sequence[Leaf]) -> None:
-    """Raise if no leaf is a matrix."""
-    if all(leaf.kind != "kron" for leaf in leaves):
+    """Raise if no leaf is a matrix; where a mask takes every leaf out, there is none to be one."""
+    if leaves and all(leaf.kind != "kron" for leaf in leaves):
         listed = "\n".join(f"  {leaf.path} {list(leaf.shape)}: {leaf.reason}" for leaf in leaves)
         raise ValueError(
             f"no leaf of params is a matrix:\n{listed}\nSay what the axes of one are, as in "

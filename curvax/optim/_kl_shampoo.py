@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -12,8 +13,6 @@ from curvax._checks import check_at_least, check_decay, check_precision
 from curvax._trees import safe_divide
 from curvax._types import Count
 from curvax.kron import Layout
-from curvax.kron._factors import WeightedMean
-from curvax.kron._kron_factor import PerSlice
 from curvax.kron._layout import Block
 from curvax.optim._eigen_parts import (
     AdamMoments,
@@ -34,18 +33,29 @@ from curvax.optim._matrices import (
 )
 from curvax.optim._matrix_parts import (
     Decay,
+    ScaleRule,
     Sides,
     average,
     averaged_statistics,
     factors_of,
     init_statistics,
     outer_products,
+    rms_at_most,
+    scaled,
 )
 from curvax.optim._refresh import Interval, growing_interval
 from curvax.optim._soap import adam_step
 
-RELATIVE_FLOOR = 1e-7
-"""Eigenvalues below this fraction of their mean count as this fraction."""
+T = TypeVar("T")
+
+RELATIVE_FLOOR = 1e-5
+"""Eigenvalues below this fraction of their mean count as this fraction.
+
+Rounding of a gradient in float32 is 1e-7 of it, and is divided by their root.
+"""
+
+LARGEST_JUMP = 1e3
+"""A gradient as many times larger than all before gives L and R a new size."""
 
 
 class KlBlock(NamedTuple):
@@ -62,13 +72,26 @@ class KlBlock(NamedTuple):
     moments: AdamMoments | None
 
 
+class KlMemory(NamedTuple):
+    """What KL-Shampoo holds besides.
+
+    Attributes:
+      momentum: the average of gradients, `[s, i, o]`.
+      scale: the state of the scale.
+    """
+
+    momentum: Matrices
+    scale: Any
+
+
 def scale_by_kl_shampoo(
     layout: Layout | None = None,
     b1: float | Float[Array, ""] = 0.9,
     b2: float | Float[Array, ""] = 0.98,
     eps: float = 1e-8,
-    init_factor: float = 0.1,
+    init_factor: float | None = None,
     refresh_every: Interval = 10,
+    scale: ScaleRule | None = None,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide by the root of the Kronecker product closest to the gradients' second moment.
@@ -92,8 +115,11 @@ def scale_by_kl_shampoo(
       b1: decay of M.
       b2: decay of L, R and their eigenvalues.
       eps: is added to the root.
-      init_factor: the eigenvalues at the start; they are forgotten as `b2^t`.
+      init_factor: the eigenvalues at the start; None takes the root mean square of the first
+        gradient, so that no step depends on the gradient's unit.
       refresh_every: number of steps between bases, or a schedule of it.
+      scale: how long the steps are; by default the root mean square of their entries, which is at
+        most about 1 while gradients are like those before, is limited to 1.1.
       fallback: the rule for what is in no matrix; by default `optax.scale_by_adam(b1, b2, eps)`.
 
     Returns:
@@ -122,29 +148,36 @@ def scale_by_kl_shampoo(
 
     References: Lin et al. (2025), KL-Shampoo, https://arxiv.org/abs/2509.03378, sections 3 and 4.
 
-    Deviates: eigenvalues are bounded below by 1e-7 of their mean, where the authors' code bounds
-      them by a number in the gradient's unit; and the gauge is fixed.
+    Deviates: eigenvalues are bounded below by 1e-5 of their mean, where the authors' code bounds
+      them by a number in the gradient's unit; they begin with the size of the first gradient, not
+      with 0.1; the gauge is fixed; gradients of zero change nothing; and a step after a jump of the
+      gradient, which is not in its own preconditioner, is limited by the scale.
     """
     check_decay(b1=b1, b2=b2)
     check_precision(b1=b1, b2=b2)
     check_at_least(0, eps=eps, init_factor=init_factor)
 
+    length = rms_at_most(1.1) if scale is None else scale
+
     def init(block: Block, V: Matrices) -> MatrixBlock:
-        return MatrixBlock(*init_kl(block, V, init_factor, None), memory=jnp.zeros_like(V))
+        memory = KlMemory(jnp.zeros_like(V), length.init(V))
+        return MatrixBlock(*init_kl(block, V, init_factor, None), memory=memory)
 
     def step(state: MatrixBlock, V: Matrices, count: Count) -> tuple[Matrices, MatrixBlock]:
         basis, values, _ = state.preconditioner
         # The very first gradient is in no average, as its basis is that of the next step.
-        M = average(state.memory, jnp.where(count > 0, V, 0), b1)
+        M = average(state.memory.momentum, jnp.where(count > 0, V, 0), b1)
         left, right = map(above_floor, values)
         root = jnp.sqrt(left[:, :, None] * right[:, None, :])
         U = rotate_back(basis, rotate(basis, M) / (root + eps))
-        return U, state._replace(memory=M)
+        memory = KlMemory(M, length.average(state.memory.scale, V))
+        return scaled(length, memory.scale, U, M, count), state._replace(memory=memory)
 
     def average_whitened(
         block: Block, state: MatrixBlock, V: Matrices, count: Count
     ) -> MatrixBlock:
-        return averaged_kl(block, state, V, count, b2)
+        del count
+        return averaged_kl(block, state, V, b2)
 
     method = MatrixMethod(
         init=init,
@@ -212,7 +245,7 @@ def scale_by_kl_soap(
     b1: float | Float[Array, ""] = 0.9,
     b2: float | Float[Array, ""] = 0.98,
     eps: float = 1e-8,
-    init_factor: float = 0.1,
+    init_factor: float | None = None,
     refresh_every: Interval = 10,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -229,7 +262,8 @@ def scale_by_kl_soap(
       b1: decay of m.
       b2: decay of v and of L, R and their eigenvalues.
       eps: is added to the root of v.
-      init_factor: the eigenvalues at the start.
+      init_factor: the eigenvalues at the start; None takes the root mean square of the first
+        gradient.
       refresh_every: number of steps between bases, or a schedule of it.
       fallback: the rule for what is in no matrix; by default `optax.scale_by_adam(b1, b2, eps)`.
 
@@ -275,7 +309,8 @@ def scale_by_kl_soap(
     def average_whitened(
         block: Block, state: MatrixBlock, V: Matrices, count: Count
     ) -> MatrixBlock:
-        return averaged_kl(block, state, V, count, b2)
+        del count
+        return averaged_kl(block, state, V, b2)
 
     method = MatrixMethod(
         init=init,
@@ -339,57 +374,146 @@ def kl_soap(
 
 
 def init_kl(
-    block: Block, V: Matrices, init_factor: float, moments: AdamMoments | None
+    block: Block, V: Matrices, init_factor: float | None, moments: AdamMoments | None
 ) -> tuple[Sides, KlBlock]:
-    """Return statistics and basis of no gradients, with eigenvalues of `init_factor`."""
+    """Return statistics and basis of no gradients; eigenvalues of zero wait for the first one."""
     statistics = init_statistics(block, V)
-    left = jnp.full(V.shape[:2], init_factor, V.dtype)
-    right = jnp.full((len(V), V.shape[2]), init_factor, V.dtype)
+    start = 0.0 if init_factor is None else init_factor
+    stack, rows, columns = V.shape
+    left = jnp.full((stack, rows), start, V.dtype)
+    right = jnp.full((stack, columns), start, V.dtype)
     basis = init_basis(factors_of(block, statistics))
-    return statistics, KlBlock(basis, Sides(left, right), moments)
+    return statistics, KlBlock(basis, _with_ones(block, Sides(left, right)), moments)
 
 
-def averaged_kl(
-    block: Block, state: MatrixBlock, V: Matrices, count: Count, b2: Decay
-) -> MatrixBlock:
+def averaged_kl(block: Block, state: MatrixBlock, V: Matrices, b2: Decay) -> MatrixBlock:
     """Take a gradient into both second moments and their eigenvalues, each whitened by the other.
 
     Both from the old ones: a step of Jacobi's kind towards `L = E[V R^-1 V'] / out` and `R = E[V'
     L^-1 V] / in`. Without the divisions there is no such pair of L and R unless in = out.
     """
-    current: KlBlock = state.preconditioner
-    (P, Q), (d_left, d_right) = current.basis, map(above_floor, current.values)
-    _, rows, columns = V.shape
-    is_first = count == 0
+    old: KlBlock = state.preconditioner
+    statistics, values = _sized(block, state.statistics, old.values, V)
+    P, Q = old.basis
 
-    # V R^-1 V' = (V Q d_R^-1/2)(V Q d_R^-1/2)', and V' L^-1 V likewise. Before the very first
-    # gradient there is no basis, and R is a multiple of the identity.
-    of_left = jnp.where(is_first, V, rotate(Sides(None, Q), V)) / jnp.sqrt(d_right[:, None, :])
-    of_right = jnp.where(is_first, V, rotate(Sides(P, None), V)) / jnp.sqrt(d_left[:, :, None])
+    # 1. V R^-1 V' = (V Q d_R^-1/2)(V Q d_R^-1/2)', and V' L^-1 V likewise.
+    d_left, d_right = map(above_floor, values)
+    of_left = _turned(V, Sides(None, Q)) / jnp.sqrt(d_right[:, None, :])
+    of_right = _turned(V, Sides(P, None)) / jnp.sqrt(d_left[:, :, None])
     products = outer_products(block, of_left, of_right)
+    _, rows, columns = V.shape
     moments = Sides(products.left / columns, products.right / rows)
+    new_statistics = averaged_statistics(statistics, moments, b2)
 
-    # d_L = mean over columns of (P' V Q)^2 / d_R: the diagonal of P' L P.
-    new_left = jnp.mean(rotate(Sides(P, None), of_left) ** 2, axis=2)
-    new_right = jnp.mean(rotate(Sides(None, Q), of_right) ** 2, axis=1)
-    values = Sides(
-        jnp.where(is_first, current.values.left, average(current.values.left, new_left, b2)),
-        jnp.where(is_first, current.values.right, average(current.values.right, new_right, b2)),
+    # 2. d_L = mean over columns of (P' V Q)^2 / d_R: the diagonal of P' L P.
+    new_left = jnp.mean(_turned(of_left, Sides(P, None)) ** 2, axis=2)
+    new_right = jnp.mean(_turned(of_right, Sides(None, Q)) ** 2, axis=1)
+    averaged = Sides(
+        average(values.left, new_left, b2),
+        average(values.right, new_right, b2),
     )
-    statistics = averaged_statistics(state.statistics, moments, b2)
-    statistics, values = _of_equal_means(statistics, values)
+    # Eigenvalues belong to a basis: before the first one they stay what they are.
+    has_basis = _is_basis(P) & _is_basis(Q)
+    new_values = _chosen(has_basis, _with_ones(block, averaged), values)
+
+    # 3. Only the product of L and R means anything.
+    new_statistics, new_values = _of_equal_means(block, new_statistics, new_values)
+    # A gradient of zero says nothing of a covariance, and L and R would go to zero with it.
+    is_zero = jnp.all(V == 0, axis=(1, 2))
+    new_statistics, new_values = _chosen(
+        is_zero, (state.statistics, old.values), (new_statistics, new_values)
+    )
     return state._replace(
-        statistics=statistics,
-        preconditioner=current._replace(values=values),
+        statistics=new_statistics,
+        preconditioner=old._replace(values=new_values),
     )
 
 
 def above_floor(values: Float[Array, "s n"]) -> Float[Array, "s n"]:
     """Bound eigenvalues below by a fraction of their mean, whatever the gradient's unit is."""
     mean = jnp.mean(values, axis=1, keepdims=True)
-    # Where all are zero, gradients have been zero for long: 1 makes the step zero, not NaN.
+    # Where all are zero, there has been no gradient yet: 1 makes the step zero, not NaN.
     floor = jnp.where(mean > 0, RELATIVE_FLOOR * mean, 1)
     return jnp.maximum(values, floor)
+
+
+def _sized(block: Block, statistics: Sides, values: Sides, V: Matrices) -> tuple[Sides, Sides]:
+    """Give L and R the size of a gradient that is the first, or far larger than all before.
+
+    Then `mean(d_L) mean(d_R)` is its mean square. From a size that is far too small a step of
+    Jacobi's kind would go as far beyond it, since either side is divided by the old other one.
+    """
+    left, right = (jnp.mean(side, axis=1) for side in values)
+    rms = jnp.sqrt(jnp.mean(V * V, axis=(1, 2)))
+    expected = jnp.sqrt(left) * jnp.sqrt(right)
+    # Where one side is left as it is, the other has the size of both.
+    sides_of_size = 1 if "identity" in block.structures else 2
+    # 1. The first gradient: eigenvalues are zero.
+    is_first = expected == 0
+    size = jnp.square(rms) if sides_of_size == 1 else rms
+    fill = jax.tree.map(lambda side: jnp.broadcast_to(size[:, None], side.shape), values)
+    values = _chosen(is_first, _with_ones(block, fill), values)
+    # 2. A jump: c L and c R, each of which whitens the other.
+    is_jump = ~is_first & (rms > LARGEST_JUMP * expected)
+    c = jnp.where(is_jump, rms / jnp.where(is_first, 1, expected), 1)
+    c = jnp.square(c) if sides_of_size == 1 else c
+    return _times(block, statistics, values, Sides(c, c))
+
+
+def _of_equal_means(block: Block, statistics: Sides, values: Sides) -> tuple[Sides, Sides]:
+    """Give the eigenvalues of both sides equal means, and L and R with them.
+
+    `c L` and `R / c` are the same Kronecker product for any c, which would drift.
+    """
+    if "identity" in block.structures:  # the other side alone has a size
+        return statistics, values
+    left, right = (jnp.mean(side, axis=1) for side in values)
+    # c^2 = mean d_R / mean d_L; where one of them is zero nothing is changed.
+    ratio = safe_divide(right, left)
+    c = jnp.sqrt(jnp.where(ratio > 0, ratio, 1))
+    return _times(block, statistics, values, Sides(c, 1 / c))
+
+
+def _times(block: Block, statistics: Sides, values: Sides, c: Sides) -> tuple[Sides, Sides]:
+    """Multiply second moments and eigenvalues of every slice by numbers, one for each side."""
+    moments, scaled_values = [], []
+    for moment, side, factor in zip(statistics, values, c, strict=True):
+        trailing = [1] * (moment.total.ndim - 1)
+        moments.append(moment._replace(total=moment.total * factor.reshape(-1, *trailing)))
+        scaled_values.append(side * factor[:, None])
+    return Sides(*moments), _with_ones(block, Sides(*scaled_values))
+
+
+def _with_ones(block: Block, values: Sides) -> Sides:
+    """Put eigenvalues of 1 where a side is left as it is."""
+    sides = []
+    for structure, side in zip(block.structures, values, strict=True):
+        sides.append(jnp.ones_like(side) if structure == "identity" else side)
+    return Sides(*sides)
+
+
+def _turned(V: Matrices, basis: Sides) -> Matrices:
+    """Turn into a basis; slices that have none yet stay as they are."""
+    has_basis = _is_basis(basis.left) & _is_basis(basis.right)
+    return _chosen(has_basis, rotate(basis, V), V)
+
+
+def _is_basis(vectors: Array | None) -> Any:
+    """Tell which slices have a basis; zeros are none, and None is the identity."""
+    return True if vectors is None else jnp.any(vectors != 0, axis=(1, 2))
+
+
+def _chosen(condition: Any, new: T, old: T) -> T:
+    """Select slices; what they share, such as weights, is new."""
+    condition = jnp.asarray(condition)
+
+    def chosen(x: Array, y: Array) -> Array:
+        if x.ndim == 0:
+            return x
+        return jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+    selected: T = jax.tree.map(chosen, new, old)
+    return selected
 
 
 def refresh_kl(layout: Layout, statistics: ByBlock, states: ByBlock) -> ByBlock:
@@ -404,25 +528,3 @@ def refresh_kl(layout: Layout, statistics: ByBlock, states: ByBlock) -> ByBlock:
             moments = moments._replace(first=first)
         fresh[name] = KlBlock(new, values, moments)
     return fresh
-
-
-def _of_equal_means(statistics: Sides, values: Sides) -> tuple[Sides, Sides]:
-    """Give the eigenvalues of both sides equal means, and L and R with them.
-
-    `c L` and `R / c` are the same Kronecker product for any c, which would drift.
-    """
-    left, right = (jnp.mean(side, axis=1) for side in values)
-    # c^2 = mean d_R / mean d_L; where one of them is zero nothing is changed.
-    ratio = safe_divide(right, left)
-    c = jnp.sqrt(jnp.where(ratio > 0, ratio, 1))
-    scaled_statistics = Sides(
-        _times(statistics.left, c),
-        _times(statistics.right, 1 / c),
-    )
-    return scaled_statistics, Sides(values.left * c[:, None], values.right / c[:, None])
-
-
-def _times(moment: WeightedMean, c: PerSlice) -> WeightedMean:
-    """Multiply a second moment of every slice by a number."""
-    trailing = [1] * (moment.total.ndim - 1)
-    return moment._replace(total=moment.total * c.reshape(-1, *trailing))

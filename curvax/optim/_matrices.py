@@ -157,7 +157,8 @@ def scale_by_matrices(
 
     Returns:
       `optax.GradientTransformationExtraArgs`; its state is a `ScaleByMatricesState`. A gradient
-      whose squares overflow gives a zero step, leaves the state as it is and counts as not finite.
+      whose squares overflow gives a zero step, leaves the state as it is and counts as not finite;
+      a step that overflows is zero and counts too.
     """
     check_interval(refresh_every=refresh_every)
     layout_of = layout_reader(layout, edit_layout)
@@ -180,17 +181,17 @@ def scale_by_matrices(
     ) -> StepResult:
         here = layout_of(gradient, "updates")
         V = block_matrices(here, gradient)
+        wide = tree_at_least_float32(gradient)
+        of_fallback = outside(here, wide)
         # Statistics are sums of squares, and keep an overflow for ever.
-        squares_are_finite = all_finite([jnp.sum(x * x) for x in V.values()])
+        squared = [jnp.sum(x * x) for x in (*V.values(), *jax.tree.leaves(of_fallback))]
+        squares_are_finite = all_finite(squared)
         is_finite = context.gradient_is_finite & squares_are_finite
 
         # 1. Entries in no block.
-        wide = tree_at_least_float32(gradient)
         params = None if context.params is None else tree_at_least_float32(context.params)
         of_outside = None if params is None else outside(here, params)
-        updates, fallback_state = rule_outside.update(
-            outside(here, wide), state.fallback_state, of_outside
-        )
+        updates, fallback_state = rule_outside.update(of_fallback, state.fallback_state, of_outside)
         fallback_state = keep_changed(is_finite, fallback_state, state.fallback_state)
 
         # 2. Blocks: statistics and refresh before the step, or after it.
@@ -205,12 +206,13 @@ def scale_by_matrices(
 
         # 3. Both into one tree.
         tree = with_outside(here, updates, wide)
+        step_is_finite = squares_are_finite & all_finite(steps)
         return StepResult(
             updates=with_block_matrices(here, steps, tree),
             state=new,
             info={},
-            is_finite=squares_are_finite,
-            is_accepted=squares_are_finite | ~context.gradient_is_finite,
+            is_finite=step_is_finite,
+            is_accepted=step_is_finite | ~context.gradient_is_finite,
         )
 
     def averaged(
@@ -302,10 +304,12 @@ def _plainly_named(layout: Layout) -> Layout:
 
     `nnx.Optimizer` has one container at `init` and another at `update`, which print other paths.
     """
-    blocks = []
-    for block in layout.blocks:
-        name = ".".join(path_keys(block.name))
-        blocks.append(dataclasses.replace(block, name=name))
+    names = [".".join(path_keys(block.name)) for block in layout.blocks]
+    # Keys with dots in them can make two names alike; then paths have to do.
+    if len(set(names)) < len(names):
+        return layout
+    pairs = zip(layout.blocks, names, strict=True)
+    blocks = [dataclasses.replace(block, name=name) for block, name in pairs]
     return dataclasses.replace(layout, blocks=tuple(blocks))
 
 

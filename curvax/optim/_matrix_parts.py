@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -75,8 +76,8 @@ def factors_of(block: Block, statistics: Sides) -> tuple[KronFactor, KronFactor]
 
 def identity_like(zeros: KronFactor) -> KronFactor:
     """Return the identity in the structure of a factor of zeros."""
-    # The structure "identity" is one already, whatever it was made of.
-    return zeros if isinstance(zeros, Identity) else zeros.damped(1.0)
+    # The structure "identity" is one already, whatever it was made of; buffers are never shared.
+    return jax.tree.map(jnp.copy, zeros) if isinstance(zeros, Identity) else zeros.damped(1.0)
 
 
 def average(old: Array, new: Array, decay: Decay) -> Array:

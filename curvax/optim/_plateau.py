@@ -155,8 +155,9 @@ def until_plateau(
         count = jnp.asarray(optax.safe_increment(old.num_losses))
         new = LossAverages(average(old.fast, loss, b_fast), average(old.slow, loss, b_slow), count)
         fast, slow = debiased(new.fast, b_fast, count), debiased(new.slow, b_slow, count)
-        # A loss of exactly zero, 0 < 0, has nowhere to fall: it is flat too.
+        # A loss of exactly zero, 0 < 0, has nowhere to fall: it is flat too. One loss alone is not.
         is_flat = (slow - fast < tolerance * jnp.abs(slow)) | (slow == 0)
+        is_flat &= count > 1
         num_flat = jnp.where(is_flat, state.num_flat + 1, 0)
         is_finite = jnp.isfinite(loss)
         return keep_changed(is_finite, (new, num_flat), (old, state.num_flat))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 from curvax._checks import (
     check_at_least,
@@ -75,12 +75,14 @@ class PsgdStatistics(NamedTuple):
     Attributes:
       momentum: the average of gradients, `[s, i, o]`.
       gradient: the latest gradient, if that is fitted to; else None.
-      probe_seed: the seed of the probes; None for the fit to Hessian products.
+      is_zero: whether the latest gradient is zero, `[s]`; None for the fit to Hessian products.
+      probe_seed: the seed of the probes; None likewise.
       num_steps: steps before this one; None likewise.
     """
 
     momentum: Matrices
     gradient: Matrices | None
+    is_zero: Bool[Array, " s"] | None
     probe_seed: UInt32[Array, ""] | None
     num_steps: Any
 
@@ -392,6 +394,7 @@ def _psgd_method(
         statistics = PsgdStatistics(
             momentum=jnp.zeros_like(V),
             gradient=jnp.zeros_like(V) if fit_to == "gradient" else None,
+            is_zero=jnp.ones(len(V), bool) if is_whitening else None,
             probe_seed=jnp.array(seed, jnp.uint32) if is_whitening else None,
             num_steps=zero_count() if is_whitening else None,
         )
@@ -402,6 +405,7 @@ def _psgd_method(
         statistics = state.statistics._replace(
             momentum=average(state.statistics.momentum, V, b1),
             gradient=V if fit_to == "gradient" else None,
+            is_zero=jnp.all(V == 0, axis=(1, 2)) if is_whitening else None,
             num_steps=count if is_whitening else None,
         )
         return state._replace(statistics=statistics, memory=scale.average(state.memory, V))
@@ -418,6 +422,9 @@ def _psgd_method(
         target = of_block.gradient
         if target is None:
             target = debiased(of_block.momentum, b1, of_block.num_steps + 1)
+        # While gradients are zero the momentum dies away, and a fit would follow it for long.
+        is_zero = jnp.asarray(of_block.is_zero)[:, None, None]
+        target = jnp.where(is_zero, 0, target)
         v = draw_probe(of_block.probe_seed, of_block.num_steps, name, target)
         # The same v: h = m + delta v is a product with a Hessian that has delta I added.
         delta = NOISE * jnp.mean(jnp.abs(target), axis=(1, 2), keepdims=True)

@@ -187,7 +187,8 @@ def ssbroyden(
     """Self-scaled Broyden with a line search, for deterministic problems.
 
     This is `scale_by_ssbroyden("ssbroyden")`, the sign of descent, and
-    `optax.scale_by_zoom_linesearch` with the first trial 1, on the objective of the batch.
+    `optax.scale_by_zoom_linesearch` with the first trial 1, on the objective of the batch. The very
+    first step, along the gradient, has length 1 at most before the search.
 
     Args:
       objective: the `curvax.Objective` that is minimized.
@@ -272,7 +273,8 @@ def _searching(
     """Compose a rule with a line search on the objective of the batch."""
     check_count(1, max_search_steps=max_search_steps)
     search = optax.scale_by_zoom_linesearch(max_search_steps, initial_guess_strategy="one")
-    inner = optax.chain(scale_by_ssbroyden(kind), optax.scale(-1.0), search)
+    first = _first_step_of_unit_length()
+    inner = optax.chain(scale_by_ssbroyden(kind), first, optax.scale(-1.0), search)
 
     def init(params: Params) -> Any:
         # The search begins with numbers of weak types and ends with others: a second compilation.
@@ -296,6 +298,29 @@ def _searching(
         # The compiler shares this forward pass with that of the gradient.
         value = loss_at(params)
         return inner.update(updates, state, params, value=value, grad=updates, value_fn=loss_at)
+
+    return transformation(init, update)
+
+
+def _first_step_of_unit_length() -> optax.GradientTransformationExtraArgs:
+    """Shorten the first step to length 1, where it is longer.
+
+    It is a gradient, whose unit is not that of params: the trials of a search, which begin at 1,
+    might not come down to a step that lowers the loss.
+    """
+
+    def init(params: Params) -> Count:
+        del params
+        return zero_count()
+
+    def update(
+        updates: PyTree, count: Count, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, Count]:
+        del params, extra
+        length = optax.tree.norm(updates)
+        factor = jnp.where((count == 0) & (length > 1), 1 / length, 1)
+        shortened = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)
+        return shortened, optax.safe_increment(count)
 
     return transformation(init, update)
 

@@ -21,6 +21,7 @@ from curvax.optim import (
     MatrixBlock,
     MatrixMethod,
     adam_norm,
+    exact_polar,
     momentum_norm,
     rms_norm,
     scale_by_matrices,
@@ -106,7 +107,8 @@ def test_soap_turns_with_the_gradients(x64):
 def test_kl_methods_equal_their_transcriptions(x64, name, every):
     gradients = recorded()
     build = {"kl_shampoo": curvax.scale_by_kl_shampoo, "kl_soap": curvax.scale_by_kl_soap}[name]
-    rule = build(b1=0.9, b2=0.98, eps=1e-14, refresh_every=every)
+    options = {"scale": unscaled()} if name == "kl_shampoo" else {}
+    rule = build(b1=0.9, b2=0.98, eps=1e-14, init_factor=0.1, refresh_every=every, **options)
     expected = getattr(published, name)(
         gradients, b1=0.9, b2=0.98, eps=1e-14, every=every, init_factor=0.1, clamp=None,
         first_bases=first_bases(rule, gradients),
@@ -376,16 +378,77 @@ def test_a_refresh_that_fails_keeps_the_last_good_one():
         assert state.info.num_nonfinite == 0
 
 
-def test_zero_gradients_give_zero_steps():
-    zeros = np.zeros((12, 4, 3), np.float32)
-    builds = (
-        curvax.scale_by_shampoo, curvax.scale_by_soap, curvax.scale_by_kl_shampoo,
-        curvax.scale_by_kl_soap, curvax.scale_by_asgo,
-    )  # fmt: skip
-    for build in builds:
-        updates, state = run(build(), zeros)
-        assert not updates.any()
-        assert state.info.num_nonfinite == 0
+@every_rule
+def test_zero_gradients(build):
+    """Zero steps; a matrix that comes to life later, or rests for long, goes on as others do."""
+    normal = np.asarray(recorded(400, (4, 3)), np.float32)
+    dead = np.zeros_like(normal[:12])
+    updates, state = run(build(), dead)
+    assert not updates.any()
+    assert state.info.num_nonfinite == 0
+    later, state = run(build(refresh_every=1), np.concatenate([dead, normal[:40]]))
+    usual, _ = run(build(refresh_every=1), normal[:40])
+    assert 0.3 < np.linalg.norm(later[-10:]) / np.linalg.norm(usual[-10:]) < 3
+    rest = np.zeros((300, 4, 3), np.float32)
+    resting, state = run(build(refresh_every=1), np.concatenate([normal[:50], rest, normal[:50]]))
+    assert np.isfinite(resting).all()
+    assert np.abs(resting[350:]).max() < 10 * np.abs(resting[20:50]).max()
+    assert state.info.num_nonfinite == 0
+    assert not any(state.info.num_failures.values())
+
+
+@pytest.mark.parametrize("name", ["soap", "kl_shampoo", "kl_soap", "asgo"])
+def test_steps_do_not_depend_on_the_unit(name):
+    gradients = np.asarray(recorded(30, (4, 3)), np.float32)
+    # eps is an absolute number, and small in both units.
+    usual, _ = run(RULES[name](refresh_every=1), 1e3 * gradients)
+    larger, _ = run(RULES[name](refresh_every=1), 2.0**20 * 1e3 * gradients)
+    np.testing.assert_allclose(larger, usual, rtol=2e-2, atol=2e-2 * np.abs(usual).max())
+
+
+def test_kl_shampoo_after_a_jump():
+    """Steps stay short, and find back to their size within tens of steps."""
+    gradients = np.asarray(recorded(200, (4, 3)), np.float32)
+    gradients[100:] *= 1e5
+    updates, _ = run(curvax.scale_by_kl_shampoo(refresh_every=1), gradients)
+    rms = np.sqrt(np.mean(updates**2, axis=(1, 2)))
+    assert rms.max() < 1.2
+    assert 0.3 < rms[-50:].mean() / rms[50:100].mean() < 3
+
+
+def test_a_side_that_is_left_as_it_is():
+    """One-sided KL-Shampoo: rows of any scale come out as they are beside each other."""
+    gradients = np.asarray(recorded(200, (4, 3)), np.float32)
+    layout = curvax.matrix_layout(jnp.asarray(gradients[0])).edit("", a_structure="identity")
+    rule = curvax.scale_by_kl_shampoo(layout, b1=0.0, b2=0.9, refresh_every=1)
+    updates, _ = run(rule, gradients)
+    rms = np.sqrt(np.mean(updates[50:] ** 2, axis=0))
+    rows = rms.mean(axis=1)
+    np.testing.assert_allclose(rows / rows[0], np.logspace(0, 1, 4), rtol=0.3)
+    columns = rms.mean(axis=0)
+    assert columns.max() / columns.min() < 1.3
+
+
+def test_keys_with_dots_are_no_other_matrix():
+    params = {
+        "a.b": jnp.diag(jnp.array([3.0, 0.1])),
+        "a": {"b": jnp.array([[0.0, 1.0], [5.0, 0.0]])},
+    }
+    rule = curvax.scale_by_muon(polar=exact_polar())
+    updates, state = rule.update(params, rule.init(params))
+    np.testing.assert_allclose(updates["a"]["b"], [[0, 1], [1, 0]], atol=1e-5)
+    np.testing.assert_allclose(updates["a.b"], np.eye(2), atol=1e-5)
+    assert len(state.blocks) == 2
+
+
+def test_overflow_outside_of_matrices_is_left_out_too():
+    rule = curvax.scale_by_soap()
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    _, state = rule.update(params, rule.init(params))
+    updates, after = rule.update(params | {"b": jnp.array([1e20, 1.0])}, state)
+    assert not any(np.any(u) for u in updates.values())
+    assert after.info.num_nonfinite == 1
+    assert jnp.isfinite(after.fallback_state.nu["b"]).all()
 
 
 def test_a_scale_gives_every_matrix_its_norm():

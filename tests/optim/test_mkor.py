@@ -231,12 +231,12 @@ def test_mkor_h_switches_where_the_loss_has_stopped_falling():
     # At a rate of almost zero nothing falls.
     _, gradients, updates, states = training(mkor_h, learning_rate=RATE, **options)
     has_switched = states[0].has_switched
-    np.testing.assert_array_equal(has_switched, np.arange(60) >= 4)
-    np.testing.assert_allclose(updates[4:], -RATE * gradients[4:], rtol=1e-6)
-    assert np.all(np.abs(updates[:4] / RATE + gradients[:4]).max(axis=(1, 2)) > 0.01)
+    np.testing.assert_array_equal(has_switched, np.arange(60) >= 5)
+    np.testing.assert_allclose(updates[5:], -RATE * gradients[5:], rtol=1e-6)
+    assert np.all(np.abs(updates[:5] / RATE + gradients[:5]).max(axis=(1, 2)) > 0.01)
     counts = states[0].inner_state.count
-    np.testing.assert_array_equal(counts, np.minimum(1 + np.arange(60), 4))
-    inner = jax.tree.map(lambda x: x[3:], states[0].inner_state)
+    np.testing.assert_array_equal(counts, np.minimum(1 + np.arange(60), 5))
+    inner = jax.tree.map(lambda x: x[4:], states[0].inner_state)
     jax.tree.map(lambda x: np.testing.assert_array_equal(x, x[:1].repeat(len(x), 0)), inner)
 
 
@@ -273,8 +273,8 @@ def test_members_of_a_batch_switch_one_by_one_and_noise_ends_no_progress():
     assert np.all(np.isfinite(states.averages.slow))
     rising = jnp.stack([jnp.arange(20.0), -jnp.arange(20.0) - 1])
     updates, states = watching()(rising)
-    np.testing.assert_array_equal(states.has_switched[0], np.arange(20) >= 2)
-    np.testing.assert_array_equal(updates[0, 2:], np.tile([3.0, -2.0], (18, 1)))
+    np.testing.assert_array_equal(states.has_switched[0], np.arange(20) >= 3)
+    np.testing.assert_array_equal(updates[0, 3:], np.tile([3.0, -2.0], (17, 1)))
     # A loss below zero that falls makes progress.
     assert not np.any(states.has_switched[1])
 

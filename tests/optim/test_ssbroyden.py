@@ -204,6 +204,25 @@ def minimizer(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_in_large_units_falls_in_every_step(kind, x64):
+    """The first step is a gradient of length 1e9: its trials would not come down to a good one."""
+    objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+    batch = 1e4 * jnp.diag(jnp.array([1.0, 3.0])), jnp.zeros((2, 1))
+    tx = getattr(curvax.optim, kind)(objective)
+
+    def step(carry, _):
+        w, state = carry
+        value, gradient = jax.value_and_grad(objective)(w, batch)
+        updates, state = tx.update(gradient, state, w, batch=batch)
+        return (w + updates, state), value
+
+    w = jnp.ones((2, 1))
+    _, values = jax.jit(lambda w: jax.lax.scan(step, (w, tx.init(w)), length=8))(w)
+    assert np.all(np.diff(values) <= 0)
+    assert values[-1] < 1e-12 * values[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rosenbrock_in_ten_dimensions_is_solved(kind, x64):
     x0 = np.tile([-1.2, 1.0], 5)
     (x, _), values = minimizer(kind)(x0)
