@@ -121,7 +121,7 @@ METHODS = {
     "asgo": on_matrices(curvax.asgo, 3e-3, 1e-2, 3e-2),
     "muon": on_matrices(curvax.muon, 0.01, 0.02, 0.05, fallback_learning_rate=3e-3),
     "newton_muon": of_model(curvax.newton_muon, 0.01, 0.02, 0.05, fallback_learning_rate=3e-3),
-    "fismo": on_matrices(curvax.fismo, 1e-3, 3e-3, 1e-2),
+    "fismo": on_matrices(curvax.fismo, 1e-2, 3e-2, 0.1),
     "mkor": of_model(curvax.mkor, 0.03, 0.1, 0.3),
     "psgd": on_matrices(lambda rate, layout: curvax.psgd(rate, layout=layout), 1e-3, 3e-3, 1e-2),
     "optax_muon": Method(lambda task, rate: optax.contrib.muon(rate), grid(rate=(0.01, 0.02))),
