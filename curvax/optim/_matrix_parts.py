@@ -109,20 +109,23 @@ class ScaleRule(NamedTuple):
     Attributes:
       init: `V -> state`, from zeros like the gradient V.
       average: `(state, V) -> state`, in every step.
-      norm: `(state, U, M, count) -> |s U|` for a step U and the momentum M, free of bias, after
-        `count` steps with this one, `[s, 1, 1]`; None for s = 1.
+      factor: `(state, U, M, count) -> s` for a step U and the momentum M, free of bias, after
+        `count` steps with this one, `[s, 1, 1]` or a number; None for s = 1.
     """
 
     init: Callable[[Matrices], Any]
     average: Callable[[Any, Matrices], Any]
-    norm: Callable[[Any, Matrices, Matrices, Count], PerMatrix] | None
+    factor: Callable[[Any, Matrices, Matrices, Count], PerMatrix | float] | None
 
 
 def scaled(scale: ScaleRule, state: Any, U: Matrices, M: Matrices, count: Count) -> Matrices:
-    """Give the steps the norms that the rule wants; a step of zeros stays one."""
-    if scale.norm is None:
-        return U
-    return U * safe_divide(scale.norm(state, U, M, count), matrix_norm(U))
+    """Give the steps the length that the rule wants."""
+    return U if scale.factor is None else U * scale.factor(state, U, M, count)
+
+
+def to_norm(norm: PerMatrix, U: Matrices) -> PerMatrix:
+    """Return the number that gives a step this norm; a step of zeros stays one."""
+    return safe_divide(norm, matrix_norm(U))
 
 
 def unscaled() -> ScaleRule:
@@ -138,11 +141,12 @@ def rms_norm(rms: float = 0.2) -> ScaleRule:
     """
     check_at_least(0, rms=rms)
 
-    def norm(state: Any, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
+    def factor(state: Any, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
         del state, M, count
-        return jnp.full((len(U), 1, 1), rms * math.sqrt(U.shape[1] * U.shape[2]), U.dtype)
+        norm = jnp.full((len(U), 1, 1), rms * math.sqrt(U.shape[1] * U.shape[2]), U.dtype)
+        return to_norm(norm, U)
 
-    return _stateless(norm)
+    return _stateless(factor)
 
 
 def shape_norm(rms: float | None = None) -> ScaleRule:
@@ -156,35 +160,36 @@ def shape_norm(rms: float | None = None) -> ScaleRule:
     if rms is not None:
         check_at_least(0, rms=rms)
 
-    def norm(state: Any, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
+    def factor(state: Any, U: Matrices, M: Matrices, count: Count) -> float:
         del state, M, count
         _, rows, columns = U.shape
         if rms is None:
-            return math.sqrt(max(1, columns / rows)) * matrix_norm(U)
-        return rms * math.sqrt(max(rows, columns)) * matrix_norm(U)
+            return math.sqrt(max(1, columns / rows))
+        return rms * math.sqrt(max(rows, columns))
 
-    return _stateless(norm)
+    return _stateless(factor)
 
 
 def rms_at_most(rms: float = 1.1) -> ScaleRule:
     """Shorten steps whose entries have a root mean square above `rms`."""
     check_at_least(0, rms=rms)
 
-    def norm(state: Any, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
+    def factor(state: Any, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
         del state, M, count
-        return jnp.minimum(matrix_norm(U), rms * math.sqrt(U.shape[1] * U.shape[2]))
+        largest = rms * math.sqrt(U.shape[1] * U.shape[2])
+        return to_norm(jnp.minimum(matrix_norm(U), largest), U)
 
-    return _stateless(norm)
+    return _stateless(factor)
 
 
 def momentum_norm() -> ScaleRule:
     """Give every step the norm of the momentum, as a step of gradient descent has it."""
 
-    def norm(state: Any, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
-        del state, U, count
-        return matrix_norm(M)
+    def factor(state: Any, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
+        del state, count
+        return to_norm(matrix_norm(M), U)
 
-    return _stateless(norm)
+    return _stateless(factor)
 
 
 def adam_norm(b2: Decay = 0.999, eps: float = 1e-8) -> ScaleRule:
@@ -203,14 +208,14 @@ def adam_norm(b2: Decay = 0.999, eps: float = 1e-8) -> ScaleRule:
     def average_squares(v: Matrices, V: Matrices) -> Matrices:
         return average(v, V * V, b2)
 
-    def norm(v: Matrices, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
-        del U
-        return matrix_norm(M / (jnp.sqrt(debiased(v, b2, count)) + eps))
+    def factor(v: Matrices, U: Matrices, M: Matrices, count: Count) -> PerMatrix:
+        of_adam = M / (jnp.sqrt(debiased(v, b2, count)) + eps)
+        return to_norm(matrix_norm(of_adam), U)
 
-    return ScaleRule(jnp.zeros_like, average_squares, norm)
+    return ScaleRule(jnp.zeros_like, average_squares, factor)
 
 
-def _stateless(norm: Any) -> ScaleRule:
+def _stateless(factor: Any) -> ScaleRule:
     def init(V: Matrices) -> None:
         del V
 
@@ -218,4 +223,4 @@ def _stateless(norm: Any) -> ScaleRule:
         del V
         return state
 
-    return ScaleRule(init, unchanged, norm)
+    return ScaleRule(init, unchanged, factor)
