@@ -14,9 +14,10 @@ They differ in these choices, which a `MatrixMethod` states, each for one stack 
 | `shampoo`    | X = I           | p = 1/4              | of V       | Adam's norm  | yes |
 | `asgo`       | X = I, one side | p = 1/2              | of V       | RMS 0.2      | yes |
 | `soap`       | X = I           | eigenbasis, Adam's D | of P' V Q  | 1            | no  |
-| `kl_shampoo` | X = R^-1        | eigenbasis, p = 1/2  | of V       | 1            | no  |
+| `kl_shampoo` | X = R^-1        | eigenbasis, p = 1/2  | of V       | RMS <= 1.1   | no  |
 | `kl_soap`    | X = R^-1        | eigenbasis, Adam's D | of P' V Q  | 1            | no  |
 | `muon`       | none            | polar                | of V       | by shape     | yes |
+| `newton_muon`| L = A of inputs | polar of L^-1 V      | of L^-1 V  | by shape     | yes |
 | `fismo`      | X = R^-1        | polar, whitened      | whitened   | 1            | yes |
 | `mkor`       | rank one        | inverse              | afterwards | V's norm     | yes |
 | `psgd`       | fitted          | fitted               | of V       | RMS <= 1.1   | yes |
@@ -38,6 +39,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from curvax._checks import is_masked
 from curvax._trees import all_finite
 from curvax._types import Count, Params, tree_at_least_float32
 from curvax.kron import Layout, block_matrices, with_block_matrices
@@ -205,7 +207,7 @@ def scale_by_matrices(
             steps, new = stepped(new, V, is_finite)
 
         # 3. Both into one tree.
-        tree = with_outside(here, updates, wide)
+        tree = with_outside(updates, wide)
         step_is_finite = squares_are_finite & all_finite(steps)
         return StepResult(
             updates=with_block_matrices(here, steps, tree),
@@ -358,14 +360,10 @@ def outside(layout: Layout, tree: Params) -> Params:
     return jax.tree.unflatten(jax.tree.structure(tree), chosen)
 
 
-def with_outside(layout: Layout, updates: Params, tree: Params) -> Params:
+def with_outside(updates: Params, tree: Params) -> Params:
     """Return `tree` with the leaves of `updates` that are not masked out."""
-    del layout
 
     def chosen(update: Any, leaf: Array) -> Array:
-        return leaf if isinstance(update, optax.MaskedNode) else update
-
-    def is_masked(x: Any) -> bool:
-        return isinstance(x, optax.MaskedNode)
+        return leaf if is_masked(update) else update
 
     return jax.tree.map(chosen, updates, tree, is_leaf=is_masked)
