@@ -128,11 +128,13 @@ def scale_by_newton_muon(
 
     def take_in(state: MatrixBlock, measured: WeightedMean) -> MatrixBlock:
         old = state.statistics
-        if measured.total.shape != old.total.shape:
+        shape = measured.total.shape if isinstance(measured, WeightedMean) else None
+        if shape != old.total.shape:
+            got = type(measured).__name__ if shape is None else f"a factor {list(shape)}"
             raise ValueError(
-                f"curvature has a factor {list(measured.total.shape)} where the layout of this "
-                f"rule has {list(old.total.shape)}; pass that of curvax.kron.input_factors "
-                "(objective, layout, params, batch, key)."
+                f"curvature has {got} where the layout of this rule has a factor "
+                f"{list(old.total.shape)}; pass that of curvax.kron.input_factors(objective, "
+                "layout, params, batch, key)."
             )
         return state._replace(statistics=moving_average(old, measured, decay))
 

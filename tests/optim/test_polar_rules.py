@@ -430,8 +430,10 @@ def test_newton_muon_before_its_first_curvature():
     assert not updates.any() and state.info.num_nonfinite == 1
     with pytest.raises(ValueError, match="it has nothing for"):
         rule.update(g, state, curvature={})
-    with pytest.raises(ValueError, match=r"a factor \[1, 4\].*has \[1, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"a factor \[1, 4\].*a factor \[1, 4, 4\]"):
         rule.update(g, state, curvature={"": WeightedMean(jnp.ones((1, 4)), jnp.ones(1))})
+    with pytest.raises(ValueError, match=r"has tuple where .* input_factors"):
+        rule.update(g, state, curvature={"": (jnp.ones((1, 1, 4)), jnp.ones((1, 1, 3)))})
 
 
 def conv_model(p, x):
