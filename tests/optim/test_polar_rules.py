@@ -432,7 +432,7 @@ def test_newton_muon_before_its_first_curvature():
         rule.update(g, state, curvature={})
     with pytest.raises(ValueError, match=r"a factor \[1, 4\].*a factor \[1, 4, 4\]"):
         rule.update(g, state, curvature={"": WeightedMean(jnp.ones((1, 4)), jnp.ones(1))})
-    with pytest.raises(ValueError, match="has tuple where .*input_factors"):
+    with pytest.raises(ValueError, match=r"has tuple where .*input_factors"):
         rule.update(g, state, curvature={"": (jnp.ones((1, 1, 4)), jnp.ones((1, 1, 3)))})
 
 
