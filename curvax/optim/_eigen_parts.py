@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from curvax._trees import safe_divide
 from curvax._types import Count
 from curvax.kron import Layout
 from curvax.kron._eigenbasis import tracked_bases
@@ -66,6 +67,22 @@ def averaged_moments(
         first=average(moments.first, rotated, b1),
         second=average(moments.second, rotated * rotated, b2),
     )
+
+
+def adam_step(moments: AdamMoments, count: Count, b1: Decay, b2: Decay, eps: float) -> Matrices:
+    """Return `m / (sqrt(v) + eps)` times `sqrt(1 - b2^t) / (1 - b1^t)` after t gradients."""
+    m, v = moments
+    # The very first gradient is in no average, so that t is the number of steps before this one. At
+    # t = 0 the quotient of zeros is zero.
+    t = jnp.maximum(count, 1)
+    correction = jnp.sqrt(1 - jnp.asarray(b2, v.dtype) ** t) / (1 - jnp.asarray(b1, v.dtype) ** t)
+    return correction * safe_divide(m, jnp.sqrt(v) + eps)
+
+
+def carried(m: Matrices, old: Sides, new: Sides) -> Matrices:
+    """Turn an average of gradients from one basis into another, `P_new' (P_old m Q_old') Q_new`."""
+    # Exactly, since it is linear in the gradients.
+    return rotate(new, rotate_back(old, m))
 
 
 class NewBasis(NamedTuple):

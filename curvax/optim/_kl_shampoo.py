@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,7 +17,9 @@ from curvax.kron import Layout
 from curvax.kron._layout import Block
 from curvax.optim._eigen_parts import (
     AdamMoments,
+    adam_step,
     averaged_moments,
+    carried,
     init_basis,
     init_moments,
     refreshed_bases,
@@ -44,7 +47,6 @@ from curvax.optim._matrix_parts import (
     scaled,
 )
 from curvax.optim._refresh import Interval, growing_interval
-from curvax.optim._soap import adam_step
 
 T = TypeVar("T")
 
@@ -173,15 +175,9 @@ def scale_by_kl_shampoo(
         memory = KlMemory(M, length.average(state.memory.scale, V))
         return scaled(length, memory.scale, U, M, count), state._replace(memory=memory)
 
-    def average_whitened(
-        block: Block, state: MatrixBlock, V: Matrices, count: Count
-    ) -> MatrixBlock:
-        del count
-        return averaged_kl(block, state, V, b2)
-
     method = MatrixMethod(
         init=init,
-        average=average_whitened,
+        average=partial(averaged_kl, b2),
         step=step,
         refresh=refresh_kl,
         has_current_gradient=False,
@@ -306,15 +302,9 @@ def scale_by_kl_soap(
         U = rotate_back(current.basis, adam_step(moments, count, b1, b2, eps))
         return U, state._replace(preconditioner=current._replace(moments=moments))
 
-    def average_whitened(
-        block: Block, state: MatrixBlock, V: Matrices, count: Count
-    ) -> MatrixBlock:
-        del count
-        return averaged_kl(block, state, V, b2)
-
     method = MatrixMethod(
         init=init,
-        average=average_whitened,
+        average=partial(averaged_kl, b2),
         step=step,
         refresh=refresh_kl,
         has_current_gradient=False,
@@ -386,12 +376,15 @@ def init_kl(
     return statistics, KlBlock(basis, _with_ones(block, Sides(left, right)), moments)
 
 
-def averaged_kl(block: Block, state: MatrixBlock, V: Matrices, b2: Decay) -> MatrixBlock:
+def averaged_kl(
+    b2: Decay, block: Block, state: MatrixBlock, V: Matrices, count: Count
+) -> MatrixBlock:
     """Take a gradient into both second moments and their eigenvalues, each whitened by the other.
 
     Both from the old ones: a step of Jacobi's kind towards `L = E[V R^-1 V'] / out` and `R = E[V'
     L^-1 V] / in`. Without the divisions there is no such pair of L and R unless in = out.
     """
+    del count
     old: KlBlock = state.preconditioner
     statistics, values = _sized(block, state.statistics, old.values, V)
     P, Q = old.basis
@@ -500,7 +493,8 @@ def _turned(V: Matrices, basis: Sides) -> Matrices:
 
 def _is_basis(vectors: Array | None) -> Any:
     """Tell which slices have a basis; zeros are none, and None is the identity."""
-    return True if vectors is None else jnp.any(vectors != 0, axis=(1, 2))
+    # A basis has no column of zeros: one tells of all.
+    return True if vectors is None else jnp.any(vectors[:, :, 0] != 0, axis=1)
 
 
 def _chosen(condition: Any, new: T, old: T) -> T:
@@ -524,7 +518,6 @@ def refresh_kl(layout: Layout, statistics: ByBlock, states: ByBlock) -> ByBlock:
     for name, (basis, values, moments) in states.items():
         new = bases[name].basis
         if moments is not None:
-            first = rotate(new, rotate_back(basis, moments.first))
-            moments = moments._replace(first=first)
+            moments = moments._replace(first=carried(moments.first, basis, new))
         fresh[name] = KlBlock(new, values, moments)
     return fresh

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from curvax._checks import check_at_least, check_decay, check_precision
-from curvax._trees import safe_divide
 from curvax._types import Count
 from curvax.kron import Layout
 from curvax.kron._layout import Block
 from curvax.optim._eigen_parts import (
     AdamMoments,
+    adam_step,
     averaged_moments,
+    carried,
     init_basis,
     init_moments,
     refreshed_bases,
@@ -32,7 +32,6 @@ from curvax.optim._matrices import (
     scale_by_matrices,
 )
 from curvax.optim._matrix_parts import (
-    Decay,
     Sides,
     averaged_statistics,
     factors_of,
@@ -149,16 +148,6 @@ def scale_by_soap(
     return scale_by_matrices(layout, method, refresh_every, fallback or adam)
 
 
-def adam_step(moments: AdamMoments, count: Count, b1: Decay, b2: Decay, eps: float) -> Matrices:
-    """Return `m / (sqrt(v) + eps)` times `sqrt(1 - b2^t) / (1 - b1^t)` after t gradients."""
-    m, v = moments
-    # The very first gradient is in no average, so that t is the number of steps before this one. At
-    # t = 0 the quotient of zeros is zero.
-    t = jnp.maximum(count, 1)
-    correction = jnp.sqrt(1 - jnp.asarray(b2, v.dtype) ** t) / (1 - jnp.asarray(b1, v.dtype) ** t)
-    return correction * safe_divide(m, jnp.sqrt(v) + eps)
-
-
 def refresh_soap(layout: Layout, statistics: ByBlock, states: ByBlock) -> ByBlock:
     """Follow the eigenvectors of L and R, and carry Adam's averages into the new basis."""
     old = {name: state.basis for name, state in states.items()}
@@ -166,9 +155,8 @@ def refresh_soap(layout: Layout, statistics: ByBlock, states: ByBlock) -> ByBloc
     fresh = {}
     for name, (basis, moments) in states.items():
         new = bases[name]
-        # m is linear in the gradient: P_new' (P_old m Q_old') Q_new. Squares cannot be turned; v
-        # goes with the columns that it was measured along.
-        first = rotate(new.basis, rotate_back(basis, moments.first))
+        # Squares cannot be turned: v goes with the columns that it was measured along.
+        first = carried(moments.first, basis, new.basis)
         second = reordered(moments.second, new.orders)
         fresh[name] = SoapBlock(new.basis, AdamMoments(first, second))
     return fresh

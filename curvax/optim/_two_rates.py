@@ -48,11 +48,11 @@ def finish_with_two_rates(
     # As in `finish`: after the rule, which has no part in it, and before the rates.
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay))
-    rates = _two_rates(layout, learning_rate, fallback_learning_rate, edit_layout)
+    rates = _scale_by_two_rates(layout, learning_rate, fallback_learning_rate, edit_layout)
     return optax.chain(*parts, rates)
 
 
-def _two_rates(
+def _scale_by_two_rates(
     layout: Layout | None,
     learning_rate: optax.ScalarOrSchedule,
     fallback_learning_rate: optax.ScalarOrSchedule,

@@ -140,11 +140,11 @@ def test_kl_shampoo_finds_the_stationary_product(x64):
 
 
 @pytest.mark.parametrize("root", [2, 4])
-@pytest.mark.parametrize("graft", ["adam", "sgd", None])
-@pytest.mark.parametrize("decay", [0.99, 1])
+# The transcription's Adam sums where the statistics do; ours has a decay of its own.
+@pytest.mark.parametrize(
+    ("graft", "decay"), [("adam", 0.99), ("sgd", 0.99), ("sgd", 1), (None, 0.99), (None, 1)]
+)
 def test_shampoo_equals_its_transcription(x64, root, graft, decay):
-    if (graft, decay) == ("adam", 1):
-        pytest.skip("the transcription's graft sums with the statistics; ours has a decay")
     gradients = recorded(20, (4, 4))
     scale = {"adam": adam_norm(0.99, 1e-8), "sgd": momentum_norm(), None: unscaled()}[graft]
     rule = curvax.scale_by_shampoo(b2=decay, eps=1e-6, root=root, refresh_every=3, scale=scale)
