@@ -56,6 +56,23 @@ def safe_divide(x: Any, y: Array) -> Array:
     return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
 
 
+def select_slices(condition: Any, new: T, old: T) -> T:
+    """Return `new` in the slices of a stack where the condition `[s]` holds, else `old`.
+
+    Every array of both trees begins with the stack's axis; a scalar belongs to all slices, and is
+    that of `new`.
+    """
+    condition = jnp.asarray(condition)
+
+    def selected(x: Array, y: Array) -> Array:
+        if x.ndim == 0:
+            return x
+        return jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+    tree: T = jax.tree.map(selected, new, old)
+    return tree
+
+
 def out_of_range_if_negative(ids: Int[Array, "..."], size: int) -> Int[Array, "..."]:
     """Replace negative numbers by `size`, the first that is out of range.
 

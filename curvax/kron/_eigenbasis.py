@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvax._checks import check_choice, describe
+from curvax._trees import select_slices
 from curvax._types import at_least_float32
 from curvax._xla import refresh_if
 from curvax.kron._kron_factor import (
@@ -216,7 +217,7 @@ def _tracked(
             by_qr = _orthogonalized(product, old, sort)
             # Only a state's first step is one of these.
             new = refresh_if(jnp.any(is_new), _decomposed_where(is_new), _second, matrix, by_qr)
-        return _where(is_due, new, old)
+        return select_slices(is_due, new, old)
 
     def same(matrix: Squares, product: Squares, old: _Turned) -> _Turned:
         del matrix, product
@@ -268,7 +269,7 @@ def _decomposed_where(is_new: Bool[Array, " s"]) -> Callable[[Squares, _Turned],
     """Return the function that decomposes, and selects the result where a slice is new."""
 
     def fn(matrix: Squares, other: _Turned) -> _Turned:
-        return _where(is_new, _decomposed(matrix, other), other)
+        return select_slices(is_new, _decomposed(matrix, other), other)
 
     return fn
 
@@ -276,14 +277,6 @@ def _decomposed_where(is_new: Bool[Array, " s"]) -> Callable[[Squares, _Turned],
 def _second(matrix: Squares, other: _Turned) -> _Turned:
     del matrix
     return other
-
-
-def _where(condition: Bool[Array, " s"], new: _Turned, old: _Turned) -> _Turned:
-    return _Turned(
-        basis=jnp.where(condition[:, None, None], new.basis, old.basis),
-        values=jnp.where(condition[:, None], new.values, old.values),
-        order=jnp.where(condition[:, None], new.order, old.order),
-    )
 
 
 def _residual(matrix: Squares, basis: Squares) -> tuple[Squares, Vectors, PerSlice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from curvax._checks import check_at_least, check_decay, check_precision
-from curvax._trees import safe_divide
+from curvax._trees import safe_divide, select_slices
 from curvax._types import Count
 from curvax.kron import Layout
 from curvax.kron._layout import Block
@@ -47,8 +47,6 @@ from curvax.optim._matrix_parts import (
     scaled,
 )
 from curvax.optim._refresh import Interval, growing_interval
-
-T = TypeVar("T")
 
 RELATIVE_FLOOR = 1e-5
 """Eigenvalues below this fraction of their mean count as this fraction.
@@ -407,13 +405,13 @@ def averaged_kl(
     )
     # Eigenvalues belong to a basis: before the first one they stay what they are.
     has_basis = _is_basis(P) & _is_basis(Q)
-    new_values = _chosen(has_basis, _with_ones(block, averaged), values)
+    new_values = select_slices(has_basis, _with_ones(block, averaged), values)
 
     # 3. Only the product of L and R means anything.
     new_statistics, new_values = _of_equal_means(block, new_statistics, new_values)
     # A gradient of zero says nothing of a covariance, and L and R would go to zero with it.
     is_zero = jnp.all(V == 0, axis=(1, 2))
-    new_statistics, new_values = _chosen(
+    new_statistics, new_values = select_slices(
         is_zero, (state.statistics, old.values), (new_statistics, new_values)
     )
     return state._replace(
@@ -445,7 +443,7 @@ def _sized(block: Block, statistics: Sides, values: Sides, V: Matrices) -> tuple
     is_first = expected == 0
     size = jnp.square(rms) if sides_of_size == 1 else rms
     fill = jax.tree.map(lambda side: jnp.broadcast_to(size[:, None], side.shape), values)
-    values = _chosen(is_first, _with_ones(block, fill), values)
+    values = select_slices(is_first, _with_ones(block, fill), values)
     # 2. A jump: c L and c R, each of which whitens the other.
     is_jump = ~is_first & (rms > LARGEST_JUMP * expected)
     c = jnp.where(is_jump, rms / jnp.where(is_first, 1, expected), 1)
@@ -488,26 +486,13 @@ def _with_ones(block: Block, values: Sides) -> Sides:
 def _turned(V: Matrices, basis: Sides) -> Matrices:
     """Turn into a basis; slices that have none yet stay as they are."""
     has_basis = _is_basis(basis.left) & _is_basis(basis.right)
-    return _chosen(has_basis, rotate(basis, V), V)
+    return select_slices(has_basis, rotate(basis, V), V)
 
 
 def _is_basis(vectors: Array | None) -> Any:
     """Tell which slices have a basis; zeros are none, and None is the identity."""
     # A basis has no column of zeros: one tells of all.
     return True if vectors is None else jnp.any(vectors[:, :, 0] != 0, axis=1)
-
-
-def _chosen(condition: Any, new: T, old: T) -> T:
-    """Select slices; what they share, such as weights, is new."""
-    condition = jnp.asarray(condition)
-
-    def chosen(x: Array, y: Array) -> Array:
-        if x.ndim == 0:
-            return x
-        return jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-
-    selected: T = jax.tree.map(chosen, new, old)
-    return selected
 
 
 def refresh_kl(layout: Layout, statistics: ByBlock, states: ByBlock) -> ByBlock:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from curvax._checks import check_at_least, check_choice, check_decay, check_precision, describe
+from curvax._trees import select_slices
 from curvax._types import Batch, Count, Params, PRNGKey
 from curvax.kron import Layout, MeanVectors, mean_vectors
 from curvax.kron._kron_factor import STRUCTURES, Diagonal, Full, Identity, KronFactor, matmul
@@ -277,7 +278,7 @@ def _mkor_method(
                 updated = _stabilized(updated, stabilize_above, zeta)
             # Without vectors there is nothing to forget an average for.
             has_vectors = jnp.any(rows != 0, axis=(1, 2))
-            fresh.append(_where(has_vectors, updated, inverse))
+            fresh.append(select_slices(has_vectors, updated, inverse))
         return state._replace(preconditioner=Sides(*fresh))
 
     def step(state: MatrixBlock, V: Matrices, count: Count) -> tuple[Matrices, MatrixBlock]:
@@ -339,7 +340,7 @@ def _stabilized(inverse: KronFactor, threshold: float, zeta: Decay) -> KronFacto
     """Mix an inverse with the identity where it has an entry above the threshold."""
     # The largest entry of a positive definite matrix is on its diagonal.
     is_large = jnp.max(inverse.diagonal(), axis=1) > threshold
-    return _where(is_large, _mixed(inverse, zeta), inverse)
+    return select_slices(is_large, _mixed(inverse, zeta), inverse)
 
 
 def _mixed(inverse: KronFactor, zeta: Decay) -> KronFactor:
@@ -350,14 +351,4 @@ def _mixed(inverse: KronFactor, zeta: Decay) -> KronFactor:
 def _times(c: Decay, factor: KronFactor) -> KronFactor:
     # A decay in float64 does not widen the state.
     result: KronFactor = jax.tree.map(lambda x: (c * x).astype(x.dtype), factor)
-    return result
-
-
-def _where(pred: Bool[Array, " s"], new: KronFactor, old: KronFactor) -> KronFactor:
-    """Choose between two factors of one structure, slice by slice."""
-
-    def chosen(x: Array, y: Array) -> Array:
-        return jnp.where(pred.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-
-    result: KronFactor = jax.tree.map(chosen, new, old)
     return result

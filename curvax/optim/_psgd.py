@@ -21,6 +21,7 @@ from curvax._checks import (
     check_precision,
     describe,
 )
+from curvax._trees import select_slices
 from curvax._types import Batch, Count, Params, PRNGKey
 from curvax.estimate import normal
 from curvax.kron import Layout, block_matrices
@@ -450,12 +451,7 @@ def _fitted(group: Group, Q: Any, h: Matrices, v: Matrices, fit_step: FitStep) -
     """Fit Q to a pair; where h is zero, in all of a matrix, it stays."""
     # Zero says nothing of a scale: with |h| = 0 the fit would make Q larger without limit.
     is_zero = jnp.all(h == 0, axis=(1, 2))
-
-    def chosen(new: Array, old: Array) -> Array:
-        condition = is_zero.reshape(-1, *[1] * (new.ndim - 1))
-        return jnp.where(condition, old, new)
-
-    return jax.tree.map(chosen, group.fit(Q, h, v, fit_step), Q)
+    return select_slices(is_zero, Q, group.fit(Q, h, v, fit_step))
 
 
 def _check_pair(pair: Any, momentum: Matrices) -> None:
