@@ -313,6 +313,8 @@ def moment_passes(
     objective: Objective, layout: Layout, options: PassOptions
 ) -> tuple[FitPass, ...]:
     """Return the passes that fit second moments in the eigenbasis of the Kronecker factors."""
+    # Now, and not only after the pass that the eigenbases are computed from.
+    check_one_product(layout.blocks)
     moments = MomentPass(objective, layout, options)
     return (*factor_passes(objective, layout, options), EigenbasisPass(layout), moments)
 
