@@ -69,6 +69,7 @@ from curvax.optim import (
     sophia_h,
     ssbfgs,
     ssbroyden,
+    state_shardings,
     until_plateau,
 )
 from curvax.products import empirical_fishervp, fishervp, ggnvp, hvp, streamed, to_dense
@@ -156,6 +157,8 @@ __all__ = [
     "levenberg_marquardt",
     "quadratic_model",
     "until_plateau",
+    # Their state on many devices
+    "state_shardings",
     # Kronecker-factored curvature
     "kron_layout",
     "matrix_layout",

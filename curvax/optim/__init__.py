@@ -95,6 +95,7 @@ from curvax.optim._shampoo import (
 )
 from curvax.optim._soap import SoapBlock, scale_by_soap, soap
 from curvax.optim._sophia import SophiaInfo, scale_by_sophia, sophia_g, sophia_h
+from curvax.optim._state_shardings import state_shardings
 from curvax.optim._two_rates import TwoRatesState
 
 __all__ = [
@@ -208,6 +209,7 @@ __all__ = [
     "spatial_average",
     "ssbfgs",
     "ssbroyden",
+    "state_shardings",
     "unscaled",
     "until_plateau",
     "zero_count",
