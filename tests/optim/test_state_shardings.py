@@ -117,3 +117,50 @@ def test_params_without_a_place_are_refused():
         curvax.state_shardings(tx, two)
     with pytest.raises(ValueError, match="no arrays"):
         curvax.state_shardings(tx, {})
+
+
+def gathered_model(params, x):
+    """Fully sharded: every layer gathers its parameters before it uses them."""
+    if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+        params = jax.tree.map(lambda p: jax.sharding.reshard(p, P()), params)
+    return model(params, x)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "shampoo"])
+def test_fully_sharded_explicit_params_step_as_on_one_device(name):
+    """A kernel is joined with its bias, and multiplied along the axis that is sharded."""
+    objective = curvax.Objective(gathered_model, curvax.losses.softmax_cross_entropy())
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = {"a": {"w": (8, 16), "b": (16,)}, "c": (16, 8)}
+        params = jax.tree.map(
+            lambda key, shape: jax.random.normal(key, shape),
+            {"a": {"w": keys[0], "b": keys[1]}, "c": keys[2]},
+            shapes,
+        )
+        batch = (jax.random.normal(keys[3], (16, 8)), jnp.arange(16) % 8)
+        layout = curvax.kron_layout(objective, params, batch)
+        tx = {
+            "kfac": curvax.kfac(0.1, objective, layout, damping=0.1),
+            "ekfac": curvax.ekfac(0.1, objective, layout, damping=0.1),
+            "shampoo": optax.with_extra_args_support(curvax.shampoo(0.1)),
+        }[name]
+
+        @jax.jit
+        def two_steps(params, state, batch):
+            for _ in range(2):
+                gradient = jax.grad(objective)(params, batch)
+                updates, state = tx.update(gradient, state, params, batch=batch)
+                params = optax.apply_updates(params, updates)
+            return params, state
+
+        expected, _ = two_steps(params, tx.init(params), batch)
+        mesh = mesh_of(8, AxisType.Explicit)
+        put = lambda x: jax.device_put(x, NamedSharding(mesh, P("model")))
+        params, batch = jax.tree.map(put, (params, batch))
+        with jax.set_mesh(mesh):
+            init = jax.jit(tx.init, out_shardings=curvax.state_shardings(tx, params))
+            stepped, _ = two_steps(params, init(params), batch)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), stepped, expected)
+    same_place = lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    assert jax.tree.all(jax.tree.map(same_place, stepped, params))
