@@ -96,7 +96,8 @@ def _shared_sharding(by_path: dict[Path, Any]) -> Sharding:
 def _mirrors(leaf: Any, param: Any) -> bool:
     """Return whether an array has the shape of a parameter, possibly behind more axes."""
     first = leaf.ndim - param.ndim
-    return first >= 0 and leaf.shape[first:] == param.shape
+    same: bool = first >= 0 and leaf.shape[first:] == param.shape
+    return same
 
 
 def _behind_leading_axes(sharding: Sharding, num_axes: int) -> Sharding:
