@@ -170,7 +170,7 @@ def floored(diagonal: PyTree[Array], floor: Any) -> tuple[PyTree[Array], Scalar]
     metric = jax.tree.map(lambda d: _floored(d, floor), diagonal)
     counts = jax.tree.map(lambda d: _num_below(d, floor), diagonal)
     # A mask may take everything out: then none of no entries.
-    fraction = optax.tree.sum(counts) / max(optax.tree.size(diagonal), 1)
+    fraction = jnp.asarray(optax.tree.sum(counts)) / max(optax.tree.size(diagonal), 1)
     return metric, fraction
 
 

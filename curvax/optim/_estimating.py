@@ -71,8 +71,8 @@ def estimating(
       `optax.GradientTransformationExtraArgs` with `update(grads, state, params, *, batch=None,
       curvature=None, model_params=None)`. A `curvature` that is passed is used as it is and nothing
       is estimated (gradient accumulation: average gradients and curvature over the micro-batches,
-      then update once). `model_params` are all parameters, for use inside a mask, where `params` holds only a part. The state is an
-      `EstimatingState`.
+      then update once). `model_params` are all parameters, for use inside a mask, where `params`
+      holds only a part. The state is an `EstimatingState`.
 
     Raises:
       ValueError: The interval or `num_first` is below 1; or, at trace time, both `batch` and
