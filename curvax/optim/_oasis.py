@@ -39,7 +39,7 @@ class OasisInfo(NamedTuple):
 
 
 def scale_by_oasis(
-    b1: float = 0.9, b2: float = 0.99, alpha: float = 1e-3
+    b1: float = 0.9, b2: float = 0.99, alpha: float = 1e-2
 ) -> optax.GradientTransformationExtraArgs:
     """Scale updates by OASIS's rule, with the (signed) curvature diagonal given as data.
 
@@ -121,7 +121,7 @@ def oasis(
     objective: Objective,
     b1: float = 0.9,
     b2: float = 0.99,
-    alpha: float = 1e-3,
+    alpha: float = 1e-2,
     weight_decay: float = 0.0,
     curvature_every: int = 1,
     num_first: int = 10,
@@ -144,7 +144,7 @@ def oasis(
     `curvax.oasis_auto(objective)` needs no learning rate.
 
     Args:
-      learning_rate: a number or a schedule; 1 is a Newton step where H is diagonal.
+      learning_rate: a number or a schedule, about `alpha`; 1 is a Newton step where H is diagonal.
       objective: the `curvax.Objective` that is minimized.
       b1: decay of the gradient average.
       b2: decay of the curvature average.

@@ -92,7 +92,7 @@ def scale_by_oasis_auto(
     objective: Objective,
     b2: float = 0.99,
     alpha: float = 1e-3,
-    first_rate: float | Array = 1e-3,
+    first_rate: float | Array = 1e-2,
 ) -> optax.GradientTransformationExtraArgs:
     """Step by `-eta Dhat^-1 g` with the rate of OASIS, and the curvature diagonal given as data.
 
@@ -104,7 +104,8 @@ def scale_by_oasis_auto(
       objective: the `curvax.Objective` that is minimized.
       b2: decay of the curvature average; it acts once a refresh.
       alpha: floor of the metric, in units of a curvature.
-      first_rate: eta of the first step. The second forgets it.
+      first_rate: eta of the first step, which the second forgets. Gradients at params that hardly
+        differ differ by rounding.
 
     Returns:
       `optax.GradientTransformationExtraArgs`, a whole optimizer (no learning rate comes after it),
@@ -203,7 +204,7 @@ def oasis_auto(
     objective: Objective,
     b2: float = 0.99,
     alpha: float = 1e-3,
-    first_rate: float | Array = 1e-3,
+    first_rate: float | Array = 1e-2,
     curvature_every: int = 1,
     num_first: int = 10,
     seed: int = 0,
@@ -223,7 +224,8 @@ def oasis_auto(
       objective: the `curvax.Objective` that is minimized.
       b2: decay of the curvature average.
       alpha: floor of the metric, in units of a curvature.
-      first_rate: eta of the first step. The second forgets it.
+      first_rate: eta of the first step, which the second forgets. Gradients at params that hardly
+        differ differ by rounding.
       curvature_every: number of steps between refreshes.
       num_first: number of probes that the first curvature is the mean of.
       seed: the seed of the probes.

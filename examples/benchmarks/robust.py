@@ -31,7 +31,8 @@ class Method(NamedTuple):
     """An optimizer as its docstring calls it.
 
     Attributes:
-      rate: the learning rate of the docstring, or the first damping where there is no rate.
+      rate: the learning rate of the docstring, or the first damping or the floor where there is no
+        rate.
       build: `(task, layout, rate, every) -> optimizer`.
       intervals: the intervals at which it is run.
     """
@@ -73,6 +74,18 @@ def _of_model(rate: float, one_liner: Callable[..., optax.GradientTransformation
     return Method(rate, lambda task, layout, rate, every: one_liner(rate, task.objective, layout))
 
 
+def _adam_sqr(task: Task, layout: Any, eps: Any, every: int) -> optax.GradientTransformation:
+    """SANIA with the rule of its default."""
+    return curvax.sania(task.objective, curvax.optim.scale_by_adam_sqr(eps=eps))
+
+
+def _hutchinson(task: Task, layout: Any, alpha: Any, every: int) -> optax.GradientTransformation:
+    """SANIA in the metric of the Hessian's diagonal."""
+    estimator = curvax.optim.hessian_diagonal(task.objective)
+    rule = curvax.scale_by_oasis(b1=0.0, alpha=alpha)
+    return curvax.sania(task.objective, curvax.estimating(rule, estimator, num_first=10))
+
+
 METHODS = {
     "kfac": _kron(curvax.kfac),
     "ekfac": _kron(curvax.ekfac),
@@ -82,6 +95,12 @@ METHODS = {
     "adahessian": Method(
         0.03, lambda task, _, rate, every: curvax.adahessian(rate, task.objective)
     ),
+    "oasis": Method(0.01, lambda task, _, rate, every: curvax.oasis(rate, task.objective)),
+    "oasis_auto": Method(
+        1e-3, lambda task, _, floor, every: curvax.oasis_auto(task.objective, alpha=floor)
+    ),
+    "sania": Method(0.1, _adam_sqr),
+    "sania_hutchinson": Method(1e-2, _hutchinson),
     "mfac": Method(0.01, lambda task, _, rate, every: curvax.mfac(rate)),
     "gauss_newton": Method(
         0.1, lambda task, _, rate, every: curvax.gauss_newton(rate, task.objective, damping=0.1)
