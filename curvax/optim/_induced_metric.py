@@ -60,8 +60,9 @@ def induced_metric(
       >>> updates.tolist(), state.scale.item()
       ([1.5, 2.0], 0.5)
 
-    References: Harvey (2025), optimization on the loss landscape with induced metrics. Its abstract
-      and notes on it were read, not its code; the formula is derived here.
+    References: Harvey (2025), The optimiser hidden in plain sight: training with the loss
+      landscape's induced metric, https://arxiv.org/abs/2509.03594. Its abstract was read; the
+      formula was derived here.
 
     Deviates: from that work, of which this is the first variant alone: no embedding by the
       logarithm of the loss, no average of the norm, no induced weight decay.

@@ -109,7 +109,7 @@ def scale_by_sania(
             updates,
             state.inner_state,
             params,
-            value=value,
+            value=loss,
             batch=batch,
             model_params=model_params,
             **extra,
