@@ -29,8 +29,8 @@ class OasisInfo(NamedTuple):
     """Diagnostics of the latest step.
 
     Attributes:
-      floored_fraction: the fraction of entries with `|D| < alpha`. Where it is 0, and D exact, steps do
-        not depend on the scale of params.
+      floored_fraction: the fraction of entries with `|D| < alpha`. Where it is 0, and D exact,
+        steps do not depend on the scale of params.
       num_nonfinite: the number of steps so far whose gradient or curvature was not finite.
     """
 

@@ -55,8 +55,8 @@ class OasisAutoInfo(NamedTuple):
     Attributes:
       secant_rate: the second term of the minimum, half the inverse of the smoothness along the last
         step; infinite where the gradient did not change.
-      floored_fraction: the fraction of entries with `|D| < alpha`. Where it is 0, and D exact, steps do
-        not depend on the scale of params.
+      floored_fraction: the fraction of entries with `|D| < alpha`. Where it is 0, and D exact,
+        steps do not depend on the scale of params.
       num_nonfinite: the number of steps so far whose gradient, curvature, or gradient at the params
         before was not finite.
     """
