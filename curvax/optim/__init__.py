@@ -66,7 +66,7 @@ from curvax.optim._newton import (
     scale_by_newton,
 )
 from curvax.optim._newton_muon import newton_muon, scale_by_newton_muon
-from curvax.optim._oasis import OasisInfo, oasis, scale_by_oasis
+from curvax.optim._oasis import OasisInfo, ScaleByOasisState, oasis, scale_by_oasis
 from curvax.optim._oasis_auto import (
     OasisAutoInfo,
     ScaleByOasisAutoState,
@@ -150,6 +150,7 @@ __all__ = [
     "ScaleByMfacState",
     "ScaleByNewtonState",
     "ScaleByOasisAutoState",
+    "ScaleByOasisState",
     "ScaleBySquaresState",
     "ScaleBySsbroydenState",
     "ScaleRule",

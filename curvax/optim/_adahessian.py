@@ -101,10 +101,10 @@ def scale_by_adahessian(
         # step; eps is outside the power.
         return m / (v ** (hessian_power / 2) + eps)
 
-    def average_curvature(state: ScaleByDiagonalState, curvature: PyTree[Array]) -> PyTree[Array]:
+    def average_curvature(nu: PyTree[Array], curvature: PyTree[Array]) -> PyTree[Array]:
         # Algorithm 1 of Yao et al.: v <- b2 v + (1 - b2) D^2, D = averaging(|c|).
         magnitudes = jax.tree.map(jnp.abs, curvature)
-        return jax.tree.map(average_of_squares, average_within_leaves(magnitudes), state.curvature)
+        return jax.tree.map(average_of_squares, average_within_leaves(magnitudes), nu)
 
     def step(
         state: ScaleByDiagonalState, gradient: PyTree[Array], context: StepContext

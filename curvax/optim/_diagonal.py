@@ -50,7 +50,7 @@ class ScaleByDiagonalState(NamedTuple):
 
 def scale_by_diagonal(
     b1: float | Array,
-    average_curvature: Callable[[ScaleByDiagonalState, PyTree[Array]], PyTree[Array]],
+    average_curvature: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]],
     step: Callable[[ScaleByDiagonalState, PyTree[Array], StepContext], StepResult],
     info_type: Callable[[Array, Array], Any],
 ) -> optax.GradientTransformationExtraArgs:
@@ -58,7 +58,7 @@ def scale_by_diagonal(
 
     Args:
       b1: decay of the average of gradients, `m <- b1 m + (1 - b1) g`.
-      average_curvature: `(state, curvature) -> average`, both trees of at least float32.
+      average_curvature: `(average, curvature) -> average`, both trees of at least float32.
       step: as in `curvature_rule`; it reads `state.mu` and `state.curvature`.
       info_type: the Info of the method, with a float32 field and `num_nonfinite`.
     """
@@ -84,7 +84,7 @@ def scale_by_diagonal(
     ) -> tuple[ScaleByDiagonalState, Array]:
         # An estimate is of the whole model; under a mask this rule steps only a part of it.
         curvature = select_leaves(curvature, gradient)
-        averages = average_curvature(state, curvature)
+        averages = average_curvature(state.curvature, curvature)
         return state._replace(curvature=averages), all_finite(curvature)
 
     return curvature_rule(init, step, average=average, take_in=take_in)

@@ -40,7 +40,9 @@ def induced_metric(
       inner: the transformation that returns u, with P positive definite: a rule `scale_by_M`
         (`curvax.estimating(...)` around it), or `optax.identity()` for a clipped gradient. The
         learning rate comes after the wrapper.
-      zeta: a number, at least 0; with 0 nothing is shortened.
+      zeta: a number, at least 0, in the unit of `1 / (g.u)`; with 0 nothing is shortened. `g.u` is
+        `|g|^2` for the gradient itself, and for Adam's step about the sum of `|g|` over all
+        entries, which is far larger.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; extra arguments go to `inner`. The state is an

@@ -27,18 +27,17 @@ from curvax._checks import (
     check_precision,
     is_masked,
 )
-from curvax._trees import all_finite, inner_product, scaled
+from curvax._trees import inner_product, scaled
 from curvax._types import Batch, Count, Params, Scalar, tree_at_least_float32
 from curvax.objective import Objective
 from curvax.optim._diagonal import (
     divide,
     floored,
     hessian_diagonal,
-    select_leaves,
     wide_zeros,
 )
 from curvax.optim._estimating import estimating
-from curvax.optim._oasis import running_diagonal
+from curvax.optim._oasis import taking_in_diagonals
 from curvax.optim._rule import (
     StepContext,
     StepResult,
@@ -142,7 +141,6 @@ def scale_by_oasis_auto(
     check_decay(b2=b2)
     check_positive(alpha=alpha, first_rate=first_rate)
     check_precision(b2=b2, alpha=alpha, first_rate=first_rate)
-    average_of_diagonals = running_diagonal(b2)
 
     def init(params: Params) -> ScaleByOasisAutoState:
         check_params(params)
@@ -162,13 +160,6 @@ def scale_by_oasis_auto(
             growth=jnp.full([], jnp.inf, dtype),
             info=info,
         )
-
-    def take_in(
-        state: ScaleByOasisAutoState, curvature: PyTree[Array], gradient: PyTree[Array]
-    ) -> tuple[ScaleByOasisAutoState, Array]:
-        curvature = select_leaves(curvature, gradient)
-        diagonal = average_of_diagonals(state, curvature)
-        return state._replace(curvature=diagonal), all_finite(curvature)
 
     def step(
         state: ScaleByOasisAutoState, gradient: PyTree[Array], context: StepContext
@@ -197,7 +188,7 @@ def scale_by_oasis_auto(
             is_finite=~jnp.isnan(secant) | ~is_comparable,
         )
 
-    return curvature_rule(init, step, take_in=take_in)
+    return curvature_rule(init, step, take_in=taking_in_diagonals(b2))
 
 
 def oasis_auto(

@@ -90,9 +90,9 @@ def scale_by_sophia(
     check_precision(b1=b1, b2=b2, eps=eps, gamma=gamma)
     average_of_curvature = leaf_average(b2)
 
-    def average_curvature(state: ScaleByDiagonalState, curvature: PyTree[Array]) -> PyTree[Array]:
+    def average_curvature(h: PyTree[Array], curvature: PyTree[Array]) -> PyTree[Array]:
         # Algorithm 3: h <- b2 h + (1 - b2) c.
-        return jax.tree.map(average_of_curvature, curvature, state.curvature)
+        return jax.tree.map(average_of_curvature, curvature, h)
 
     def step(
         state: ScaleByDiagonalState, gradient: PyTree[Array], context: StepContext

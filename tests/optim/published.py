@@ -68,20 +68,24 @@ def sophia_hutchinson(hvp, probes):
     return curvature
 
 
-def oasis(theta, gradient, hvp, probes, first_probes, *, lr, b1, b2, alpha, weight_decay):
-    """The list of parameters after each OASIS step with a fixed rate and momentum."""
-    theta, m, diagonal, path = _copy(theta), _zeros(theta), {}, []
+def oasis(
+    theta, gradient, hvp, probes, first_probes, *, lr, b2, alpha, momentum, max_kl, weight_decay
+):
+    """The parameters, and the factor of a step, after each OASIS step with a fixed rate."""
+    theta, m, diagonal, path, factors = _copy(theta), _zeros(theta), {}, [], []
     for t, z in enumerate(probes):
         g, new = _copy(gradient(theta, t)), {}
         diagonal = _oasis_diagonal(theta, hvp, diagonal, t, [z] if t else [z, *first_probes], b2)
+        floored = {name: np.maximum(np.abs(d), alpha) for name, d in diagonal.items()}
+        length = lr**2 * sum(np.sum(g[name] ** 2 / floored[name]) for name in theta)
+        factor = min(1.0, np.sqrt(max_kl / length))
         for name, x in theta.items():
-            m[name] = b1 * m[name] + (1 - b1) * g[name]
-            floored = np.maximum(np.abs(diagonal[name]), alpha)  # Dhat = max(|D|, alpha)
-            direction = m[name] / (1 - b1 ** (t + 1)) / floored
-            new[name] = x - lr * (direction + weight_decay * x)
+            m[name] = momentum * m[name] + factor * g[name] / floored[name]
+            new[name] = x - lr * (m[name] + weight_decay * x)
         theta = new
         path.append(_copy(theta))
-    return path
+        factors.append(factor)
+    return path, factors
 
 
 def oasis_auto(theta, gradient, hvp, probes, first_probes, *, b2, alpha, first_rate):
