@@ -214,8 +214,8 @@ def oasis_auto(
     With the exact diagonal the rate is 1/2 on a quadratic whose Hessian is diagonal, and no step
     depends on the scale of params. A probe adds to an entry what is beside the diagonal in its row,
     in the units of the other params; then both hold on average. On noisy batches the
-    least of many secant rates counts, so that rates are low: where there is time to tune one,
-    `curvax.oasis` gets further.
+    least of many secant rates counts, so that rates are low; `curvax.oasis` gets further in as many
+    steps.
 
     Args:
       objective: the `curvax.Objective` that is minimized.

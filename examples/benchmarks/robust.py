@@ -123,7 +123,7 @@ METHODS = {
 # Gauss-Newton matrix and cannot sample targets.
 EXCLUDED = {("flow", name) for name in ("kfac_auto", "sophia_g", "gauss_newton")}
 # SANIA needs to know the least loss, which is 0 for a classifier and unknown for these.
-WITHOUT_LEAST_LOSS = ("flow", "vae", "autoencoder")
+WITHOUT_LEAST_LOSS = ("flow", "vae", "autoencoder", "characters")
 EXCLUDED |= set(itertools.product(WITHOUT_LEAST_LOSS, ("sania", "sania_hutchinson")))
 
 
