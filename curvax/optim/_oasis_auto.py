@@ -213,14 +213,14 @@ def oasis_auto(
 
     With the exact diagonal the rate is 1/2 on a quadratic whose Hessian is diagonal, and no step
     depends on the scale of params. A probe adds to an entry what is beside the diagonal in its row,
-    in the units of the other params; then both hold on average. On noisy batches the
-    least of many secant rates counts, so that rates are low; `curvax.oasis` gets further in as many
-    steps.
+    in the units of the other params; then neither is exact. On noisy batches the least of
+    many secant rates counts, so that rates are low; `curvax.oasis` gets further in as many steps.
 
     Args:
       objective: the `curvax.Objective` that is minimized.
       b2: decay of the curvature average.
-      alpha: floor of the metric, in units of a curvature.
+      alpha: floor of the metric, in units of a curvature. Where it is too small, entries of little
+        curvature step too far: 1e-4 failed on one of two variational autoencoders.
       first_rate: eta of the first step, which the second forgets. Gradients at params that hardly
         differ differ by rounding.
       curvature_every: number of steps between refreshes.
