@@ -2,7 +2,7 @@
 
 from curvax.optim._adahessian import AdaHessianInfo, adahessian, scale_by_adahessian
 from curvax.optim._averaging import block_average, flax_axes, spatial_average
-from curvax.optim._diagonal import ScaleByDiagonalState
+from curvax.optim._diagonal import ScaleByDiagonalState, hessian_diagonal
 from curvax.optim._ekfac import EigenBlockState, ekfac, scale_by_ekfac
 from curvax.optim._estimating import EstimatingState, estimating
 from curvax.optim._fismo import FismoFactors, fismo, scale_by_fismo
@@ -13,6 +13,7 @@ from curvax.optim._gradient_regularized import (
     gradient_regularized_newton,
     scale_by_gradient_regularized_newton,
 )
+from curvax.optim._induced_metric import InducedMetricState, induced_metric
 from curvax.optim._kfac import kfac, scale_by_kfac
 from curvax.optim._kfac_auto import kfac_auto
 from curvax.optim._kl_clip import KlClipState, kl_clip
@@ -65,6 +66,13 @@ from curvax.optim._newton import (
     scale_by_newton,
 )
 from curvax.optim._newton_muon import newton_muon, scale_by_newton_muon
+from curvax.optim._oasis import OasisInfo, ScaleByOasisState, oasis, scale_by_oasis
+from curvax.optim._oasis_auto import (
+    OasisAutoInfo,
+    ScaleByOasisAutoState,
+    oasis_auto,
+    scale_by_oasis_auto,
+)
 from curvax.optim._plateau import LossAverages, UntilPlateauState, until_plateau
 from curvax.optim._polar import exact_polar, newton_schulz, polar_express
 from curvax.optim._psgd import (
@@ -79,6 +87,7 @@ from curvax.optim._quadratic_model import QuadraticModelInfo, QuadraticModelStat
 from curvax.optim._refresh import Interval, growing_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
+from curvax.optim._sania import SaniaState, sania, scale_by_sania
 from curvax.optim._self_scaled import (
     ScaleBySsbroydenState,
     SsbroydenInfo,
@@ -95,6 +104,12 @@ from curvax.optim._shampoo import (
 )
 from curvax.optim._soap import SoapBlock, scale_by_soap, soap
 from curvax.optim._sophia import SophiaInfo, scale_by_sophia, sophia_g, sophia_h
+from curvax.optim._squares import (
+    ScaleBySquaresState,
+    SquaresInfo,
+    scale_by_adagrad_sqr,
+    scale_by_adam_sqr,
+)
 from curvax.optim._state_shardings import state_shardings
 from curvax.optim._two_rates import TwoRatesState
 
@@ -107,6 +122,7 @@ __all__ = [
     "GradientRegularizedInfo",
     "GradientRegularizedState",
     "HessianPair",
+    "InducedMetricState",
     "Interval",
     "KlBlock",
     "KlClipState",
@@ -121,22 +137,29 @@ __all__ = [
     "MfacInfo",
     "MuonMemory",
     "NewtonInfo",
+    "OasisAutoInfo",
+    "OasisInfo",
     "PsgdStatistics",
     "QuadraticModelInfo",
     "QuadraticModelState",
     "RelativeDamping",
+    "SaniaState",
     "ScaleByDiagonalState",
     "ScaleByKronState",
     "ScaleByLazyNewtonState",
     "ScaleByMatricesState",
     "ScaleByMfacState",
     "ScaleByNewtonState",
+    "ScaleByOasisAutoState",
+    "ScaleByOasisState",
+    "ScaleBySquaresState",
     "ScaleBySsbroydenState",
     "ScaleRule",
     "ShampooMemory",
     "Sides",
     "SoapBlock",
     "SophiaInfo",
+    "SquaresInfo",
     "SsbroydenInfo",
     "StepContext",
     "StepResult",
@@ -156,7 +179,9 @@ __all__ = [
     "gauss_newton",
     "gradient_regularized_newton",
     "growing_interval",
+    "hessian_diagonal",
     "hessian_pairs",
+    "induced_metric",
     "kfac",
     "kfac_auto",
     "kl_clip",
@@ -172,6 +197,8 @@ __all__ = [
     "newton_cg",
     "newton_muon",
     "newton_schulz",
+    "oasis",
+    "oasis_auto",
     "on_fraction",
     "polar_express",
     "psgd",
@@ -181,7 +208,10 @@ __all__ = [
     "rms_at_most",
     "rms_norm",
     "saddle_free_newton",
+    "sania",
+    "scale_by_adagrad_sqr",
     "scale_by_adahessian",
+    "scale_by_adam_sqr",
     "scale_by_asgo",
     "scale_by_ekfac",
     "scale_by_fismo",
@@ -196,7 +226,10 @@ __all__ = [
     "scale_by_muon",
     "scale_by_newton",
     "scale_by_newton_muon",
+    "scale_by_oasis",
+    "scale_by_oasis_auto",
     "scale_by_psgd",
+    "scale_by_sania",
     "scale_by_shampoo",
     "scale_by_soap",
     "scale_by_sophia",

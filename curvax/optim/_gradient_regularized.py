@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import CALL_WITH_BATCH, check_count, check_params
+from curvax._checks import CALL_WITH_BATCH, check_count, check_params, check_positive
 from curvax._trees import inner_product, norm
 from curvax._types import Batch, Count, Matvec, Params, Scalar
 from curvax._xla import fast_convs_in_loops
@@ -95,8 +95,7 @@ def scale_by_gradient_regularized_newton(
     References: Semenov, Jaggi and Doikov (2025), Gradient-normalized smoothness for optimization
       with approximate Hessians.
     """
-    if isinstance(gamma, int | float) and not gamma > 0:
-        raise ValueError(f"gamma must be positive, got {gamma}.")
+    check_positive(gamma=gamma)
     check_count(1, max_trials=max_trials)
 
     def init(params: Params) -> GradientRegularizedState:

@@ -71,6 +71,7 @@ class Row(NamedTuple):
     combine: Callable[..., Any] | None = mean  # curvatures of two micro-batches, where that can be
     explicit: bool = True  # it runs on explicitly sharded batches
     continuous: bool = True  # its step, so that another order of sums changes little
+    ignores_value: bool = True  # the loss; else its step depends on the `value=` of an update
     diagonal: bool = False  # its state is a tree like params, and it is cheap enough op by op
 
 
@@ -210,6 +211,14 @@ def rank_one(rate, objective, curvature_every=1, seed=0, **options):
     return optax.chain(tx, optax.scale_by_learning_rate(rate, flip_sign=False))
 
 
+def with_oasis_rate(rate, objective, **options):
+    return curvax.oasis_auto(objective, num_first=1, first_rate=rate, **options)
+
+
+def with_length_by_loss(rate, objective, curvature_every=1, seed=0, **options):
+    return curvax.sania(objective, curvax.optim.scale_by_adam_sqr(**options))
+
+
 def quasi_newton(rate, objective, curvature_every=1, seed=0):
     return curvax.optim.ssbroyden(objective)
 
@@ -258,6 +267,29 @@ OPTIMIZERS = {
         estimator=sampled_diagonal,
         hyperparameter="gamma",
         **DIAGONAL,
+    ),
+    "oasis_auto": Row(
+        build=with_oasis_rate,
+        scale_by=functools.partial(curvax.optim.scale_by_oasis_auto, OBJECTIVE, first_rate=0.02),
+        estimator=hessian_diagonal,
+        decay="b2",
+        averages=("curvature",),
+        hyperparameter=None,
+        draws=True,
+        masks=False,
+        rate=None,
+    ),
+    # With the rule of its default; it is a wrapper around any of the other rows' rules.
+    "sania": Row(
+        build=with_length_by_loss,
+        scale_by=curvax.optim.scale_by_adam_sqr,
+        decay="b2",
+        averages=("nu",),
+        hyperparameter=None,
+        keeps=False,
+        waits=False,
+        rate=None,
+        ignores_value=False,
     ),
     "kfac": Row(
         build=of_layout(curvax.kfac),
@@ -905,7 +937,8 @@ def test_in_a_train_state(row):
 @every_optimizer
 def test_unknown_extra_arguments_are_ignored(row):
     tx, plain = compiled(row)
-    same(train(jax.jit(step_with(tx, value=1.0, other="x")), tx, 2), train(plain, tx, 2))
+    extra = {"other": "x"} | ({"value": 1.0} if row.ignores_value else {})
+    same(train(jax.jit(step_with(tx, **extra)), tx, 2), train(plain, tx, 2))
     rule = row.scale_by()
     curvature = estimating(row)(PARAMS, BATCH, jax.random.key(0))
     apply = lambda g, s, c: rule.update(g, s, PARAMS, curvature=c, batch=BATCH, value=1.0)
