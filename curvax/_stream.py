@@ -42,8 +42,9 @@ def _arrays(batch: Any) -> Batch:
     # The pair is checked before conversion, which would turn a bare array into rows.
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TypeError(f"batches must hold pairs (inputs, targets), got {describe(batch)}.")
-    _check_global(batch)
-    arrays: Batch = jax.tree.map(_as_jax, tuple(batch))
+    inputs, targets = batch
+    _check_global((inputs, targets))
+    arrays: Batch = jax.tree.map(_as_jax, (inputs, targets))
     check_batch(arrays)
     return arrays
 
@@ -55,7 +56,7 @@ def _check_global(batch: Batch) -> None:
     """
     if jax.process_count() == 1:
         return
-    for path, x in jax.tree.leaves_with_path(tuple(batch), is_leaf=is_shared):
+    for path, x in jax.tree.leaves_with_path(batch, is_leaf=is_shared):
         # What is common to all examples may be in every process.
         is_local = not isinstance(x, jax.Array) or x.is_fully_addressable
         if is_local and not is_shared(x):
