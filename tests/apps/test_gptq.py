@@ -160,7 +160,8 @@ def test_stacked_fused_headed_and_convolutional_kernels(x64):
             w, plain_w = old[block.name][s], nearest[block.name][s]
             expected = better_of(w, constrained(w, a, step[s], 3), plain_w, a)
             np.testing.assert_allclose(new[block.name][s], expected, atol=1e-9)
-        assert got.errors[block.name].rounded <= got.errors[block.name].nearest
+        before, after = got.errors[block.name]
+        assert after <= before * (1 + 1e-12)
     changed = {name for name in got.errors if (new[name] != nearest[name]).any()}
     assert len(changed) >= 3
 
@@ -170,8 +171,8 @@ def test_what_has_no_inputs_to_go_by_is_rounded_to_nearest():
     keys = jax.random.split(jax.random.key(2), 4)
     params = {
         "table": jax.random.normal(keys[0], (7, 6)),
-        "tied": jax.random.normal(keys[1], (7, 6)),
-        "w": jax.random.normal(keys[2], (6, 6)),
+        "tied": jax.random.normal(keys[1], (7, 30)),
+        "w": jax.random.normal(keys[2], (6, 30)),
     }
     model = lambda p, x: ((p["table"][x] + 1) @ p["w"] + p["tied"][x]) @ p["tied"].T
     objective = curvax.Objective(model, curvax.losses.softmax_cross_entropy())
