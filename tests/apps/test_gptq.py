@@ -203,6 +203,27 @@ def test_what_has_no_inputs_to_go_by_is_rounded_to_nearest():
     assert np.isnan(results[2].errors["['w']"].rounded)
 
 
+def test_entries_behind_a_constant_mask_do_not_take_part(x64):
+    """They are zero in the model, so that no other weight may count on them."""
+    mask = np.tril(np.ones((8, 8)))
+    objective = curvax.Objective(lambda w, x: x @ (w * mask), curvax.losses.squared_error())
+    w = jax.random.normal(jax.random.key(0), (8, 8))
+    x = 1 + jax.random.normal(jax.random.key(1), (30, 8))
+    batch = (x, jnp.zeros((30, 8)))
+    layout = curvax.kron_layout(objective, w, batch)
+    factors = curvax.kron.input_factors(objective, layout, w, batch, jax.random.key(0))
+    got, plain = gptq(w, layout, factors, 3), quantize(w, 3)
+    np.testing.assert_array_equal(np.asarray(got.params)[mask == 0], plain[mask == 0])
+    a, step = np.asarray(x.T @ x) / 30, float(jnp.abs(w).max()) / 3
+    inside, rounded = np.asarray(w) * mask, np.asarray(plain) * mask
+    # Levels of next to zero, as hidden entries are.
+    steps = np.where(mask, step, 1e-300)
+    expected = np.where(mask, constrained(inside, a, steps, 3), 0)
+    expected = better_of(inside, expected, rounded, a)
+    np.testing.assert_allclose(np.asarray(got.params) * mask, expected, atol=1e-10)
+    assert (expected != rounded).any()
+
+
 def test_bfloat16_params_rank_deficient_inputs_and_vmap_over_networks():
     """More inputs than examples; members of a `vmap` as one after another."""
     x = 1 + jax.random.normal(jax.random.key(3), (5, 12))

@@ -71,6 +71,17 @@ def test_interactions_are_those_of_dense_blocks(problem, product):
         np.testing.assert_allclose(got.diagonal()[layer][width], row @ h @ row, rtol=1e-10)
 
 
+def test_interactions_over_batches_on_the_host_and_over_networks(problem):
+    params, (x, y) = problem
+    of = lambda matvec, params: quantization.interactions(matvec, params, (2, 3), SCHEME).matrix
+    dense = lambda params: of(curvax.ggnvp(OBJECTIVE, params, (x, y)), params)
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    streamed = of(curvax.streamed(curvax.ggnvp, OBJECTIVE, params, batches), params)
+    twice = jax.tree.map(lambda w: jnp.stack([w / 2, w]), params)
+    together = jax.jit(jax.vmap(dense))(twice)[1]
+    np.testing.assert_allclose(streamed, together, rtol=1e-10, atol=1e-14)
+
+
 def random_programme(seed, num_layers, widths=WIDTHS):
     rng = np.random.default_rng(seed)
     layers = [f"l{i}" for i in range(num_layers)]
