@@ -12,8 +12,8 @@ mean and standard error over seeds. The second table rounds all layers to three 
 and by GPTQ, which lets weights make up for the errors of others by the second moments of their
 inputs. The third table says how well HAWQ-V2's sum of sensitivities ranks random allocations by the
 training loss of the quantized network, and how well the quadratic model does that has interactions
-of layers too. The last lines name the layers that bisection puts at two bits, with the others at
-eight, within two points of accuracy.
+of layers too. The last lines name the layers that bisection puts at the second smallest width, with
+the others at the largest, within a point of accuracy.
 """
 
 from __future__ import annotations
@@ -198,15 +198,15 @@ def roundings(
     return results
 
 
-def largest_at_two_bits(network: Network, test: Data) -> quantization.LargestSet:
-    """Return the layers that can have two bits, others eight, within two points of accuracy."""
+def largest_at(network: Network, test: Data, few: int, many: int) -> quantization.LargestSet:
+    """Return the layers that can have few bits, others many, within a point of accuracy."""
 
     def accuracy(layers: tuple[str, ...]) -> float:
-        bits = {layer: 2 if layer in layers else 8 for layer in network.sizes}
+        bits = {layer: few if layer in layers else many for layer in network.sizes}
         return float(evaluate(network.params, bits, test)[0])
 
-    order = {layer: row[2] for layer, row in network.omegas["HAWQ-V2"].items()}
-    limit = accuracy(()) - 2
+    order = {layer: row[few] for layer, row in network.omegas["HAWQ-V2"].items()}
+    limit = accuracy(()) - 1
     return quantization.largest_set(accuracy, order, limit, larger_is_better=True)
 
 
@@ -256,7 +256,7 @@ def main() -> None:
     )
     results: dict[str, list[list[float]]] = {}
     rounded: dict[str, list[list[float]]] = {}
-    correlations, at_two_bits, first = [], [], None
+    correlations, largest, first = [], [], None
     for seed in tqdm(range(args.seeds), unit="network", leave=False):
         params = fit(
             MODEL.init(jax.random.key(seed), inputs[:1]), None, train, args.steps, 1e-3, seed
@@ -280,10 +280,10 @@ def main() -> None:
         for name, row in roundings(params, train, test, 3, scales, hows).items():
             rounded.setdefault(name, []).append(row)
         correlations.append(rank_correlations(network, train, widths, args.random))
-        at_two_bits.append(largest_at_two_bits(network, test))
+        largest.append(largest_at(network, test, widths[1], widths[-1]))
     report(results)
     report_roundings(rounded)
-    report_models(correlations, at_two_bits)
+    report_models(correlations, largest, widths[1])
     plot(first, allocations(first, widths, averages, 0), args.out / "quantize.png")
 
 
@@ -312,7 +312,7 @@ def report_roundings(rounded: dict[str, list[list[float]]]) -> None:
     print_table("test images, all layers at 3 bits, without fine-tuning", header, rows)
 
 
-def report_models(correlations: list[list[float]], at_two_bits: list[Any]) -> None:
+def report_models(correlations: list[list[float]], largest: list[Any], bits: int) -> None:
     names = ("HAWQ-V2's Omega", "exact terms of layers", "with interactions of layers")
     rows = [
         [name, *(f"{x:.3f}" for x in column), cell(np.array(column), 3)]
@@ -320,10 +320,10 @@ def report_models(correlations: list[list[float]], at_two_bits: list[Any]) -> No
     ]
     header = ("model", *(f"network {k}" for k in range(len(correlations))), "mean")
     print_table("Spearman's rank correlation with the loss, random allocations", header, rows)
-    for number, x in enumerate(at_two_bits):
+    for number, x in enumerate(largest):
         layers = ", ".join(x.layers) or "none"
         print(
-            f"network {number}: at two bits within 2 points, by {len(x.evaluations)} "
+            f"network {number}: at {bits} bits within a point, by {len(x.evaluations)} "
             f"evaluations: {layers} ({x.value:.2f} %)"
         )
 

@@ -179,28 +179,28 @@ def test_what_has_no_inputs_to_go_by_is_rounded_to_nearest():
     objective = curvax.Objective(model, curvax.losses.softmax_cross_entropy())
     batch = (jnp.arange(7), jnp.arange(7))
     layout = curvax.kron_layout(objective, params, batch)
-    factors = curvax.kron.input_factors(objective, layout, params, batch, jax.random.key(0))
-    plain = quantize(params, 3)
-    got = gptq(params, layout, factors, 3)
+    diagonal = layout.edit("['w']", a_structure="diagonal")
+
+    @jax.jit
+    def compute(params, batch):
+        factors, diagonal_factors = (
+            curvax.kron.input_factors(objective, x, params, batch, jax.random.key(0))
+            for x in (layout, diagonal)
+        )
+        zero = {"['w']": jax.tree.map(jnp.zeros_like, factors["['w']"])}
+        spoiled = {"['w']": factors["['w']"]._replace(total=jnp.full((1, 6, 6), jnp.nan))}
+        every = [gptq(params, layout, x, 3) for x in (factors, zero, spoiled)]
+        return *every, gptq(params, diagonal, diagonal_factors, 3), quantize(params, 3)
+
+    got, *results, plain = compute(params, batch)
     assert got.errors.keys() == {"['w']"}
     assert (got.params["w"] != plain["w"]).any()
     for name in ("table", "tied"):
         np.testing.assert_array_equal(got.params[name], plain[name])
-    diagonal = layout.edit("['w']", a_structure="diagonal")
-    diagonal_factors = curvax.kron.input_factors(
-        objective, diagonal, params, batch, jax.random.key(0)
-    )
-    zero = {"['w']": jax.tree.map(jnp.zeros_like, factors["['w']"])}
-    spoiled = {"['w']": factors["['w']"]._replace(total=jnp.full((1, 6, 6), jnp.nan))}
-    results = [
-        gptq(params, diagonal, diagonal_factors, 3),
-        gptq(params, layout, zero, 3),
-        gptq(params, layout, spoiled, 3),
-    ]
     for result in results:
         np.testing.assert_array_equal(result.params["w"], plain["w"])
-    assert results[1].errors["['w']"].nearest == 0
-    assert np.isnan(results[2].errors["['w']"].rounded)
+    assert results[0].errors["['w']"].nearest == 0
+    assert np.isnan(results[1].errors["['w']"].rounded)
 
 
 def test_entries_behind_a_constant_mask_do_not_take_part(x64):
@@ -211,8 +211,13 @@ def test_entries_behind_a_constant_mask_do_not_take_part(x64):
     x = 1 + jax.random.normal(jax.random.key(1), (30, 8))
     batch = (x, jnp.zeros((30, 8)))
     layout = curvax.kron_layout(objective, w, batch)
-    factors = curvax.kron.input_factors(objective, layout, w, batch, jax.random.key(0))
-    got, plain = gptq(w, layout, factors, 3), quantize(w, 3)
+
+    @jax.jit
+    def compute(w):
+        factors = curvax.kron.input_factors(objective, layout, w, batch, jax.random.key(0))
+        return gptq(w, layout, factors, 3), quantize(w, 3)
+
+    got, plain = compute(w)
     np.testing.assert_array_equal(np.asarray(got.params)[mask == 0], plain[mask == 0])
     a, step = np.asarray(x.T @ x) / 30, float(jnp.abs(w).max()) / 3
     inside, rounded = np.asarray(w) * mask, np.asarray(plain) * mask
@@ -236,7 +241,7 @@ def test_bfloat16_params_rank_deficient_inputs_and_vmap_over_networks():
         factors = curvax.kron.input_factors(objective, layout, w, batch, jax.random.key(0))
         return gptq(w, layout, factors, 3, CHANNELS)
 
-    got, single = jax.jit(jax.vmap(one))(many), one(many[1])
+    got, single = jax.jit(jax.vmap(one))(many), jax.jit(one)(many[1])
     assert got.params.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got.params[1], single.params)
     assert (got.errors[""].rounded < 0.3 * got.errors[""].nearest).all()
