@@ -1,6 +1,6 @@
 """Levenberg-Marquardt-Langevin sampling of a two-dimensional mixture, and what float32 does to it.
 
-    python examples/langevin.py            # half a minute on two cores
+    python examples/langevin.py            # a minute on two cores
     python examples/langevin.py --smoke    # does it run? some seconds
 
 A diffusion sampler steps along the noise u that it predicts. Levenberg-Marquardt-Langevin replaces
@@ -21,7 +21,9 @@ above its tolerance.
 Second, the sampler with the exact score of a mixture of Gaussians: ten steps of a deterministic
 sampler (DDIM), by kappa and lam. In two dimensions v is one of two directions, where in images it
 is one of thousands: this tests the arithmetic, and says little about images. The safe form is used:
-the part of u along v is scaled by `lam / (lam + |v|^2)`, with nothing subtracted from it.
+the part of u along v is scaled by `lam / (lam + |v|^2)`, with nothing subtracted from it. Measured:
+at kappa 0 the sampler is the plain one; with kappa 0.5 and lam 1 the distance falls by 6 %, and with
+lam 1e-3 the samples are useless, since nearly all of u along v is removed.
 """
 
 from __future__ import annotations
