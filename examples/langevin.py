@@ -77,6 +77,21 @@ def as_long_as(x: jax.Array, u: jax.Array) -> jax.Array:
     return x * (jnp.linalg.norm(u) / jnp.where(length > 0, length, 1))
 
 
+def check() -> None:
+    """Compare with a dense solve in float64, and v = 0, v = u with what they have to give."""
+    with jax.enable_x64(True):
+        u, v = jax.random.normal(jax.random.key(0), (2, 5))
+        dense = jnp.linalg.solve(0.3 * jnp.eye(5) + jnp.outer(v, v), 0.3 * u)
+        pairs = (
+            (rank1_damped_solve(u, v, 0.3), dense),
+            (rank1_damped_solve(u, 0 * v, 0.3), u),
+            (rank1_damped_solve(u, u, 0.3), u * 0.3 / (0.3 + u @ u)),
+        )
+        apart = max(float(jnp.max(jnp.abs(x - y))) for x, y in pairs)
+    if apart > 1e-12:
+        raise SystemExit(f"the rank-one solve is off by {apart}")
+
+
 # --- what float32 does at kappa = 0 ---------------------------------------------------------------
 
 
@@ -218,6 +233,7 @@ def main() -> None:
     args = flags.parse_args()
     if args.smoke:
         args.seeds, args.points, args.kappas, args.lams = 2, 200, [0.0, 0.5], [1.0]
+    check()
     dimensions = [3 * 32 * 32, 4 * 64 * 64]  # an image of CIFAR-10; a latent of 64 x 64
     float32_table(dimensions, [8e-4, 1e-3, 1.0], 3 if args.smoke else 20)
     plot(sampling_table(args), args.out / "langevin.png")

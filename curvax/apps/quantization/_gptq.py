@@ -242,9 +242,7 @@ def _rounded_block(
     return result, OutputError(jnp.sum(before), jnp.sum(least))
 
 
-def _order(
-    moment: Array, is_free: Bool[Array, "s i o"], by_activation: bool
-) -> Int[Array, "s i"]:
+def _order(moment: Array, is_free: Bool[Array, "s i o"], by_activation: bool) -> Int[Array, "s i"]:
     """Return numbers of rows in the order of rounding: those in full precision last."""
     last = jnp.any(is_free, axis=-1)
     activity = jnp.diagonal(moment, axis1=1, axis2=2)
