@@ -41,8 +41,8 @@ def gradient_norm(
         centred:   g + gamma/(2 rho) (grad L(w + rho g) - grad L(w - rho g))
 
     with `rho = eps`, or `eps / |g|` where normalized. All are exact where L is quadratic. Elsewhere
-    the first two are wrong by O(rho) and the centred one by O(rho^2). With `gamma = rho` the forward
-    one is `grad L(w + rho g)`, the gradient of sharpness-aware minimization.
+    the first two are wrong by O(rho) and the centred one by O(rho^2). With `gamma = rho` the
+    forward one is `grad L(w + rho g)`, the gradient of sharpness-aware minimization.
 
     Args:
       objective: a `curvax.Objective`, or any function `(params, *args) -> scalar`.

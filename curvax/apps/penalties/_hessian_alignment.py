@@ -68,9 +68,9 @@ def hessian_alignment(
     Returns:
       `regularized(params, domains, key) -> scalar`, for `jax.value_and_grad`. `domains` is a list,
       tuple or dict of two batches or more, `(inputs, targets)` each, of any sizes: each is weighed
-      by its terms in L, g and h, and all are equal in the mean over e. A domain without terms, where
-      all are masked, is left out of that mean. `key` is the JAX key of the probes; the other form
-      needs none.
+      by its terms in L, g and h, and all are equal in the mean over e. A domain without terms,
+      where all are masked, is left out of that mean. `key` is the JAX key of the probes; the other
+      form needs none.
 
     Raises:
       ValueError: a weight is negative, the form is unknown, the head is empty, there are less than
@@ -130,7 +130,7 @@ def hessian_alignment(
             of_curvature = curvature_weight * _squared_distance(h_e, h)
             of_gradient = gradient_weight * _squared_distance(g_e, g)
             # The gradient of no terms is 0, and says nothing of a domain.
-            has_terms = optax.tree.sum(counts) > 0
+            has_terms = jnp.asarray(optax.tree.sum(counts)) > 0
             distances.append(jnp.where(has_terms, of_curvature + of_gradient, 0))
             counted.append(has_terms)
         # Where no domain has terms (0/0), there is no penalty.
@@ -166,7 +166,8 @@ def _hessian_gradient(
 ) -> Head:
     """Return `H g`, which is `|g| grad |g|`."""
     del key, num_probes
-    return hvp(loss, head)(g)
+    product: Head = hvp(loss, head)(g)
+    return product
 
 
 def _hessian_diagonal(

@@ -29,7 +29,8 @@ def mean_loss(
         # The forward pass of a chunk is run again in its backward pass: nothing else of it stays.
         @jax.checkpoint
         def share(params: Params, chunk: Batch) -> Scalar:
-            return scaled_to_share(objective, params, chunk, totals).value(params, chunk)
+            of_chunk = scaled_to_share(objective, params, chunk, totals)
+            return of_chunk.value(params, chunk)
 
         # L = sum_c share_c L_c: see `curvax/objective.py`.
         value: Scalar = sum_over_chunks(lambda chunk: share(params, chunk), batch, microbatch)
