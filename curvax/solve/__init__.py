@@ -2,6 +2,7 @@
 
 from curvax.solve._cg import cg
 from curvax.solve._collect import fisher_window
+from curvax.solve._cubic import CubicInfo, cubic_step
 from curvax.solve._damped import check_symmetric
 from curvax.solve._direct import Dense, SampleSpace, direct
 from curvax.solve._eigen import EigenDecomposition, absolute, decompose
@@ -28,6 +29,7 @@ from curvax.solve._window import (
 from curvax.solve._woodbury import woodbury
 
 __all__ = [
+    "CubicInfo",
     "Dense",
     "EigenDecomposition",
     "Result",
@@ -39,6 +41,7 @@ __all__ = [
     "absolute",
     "cg",
     "check_symmetric",
+    "cubic_step",
     "decompose",
     "direct",
     "fisher_window",
