@@ -2,6 +2,12 @@
 
 from curvax.optim._adahessian import AdaHessianInfo, adahessian, scale_by_adahessian
 from curvax.optim._averaging import block_average, flax_axes, spatial_average
+from curvax.optim._cubic_newton import (
+    CubicNewtonInfo,
+    CubicNewtonState,
+    cubic_newton,
+    scale_by_cubic_newton,
+)
 from curvax.optim._diagonal import ScaleByDiagonalState
 from curvax.optim._ekfac import EigenBlockState, ekfac, scale_by_ekfac
 from curvax.optim._estimating import EstimatingState, estimating
@@ -24,6 +30,12 @@ from curvax.optim._kl_shampoo import (
     scale_by_kl_soap,
 )
 from curvax.optim._kronecker import BlockInfo, KronInfo, ScaleByKronState
+from curvax.optim._krylov_descent import (
+    KrylovDescentInfo,
+    KrylovDescentState,
+    krylov_descent,
+    scale_by_krylov_descent,
+)
 from curvax.optim._lazy_newton import (
     LazyNewtonInfo,
     ScaleByLazyNewtonState,
@@ -100,6 +112,8 @@ from curvax.optim._two_rates import TwoRatesState
 __all__ = [
     "AdaHessianInfo",
     "BlockInfo",
+    "CubicNewtonInfo",
+    "CubicNewtonState",
     "EigenBlockState",
     "EstimatingState",
     "FismoFactors",
@@ -110,6 +124,8 @@ __all__ = [
     "KlBlock",
     "KlClipState",
     "KronInfo",
+    "KrylovDescentInfo",
+    "KrylovDescentState",
     "LazyNewtonInfo",
     "LevenbergMarquardtInfo",
     "LevenbergMarquardtState",
@@ -145,6 +161,7 @@ __all__ = [
     "adam_norm",
     "asgo",
     "block_average",
+    "cubic_newton",
     "curvature_rule",
     "egn",
     "ekfac",
@@ -161,6 +178,7 @@ __all__ = [
     "kl_clip",
     "kl_shampoo",
     "kl_soap",
+    "krylov_descent",
     "lazy_newton",
     "levenberg_marquardt",
     "mfac",
@@ -182,12 +200,14 @@ __all__ = [
     "saddle_free_newton",
     "scale_by_adahessian",
     "scale_by_asgo",
+    "scale_by_cubic_newton",
     "scale_by_ekfac",
     "scale_by_fismo",
     "scale_by_gradient_regularized_newton",
     "scale_by_kfac",
     "scale_by_kl_shampoo",
     "scale_by_kl_soap",
+    "scale_by_krylov_descent",
     "scale_by_lazy_newton",
     "scale_by_matrices",
     "scale_by_mfac",

@@ -61,7 +61,8 @@ def cubic_step(
       eigen: the eigendecomposition of A, as `curvax.solve.decompose` returns it.
       gradient: g, a tree of d float numbers.
       regularization: M, a number or scalar array; where A is positive definite it may be 0, for
-        Newton's step. Rounding hides what is below `(eps lambda_min)^2 / |g|`, which takes its place.
+        Newton's step. Rounding hides what is below `(eps lambda_min)^2 / |g|`, which takes its
+        place.
 
     Returns:
       s, a tree like the gradient, in at least float32, and a `CubicInfo`.
