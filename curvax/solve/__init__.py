@@ -16,8 +16,10 @@ from curvax.solve._elements import (
 from curvax.solve._lineax_adapter import from_lineax, to_lineax
 from curvax.solve._minres import minres
 from curvax.solve._neumann import neumann
+from curvax.solve._polynomial import power_traces, symmetric_polynomial
 from curvax.solve._result import Result, SolveInfo, Solver
 from curvax.solve._sample_space import sample_space
+from curvax.solve._tracked import TrackedState, init_tracked, tracked, update_blocks
 from curvax.solve._window import (
     Window,
     init_window,
@@ -36,6 +38,7 @@ __all__ = [
     "SampleSpace",
     "SolveInfo",
     "Solver",
+    "TrackedState",
     "Whitened",
     "Window",
     "absolute",
@@ -46,6 +49,7 @@ __all__ = [
     "direct",
     "fisher_window",
     "from_lineax",
+    "init_tracked",
     "init_window",
     "insert",
     "inverse_diagonal",
@@ -53,8 +57,12 @@ __all__ = [
     "map_inverse_blocks",
     "minres",
     "neumann",
+    "power_traces",
     "sample_space",
+    "symmetric_polynomial",
     "to_lineax",
+    "tracked",
+    "update_blocks",
     "whiten",
     "window_inverse",
     "window_of",
