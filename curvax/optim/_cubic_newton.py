@@ -30,7 +30,7 @@ class CubicNewtonInfo(NamedTuple):
     """Diagnostics of the latest step.
 
     Attributes:
-      regularization: M of the last trial.
+      shift: `M r / 2` of the last trial, which is added to the eigenvalues.
       smallest: smallest eigenvalue of the curvature in use.
       trials: how many steps were tried.
       accepted: whether one of them was taken.
@@ -39,7 +39,7 @@ class CubicNewtonInfo(NamedTuple):
         finite.
     """
 
-    regularization: Scalar
+    shift: Scalar
     smallest: Scalar
     trials: Int[Array, ""]
     accepted: Bool[Array, ""]
@@ -109,7 +109,7 @@ def scale_by_cubic_newton(
         check_params(params)
         eigen = init_eigen(params)
         info = CubicNewtonInfo(
-            regularization=zero_number(),
+            shift=zero_number(),
             smallest=zero_number(),
             trials=zero_count(),
             accepted=jnp.array(False),
@@ -137,7 +137,7 @@ def scale_by_cubic_newton(
 
         fresh = jnp.where(is_usable, _next_regularization(state, last), state.regularization)
         info = {
-            "regularization": last.parameter,
+            "shift": last.parameter * norm(last.step) / 2,
             "smallest": state.curvature.values[0],
             **search_info(last, state.info.num_rejected),
         }

@@ -27,10 +27,12 @@ def symmetric_polynomial(matvec: Matvec, traces: Float[Array, " t"]) -> Matvec:
         P_t = 1/t sum_(i=1..t) (-1)^(i-1) P_(t-i) (tr(B^i) I - B^i).
 
     On an eigenvector of B the eigenvalue of P_t is the elementary symmetric polynomial of order t
-    of all *other* eigenvalues, so that `P_(d-1) B = det(B) I`; a small t does for the t largest
-    eigenvalues what the inverse does, if they lie far above the others. By Newton's identities the
-    sum is `P_t = e_t I - B P_(t-1)`, which takes one product for each order; divided by e_t all
-    eigenvalues lie in [0, 1].
+    of all *other* eigenvalues, so that `P_(d-1) B = det(B) I`. If t eigenvalues lie far above the
+    others, order t brings those of `P_t B / e_t` down to about the sum of the others, however far
+    above they were, and leaves the others: it is for iterations at a fixed rate. (Conjugate
+    gradients take a step for each such eigenvalue in any case.) By Newton's identities the sum is
+    `P_t = e_t I - B P_(t-1)`, one product for each order; divided by e_t all eigenvalues lie in
+    [0, 1].
 
     Args:
       matvec: `v -> B v` on trees like params, B positive semidefinite: a Gauss-Newton product,

@@ -135,8 +135,8 @@ def tracked(
             "state must be a TrackedState, as curvax.solve.init_tracked(b) returns it; got "
             f"{describe(state)}."
         )
-    check_system(b, damping, tol, num_steps, state.solution)
     check_count(1, num_steps=num_steps)
+    check_system(b, damping, tol, num_steps, state.solution)
     if isinstance(rate, int | float) and not rate > 0:
         raise ValueError(f"rate must be positive, got {rate}.")
     wide, product = tree_at_least_float32(b), damped(matvec, 0.0, b)
