@@ -292,7 +292,7 @@ def test_cubic_newton_equals_the_literal_method(x64):
     tx = curvax.cubic_newton(objective, regularization=0.02)
     step, params, state = stepping(tx, case), case.params, tx.init(case.params)
     M, x, doubled, indefinite = 0.02, np.array([0.1, 1.0]), 0, 0
-    for _ in range(12):
+    for _ in range(8):
         g, H = derivatives_of_valley(*x)
         indefinite += np.linalg.eigvalsh(H)[0] < -1e-3
         while True:
