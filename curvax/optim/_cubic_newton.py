@@ -75,9 +75,8 @@ def scale_by_cubic_newton(
     what the model does; then M halves for the next update, unless rounding hides the cubic term
     already. If no trial succeeds, the update is zero and the state stays bitwise what it was,
     except for M, which goes on from where the search ended, and for a curvature that came with the
-    update. Where the model falls by less than the precision of the loss, a step is taken if it
-    lowers the gradient's norm; if it does not, and the curvature has a negative eigenvalue, M
-    halves, for a longer step will tell.
+    update. Where the model falls by less than the precision of the loss, the search ends, with a
+    step if gradients say that it gains.
 
     Args:
       objective: the `curvax.Objective` that is minimized; it is evaluated at the trial points on
@@ -239,7 +238,6 @@ def _next_regularization(state: CubicNewtonState, last: Trial) -> Scalar:
     eps = jnp.finfo(values.dtype).eps
     is_hidden = M * length / 2 <= eps * jnp.max(jnp.abs(values))
     halved = jnp.where(is_hidden, M, M / 2)
-    # Where rounding hid what a step gains, only along negative curvature a longer one gains more.
-    curves_down = values[0] < 0
-    after_rejection = jnp.where(curves_down, halved, state.regularization)
-    return jnp.select([last.accepted, last.exhausted], [halved, after_rejection], 2 * M)
+    # A search that ended for rounding says nothing of how far the model can be trusted.
+    after_rejection = jnp.where(last.is_flat, state.regularization, 2 * M)
+    return jnp.where(last.accepted, halved, after_rejection)

@@ -68,9 +68,9 @@ def scale_by_gradient_regularized_newton(
     The search tries gamma, gamma / 2, gamma / 4 ... until `f(x) - f(x + s) >= gamma |g(x + s)|^2 /
     (8 |g|)`; then gamma doubles for the next update. Every step satisfies `|s| <= gamma`. Where the
     loss is flat to rounding (the model predicts less than its precision), the search ends, with a
-    step if that lowers the gradient's norm. If no trial succeeds, the update is zero and the state
-    stays bitwise what it was, except for gamma, which goes on from where the search ended, and for
-    a curvature that came with the update.
+    step if gradients say that it gains; gamma stays. If no trial succeeds, the update is zero and
+    the state stays bitwise what it was, except for gamma, which goes on from where the search
+    ended, and for a curvature that came with the update.
 
     Args:
       objective: the `curvax.Objective` that is minimized; it is evaluated at the trial points on
@@ -140,8 +140,8 @@ def scale_by_gradient_regularized_newton(
         # A search that ended for rounding, or for want of a gradient, says nothing of how far the
         # model can be trusted.
         gamma = last.parameter
-        after_rejection = jnp.where(last.exhausted, state.gamma, gamma / 2)
-        next_gamma = jnp.where(last.accepted, 2 * gamma, after_rejection)
+        after_trial = jnp.where(last.accepted, 2 * gamma, gamma / 2)
+        next_gamma = jnp.where(last.is_flat, state.gamma, after_trial)
         info = search_info(last, state.info.num_rejected)
         return StepResult(
             updates=last.step,

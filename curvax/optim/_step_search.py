@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from curvax._checks import CALL_WITH_BATCH
-from curvax._trees import norm
+from curvax._trees import inner_product, norm
 from curvax._types import Batch, Params, Scalar
 from curvax._xla import fast_convs_in_loops
 from curvax.objective import Objective
@@ -52,14 +52,14 @@ class Trial(NamedTuple):
       step: s, in the dtypes of params.
       trials: how many steps were tried.
       accepted: whether s is to be taken.
-      exhausted: whether nothing is to be gained that rounding does not hide.
+      is_flat: whether the model falls by less than the precision of f, so that gradients decided.
     """
 
     parameter: Scalar
     step: PyTree[Array]
     trials: Int[Array, ""]
     accepted: Bool[Array, ""]
-    exhausted: Bool[Array, ""]
+    is_flat: Bool[Array, ""]
 
 
 def start_of(objective: Objective, gradient: PyTree[Array], context: StepContext) -> Start:
@@ -92,29 +92,33 @@ def search_step(
         after, fresh = value_and_grad(moved, batch)
 
         fresh_norm = norm(fresh)
-        is_enough = before - after >= family.least(parameter, decrease, fresh_norm)
-        # Where the model falls by less than the precision of f, only the gradient can tell.
+        least = family.least(parameter, decrease, fresh_norm)
+        is_enough = before - after >= least
+        # Where the model falls by less than the precision of f, only gradients can tell: f(x) -
+        # f(x + s) is -(g + g(x + s))'s / 2 up to third order, without the rounding of f.
         is_flat = decrease <= precision
-        accepted = is_enough | (is_flat & (fresh_norm < gradient_norm))
+        by_gradients = -inner_product(optax.tree.add(gradient, fresh), step) / 2
+        is_better = (by_gradients >= least) | (fresh_norm < gradient_norm)
         # A model that cannot fall, at a minimum, asks for nothing, and no step is enough for that.
-        accepted &= decrease > 0
+        accepted = (is_enough | (is_flat & is_better)) & (decrease > 0)
         return Trial(
             parameter=parameter,
             step=step,
             trials=last.trials + 1,
             accepted=accepted,
-            exhausted=is_flat & ~accepted,
+            is_flat=is_flat,
         )
 
     def is_searching(trial: Trial) -> Bool[Array, ""]:
-        return ~trial.accepted & ~trial.exhausted & (trial.trials < max_trials)
+        # Shorter steps gain even less than one whose gain rounding hides.
+        return ~trial.accepted & ~trial.is_flat & (trial.trials < max_trials)
 
     unused = Trial(
         parameter=first,
         step=jax.tree.map(jnp.zeros_like, params),
         trials=jnp.int32(0),
         accepted=jnp.array(False),
-        exhausted=~is_usable,
+        is_flat=~is_usable,
     )
     return lax.while_loop(is_searching, fast_convs_in_loops(attempt), unused)
 
