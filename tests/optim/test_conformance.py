@@ -173,8 +173,9 @@ def searching(rate, objective, seed=0, **options):
     return curvax.gradient_regularized_newton(objective, **options)
 
 
+# Near the hard case a step is as ill-conditioned as `(H + M r / 2 I)^-1`, so M begins large.
 def with_cubic_term(rate, objective, seed=0, **options):
-    return curvax.cubic_newton(objective, regularization=10.0, **options)
+    return curvax.cubic_newton(objective, regularization=300.0, **options)
 
 
 def in_krylov_space(rate, objective, curvature_every=1, seed=0, **options):
@@ -350,7 +351,7 @@ OPTIMIZERS = {
     ),
     "cubic_newton": Row(
         build=with_cubic_term,
-        scale_by=functools.partial(curvax.scale_by_cubic_newton, OBJECTIVE, 10.0),
+        scale_by=functools.partial(curvax.scale_by_cubic_newton, OBJECTIVE, 300.0),
         estimator=dense_hessian,
         averages=("curvature",),
         hyperparameter=None,

@@ -448,10 +448,10 @@ def test_krylov_descent_goes_on_where_rounding_hides_what_a_step_gains():
     case = cases.Case(objective, start, (jnp.ones((1, 2)), jnp.zeros(1)))
     tx = curvax.krylov_descent(objective, order=0)
     step = stepping(tx, case)
-    run = lambda carry: jax.lax.scan(lambda c, _: (step(*c, case.batch), c[0]), carry, length=60)
+    run = lambda carry: jax.lax.scan(lambda c, _: (step(*c, case.batch), c[0]), carry, length=25)
     (end, state), path = jax.jit(run)((start, tx.init(start)))
     assert optax.tree.get(state, "num_rejected") == 0
-    assert jnp.sum(values * end**2) < 0.02 * jnp.sum(values * start**2)
+    assert jnp.sum(values * end**2) < 0.1 * jnp.sum(values * start**2)
     norms = jnp.linalg.norm(values * path, axis=1)
     assert (jnp.diff(norms) > 0).any()
 
