@@ -91,7 +91,13 @@ def test_heavy_ball_from_ritz_values_attains_its_rate(size, x64):
     objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
     batch = (jnp.diag(jnp.sqrt(4 * values)), jnp.zeros(4))
     report = curvax.apps.sharpness_report(
-        objective, jnp.ones(4), in_batches(batch, size), learning_rate=0.1, tol=1e-10, ritz_steps=9
+        objective,
+        jnp.ones(4),
+        in_batches(batch, size),
+        learning_rate=0.1,
+        num_probes=1,
+        tol=1e-10,
+        ritz_steps=9,  # more than there are eigenvalues
     )
     best = report.heavy_ball
     np.testing.assert_allclose([best.largest, best.smallest], [1.0, 0.02], rtol=1e-8)

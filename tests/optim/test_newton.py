@@ -384,7 +384,7 @@ def krylov_minimum(matrix, gradient, order):
     return -Q @ np.linalg.solve(Q.T @ matrix @ Q, Q.T @ gradient)
 
 
-@pytest.mark.parametrize("order", [0, 2, 4])
+@pytest.mark.parametrize("order", [2, 4])
 def test_krylov_descent_minimizes_the_model_in_the_krylov_space(order, x64):
     """Of a quadratic loss of five parameters; of order 4, in one step to the minimum."""
     rng = np.random.default_rng(0)

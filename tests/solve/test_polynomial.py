@@ -88,9 +88,18 @@ def test_gradient_descent_no_longer_sees_the_gap(x64):
 
     with_it, without = (jnp.max(jnp.abs(values * x - b)) for x in descend(jnp.zeros(100)))
     assert with_it < 1e-3 and without > 0.5
-    x, info = curvax.cg(matvec, b, tol=1e-6, preconditioner=precondition)
-    np.testing.assert_allclose(x, 1 / values, rtol=1e-4)
-    assert info.converged
+
+
+def test_it_preconditions_conjugate_gradients(x64):
+    """Of order d - 1 it is the inverse but for a factor: one step."""
+    matvec, b = tree_matvec(jnp.asarray(MATRIX)), jnp.ones(5)
+    preconditioner = symmetric_polynomial(
+        matvec, jnp.asarray([np.sum(VALUES**i) for i in (1, 2, 3, 4)])
+    )
+    solve = jax.jit(lambda matvec, b, P: curvax.cg(matvec, b, tol=1e-9, preconditioner=P))
+    x, info = solve(matvec, b, preconditioner)
+    np.testing.assert_allclose(x, np.linalg.solve(MATRIX, b), rtol=1e-9)
+    assert info.converged and info.steps == 1
 
 
 def test_large_numbers_and_bad_traces_in_float32():
