@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from curvax._checks import check_count, check_params
 from curvax._trees import norm
@@ -134,7 +134,8 @@ def scale_by_cubic_newton(
         family = cubic_family(model_step, shorten=lambda M: 2 * M)
         last = search_step(start, family, state.regularization, max_trials, is_usable)
 
-        fresh = jnp.where(is_usable, _next_regularization(state, last), state.regularization)
+        M = next_regularization(last, state.curvature.values, state.regularization)
+        fresh = jnp.where(is_usable, M, state.regularization)
         info = {
             "shift": last.parameter * norm(last.step) / 2,
             "smallest": state.curvature.values[0],
@@ -231,13 +232,13 @@ def cubic_family(
     return Family(propose, least, shorten)
 
 
-def _next_regularization(state: CubicNewtonState, last: Trial) -> Scalar:
-    """Return M for the next update, from the last trial of this one."""
-    M, length, values = last.parameter, norm(last.step), state.curvature.values
+def next_regularization(last: Trial, eigenvalues: Float[Array, " d"], before: Scalar) -> Scalar:
+    """Return M for the next update, from the last trial of this one and M before it."""
+    M, length = last.parameter, norm(last.step)
     # A shift M r / 2 that rounding hides beside |C| would halve for ever on a quadratic loss.
-    eps = jnp.finfo(values.dtype).eps
-    is_hidden = M * length / 2 <= eps * jnp.max(jnp.abs(values))
+    eps = jnp.finfo(eigenvalues.dtype).eps
+    is_hidden = M * length / 2 <= eps * jnp.max(jnp.abs(eigenvalues))
     halved = jnp.where(is_hidden, M, M / 2)
     # A search that ended for rounding says nothing of how far the model can be trusted.
-    after_rejection = jnp.where(last.is_flat, state.regularization, 2 * M)
+    after_rejection = jnp.where(last.is_flat, before, 2 * M)
     return jnp.where(last.accepted, halved, after_rejection)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from curvax._checks import check_count, check_params
-from curvax._trees import all_finite, combine_rows, safe_divide
+from curvax._trees import all_finite, combine_rows, norm, safe_divide
 from curvax._types import Batch, Count, Matvec, Params, PRNGKey, Scalar
 from curvax.objective import Objective
-from curvax.optim._cubic_newton import cubic_family
+from curvax.optim._cubic_newton import cubic_family, next_regularization
 from curvax.optim._estimating import estimating
 from curvax.optim._newton import check_curvature
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
@@ -34,7 +35,7 @@ class KrylovDescentInfo(NamedTuple):
     Attributes:
       smallest: smallest Ritz value of the curvature in the Krylov space.
       largest: largest Ritz value.
-      regularization: M of the last trial; 0 for the minimum of the quadratic model itself.
+      shift: `M r / 2` of the last trial; 0 for the minimum of the quadratic model itself.
       trials: how many steps were tried.
       accepted: whether one of them was taken.
       num_rejected: the number of updates so far in which none was.
@@ -44,7 +45,7 @@ class KrylovDescentInfo(NamedTuple):
 
     smallest: Scalar
     largest: Scalar
-    regularization: Scalar
+    shift: Scalar
     trials: Int[Array, ""]
     accepted: Bool[Array, ""]
     num_rejected: Int[Array, ""]
@@ -56,10 +57,12 @@ class KrylovDescentState(NamedTuple):
 
     Attributes:
       count: steps taken.
+      regularization: M of the next cubic term; 0 while none was needed.
       info: `KrylovDescentInfo`.
     """
 
     count: Count
+    regularization: Scalar
     info: KrylovDescentInfo
 
 
@@ -71,9 +74,11 @@ def scale_by_krylov_descent(
     Where C is positive definite on that space, the step is tried that minimizes `g's + s'C s / 2`
     there. Where it is not, so that the model has no minimum, or where that step does not lower the
     loss by a tenth of what the model does, the steps are those that minimize the model with `M / 6
-    |s|^3` added, for `M = L^2 / |g|, 2 M, 4 M ...`, with L the largest absolute Ritz value. (Shifts
-    of the eigenvalues are then about L / 3 and more.) If no trial succeeds, the update is zero and
-    the state stays bitwise what it was. Where `g = 0` there is no Krylov space, and no step.
+    |s|^3` added, for M, 2 M, 4 M ... The first M of all is `L^2 / |g|`, with L the largest absolute
+    Ritz value, which shifts the eigenvalues by about L / 3; after a step with a cubic term M halves
+    for the next one. If no trial succeeds, the update is zero and the state stays bitwise what it
+    was, except for M, which goes on from where the search ended. Where `g = 0` there is no Krylov
+    space, and no step.
 
     Args:
       objective: the `curvax.Objective` that is minimized; it is evaluated at the trial points on
@@ -104,13 +109,14 @@ def scale_by_krylov_descent(
         info = KrylovDescentInfo(
             smallest=zero_number(),
             largest=zero_number(),
-            regularization=zero_number(),
+            shift=zero_number(),
             trials=zero_count(),
             accepted=jnp.array(False),
             num_rejected=zero_count(),
             num_nonfinite=zero_count(),
         )
-        return KrylovDescentState(zero_count(), info)
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        return KrylovDescentState(zero_count(), jnp.zeros([], dtype), info)
 
     def step(
         state: KrylovDescentState, gradient: PyTree[Array], context: StepContext
@@ -126,24 +132,31 @@ def scale_by_krylov_descent(
             y, info = cubic_step(eigen, coordinates, regularization=M)
             return combine_rows(y, krylov.basis), info
 
-        # In the unit of M: [f / x^2]^2 / [f / x]. From 0 the first failure leads there.
+        # The first M is in its unit, [f / x^2]^2 / [f / x]; later ones are known from searches.
         theta, eps = eigen.values, jnp.finfo(eigen.values.dtype).eps
         size = jnp.max(jnp.abs(theta))
         natural = safe_divide(size**2, length)
-        family = cubic_family(model_step, shorten=lambda M: jnp.maximum(2 * M, natural))
+        known = jnp.where(state.regularization > 0, state.regularization, natural)
+
+        # Without a cubic term first, if the model has a minimum.
         is_definite = theta[0] > len(theta) * eps * size
-        first = jnp.where(is_definite, 0, natural)
+        first = jnp.where(is_definite, 0, known)
+        family = cubic_family(model_step, shorten=lambda M: jnp.where(M > 0, 2 * M, known))
         is_usable = context.gradient_is_finite & is_finite & (length > 0)
         last = search_step(start, family, first, max_trials, is_usable)
+
+        is_cubic = is_usable & (last.parameter > 0)
+        M = next_regularization(last, theta, state.regularization)
+        fresh = jnp.where(is_cubic, M, state.regularization)
         info = {
             "smallest": theta[0],
             "largest": theta[-1],
-            "regularization": last.parameter,
+            "shift": last.parameter * norm(last.step) / 2,
             **search_info(last, state.info.num_rejected),
         }
         return StepResult(
             updates=last.step,
-            state=state,
+            state=state._replace(regularization=fresh),
             info=info,
             is_finite=is_finite,
             is_accepted=last.accepted,

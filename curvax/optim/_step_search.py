@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from curvax._checks import CALL_WITH_BATCH
 from curvax._trees import inner_product, norm
-from curvax._types import Batch, Params, Scalar
+from curvax._types import Batch, Params, Scalar, tree_at_least_float32
 from curvax._xla import fast_convs_in_loops
 from curvax.objective import Objective
 from curvax.optim._rule import StepContext
@@ -95,9 +95,11 @@ def search_step(
         least = family.least(parameter, decrease, fresh_norm)
         is_enough = before - after >= least
         # Where the model falls by less than the precision of f, only gradients can tell: f(x) -
-        # f(x + s) is -(g + g(x + s))'s / 2 up to third order, without the rounding of f.
+        # f(x + s) is -(g + g(x + s))'s / 2 up to third order, without the rounding of f. (In 16
+        # bits x may have moved by less than s.)
         is_flat = decrease <= precision
-        by_gradients = -inner_product(optax.tree.add(gradient, fresh), step) / 2
+        displacement = optax.tree.sub(tree_at_least_float32(moved), tree_at_least_float32(params))
+        by_gradients = -inner_product(optax.tree.add(gradient, fresh), displacement) / 2
         is_better = (by_gradients >= least) | (fresh_norm < gradient_norm)
         # A model that cannot fall, at a minimum, asks for nothing, and no step is enough for that.
         accepted = (is_enough | (is_flat & is_better)) & (decrease > 0)

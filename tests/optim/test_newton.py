@@ -397,7 +397,7 @@ def test_krylov_descent_minimizes_the_model_in_the_krylov_space(order, x64):
     want = krylov_minimum(x.T @ x / 9, (-x.T @ y / 9)[:, 0], order)
     np.testing.assert_allclose(params[:, 0], want, rtol=1e-10)
     info = optax.tree.get(state, "info")
-    assert info.trials == 1 and info.accepted and info.regularization == 0
+    assert info.trials == 1 and info.accepted and info.shift == 0
     if order == 4:
         assert jnp.linalg.norm(jax.grad(objective)(params, case.batch)) < 1e-12
         # Beyond the dimension there is nothing, and a space that g does not fill ends early.
@@ -421,10 +421,12 @@ def test_krylov_descent_decides_negative_curvature_and_goes_down(x64):
     ritz = np.linalg.eigvalsh(T)
     np.testing.assert_allclose([info.smallest, info.largest], ritz[[0, -1]], rtol=1e-6)
     assert ritz[0] < 0 and info.accepted
-    want = Q @ secular_step(T, Q.T @ g, float(info.regularization))
+    # M is L^2 / |g| at first, doubles for each further trial, and halves after the last.
+    M = np.abs(ritz).max() ** 2 / np.linalg.norm(g) * 2.0 ** (int(info.trials) - 1)
+    want = Q @ secular_step(T, Q.T @ g, M)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8 * np.abs(want).max())
-    natural = np.abs(ritz).max() ** 2 / np.linalg.norm(g)
-    assert np.isclose(info.regularization, natural * 2.0 ** (int(info.trials) - 1))
+    np.testing.assert_allclose(optax.tree.get(state, "regularization"), M / 2)
+    np.testing.assert_allclose(info.shift, M * np.linalg.norm(want) / 2, rtol=1e-6)
 
     # From beside a saddle, on to the minimum; from the saddle itself there is no Krylov space.
     case = quartic_saddle()
