@@ -458,6 +458,18 @@ def test_krylov_descent_goes_on_where_rounding_hides_what_a_step_gains():
     assert (jnp.diff(norms) > 0).any()
 
 
+def test_a_step_that_16_bits_round_away_is_none():
+    """Beside a constant, gradients seem to gain by it; params stay where they are."""
+    loss = curvax.losses.from_function(lambda f, _: jnp.sum((f - 1.001) ** 2) / 2 + 1e3)
+    objective = curvax.Objective(lambda w, x: x * w, loss)
+    params, batch = jnp.ones(1, jnp.bfloat16), (jnp.ones((1, 1)), jnp.zeros(1))
+    tx = curvax.krylov_descent(objective, order=0)
+    step = jax.jit(lambda g, s: tx.update(g, s, params, batch=batch))
+    updates, state = step(jax.grad(objective)(params, batch), tx.init(params))
+    info = optax.tree.get(state, "info")
+    assert updates == 0 and not info.accepted and info.num_rejected == 1
+
+
 TREE = {"a": jnp.arange(6.0).reshape(2, 3) / 6, "b": jnp.ones(3)}
 OBJECTIVE = curvax.Objective(
     lambda p, x: jnp.tanh(x @ p["a"] + p["b"]), curvax.losses.softmax_cross_entropy()
