@@ -88,7 +88,7 @@ def search_step(
         parameter = jnp.where(last.trials > 0, shorter, last.parameter)
         wide_step, decrease = family.propose(parameter)
         step = jax.tree.map(lambda s, p: s.astype(p.dtype), wide_step, params)
-        moved = cast(Params, optax.apply_updates(params, step))
+        moved = jax.tree.map(_rounded, cast(Params, optax.apply_updates(params, step)))
         after, fresh = value_and_grad(moved, batch)
 
         fresh_norm = norm(fresh)
@@ -123,6 +123,14 @@ def search_step(
         is_flat=~is_usable,
     )
     return lax.while_loop(is_searching, fast_convs_in_loops(attempt), unused)
+
+
+def _rounded(x: Array) -> Array:
+    """Return x as its dtype holds it."""
+    # Inside of a program XLA keeps more digits of 16-bit floats than an array will have, and would
+    # evaluate the loss at a point at which params never are.
+    limits = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, limits.nexp, limits.nmant) if limits.bits < 32 else x
 
 
 def search_info(last: Trial, num_rejected: Int[Array, ""]) -> Mapping[str, Any]:
