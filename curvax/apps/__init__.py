@@ -2,10 +2,12 @@
 
 from curvax.apps import influence, merging, penalties, pruning, quantization
 from curvax.apps._hypergradient import implicit_gradient
-from curvax.apps._sharpness import SharpnessReport, sharpness_report
+from curvax.apps._sharpness import HeavyBall, SharpnessReport, heavy_ball, sharpness_report
 
 __all__ = [
+    "HeavyBall",
     "SharpnessReport",
+    "heavy_ball",
     "implicit_gradient",
     "influence",
     "merging",

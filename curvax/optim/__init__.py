@@ -2,6 +2,12 @@
 
 from curvax.optim._adahessian import AdaHessianInfo, adahessian, scale_by_adahessian
 from curvax.optim._averaging import block_average, flax_axes, spatial_average
+from curvax.optim._cubic_newton import (
+    CubicNewtonInfo,
+    CubicNewtonState,
+    cubic_newton,
+    scale_by_cubic_newton,
+)
 from curvax.optim._diagonal import ScaleByDiagonalState, hessian_diagonal
 from curvax.optim._ekfac import EigenBlockState, ekfac, scale_by_ekfac
 from curvax.optim._estimating import EstimatingState, estimating
@@ -25,6 +31,12 @@ from curvax.optim._kl_shampoo import (
     scale_by_kl_soap,
 )
 from curvax.optim._kronecker import BlockInfo, KronInfo, ScaleByKronState
+from curvax.optim._krylov_descent import (
+    KrylovDescentInfo,
+    KrylovDescentState,
+    krylov_descent,
+    scale_by_krylov_descent,
+)
 from curvax.optim._lazy_newton import (
     LazyNewtonInfo,
     ScaleByLazyNewtonState,
@@ -116,6 +128,8 @@ from curvax.optim._two_rates import TwoRatesState
 __all__ = [
     "AdaHessianInfo",
     "BlockInfo",
+    "CubicNewtonInfo",
+    "CubicNewtonState",
     "EigenBlockState",
     "EstimatingState",
     "FismoFactors",
@@ -127,6 +141,8 @@ __all__ = [
     "KlBlock",
     "KlClipState",
     "KronInfo",
+    "KrylovDescentInfo",
+    "KrylovDescentState",
     "LazyNewtonInfo",
     "LevenbergMarquardtInfo",
     "LevenbergMarquardtState",
@@ -169,6 +185,7 @@ __all__ = [
     "adam_norm",
     "asgo",
     "block_average",
+    "cubic_newton",
     "curvature_rule",
     "egn",
     "ekfac",
@@ -187,6 +204,7 @@ __all__ = [
     "kl_clip",
     "kl_shampoo",
     "kl_soap",
+    "krylov_descent",
     "lazy_newton",
     "levenberg_marquardt",
     "mfac",
@@ -213,12 +231,14 @@ __all__ = [
     "scale_by_adahessian",
     "scale_by_adam_sqr",
     "scale_by_asgo",
+    "scale_by_cubic_newton",
     "scale_by_ekfac",
     "scale_by_fismo",
     "scale_by_gradient_regularized_newton",
     "scale_by_kfac",
     "scale_by_kl_shampoo",
     "scale_by_kl_soap",
+    "scale_by_krylov_descent",
     "scale_by_lazy_newton",
     "scale_by_matrices",
     "scale_by_mfac",

@@ -174,6 +174,15 @@ def searching(rate, objective, seed=0, **options):
     return curvax.gradient_regularized_newton(objective, **options)
 
 
+# Near the hard case a step is as ill-conditioned as `(H + M r / 2 I)^-1`, so M begins large.
+def with_cubic_term(rate, objective, seed=0, **options):
+    return curvax.cubic_newton(objective, regularization=300.0, **options)
+
+
+def in_krylov_space(rate, objective, curvature_every=1, seed=0, **options):
+    return curvax.krylov_descent(objective, order=4, **options)
+
+
 def with_one_rate(build):
     """A one-liner whose fallback has the rate of the matrices, and which averages no curvature."""
 
@@ -371,6 +380,24 @@ OPTIMIZERS = {
         hyperparameter=None,
         masks=False,
         rate=None,
+    ),
+    "cubic_newton": Row(
+        build=with_cubic_term,
+        scale_by=functools.partial(curvax.scale_by_cubic_newton, OBJECTIVE, 300.0),
+        estimator=dense_hessian,
+        averages=("curvature",),
+        hyperparameter=None,
+        masks=False,
+        rate=None,
+    ),
+    "krylov_descent": Row(
+        build=in_krylov_space,
+        scale_by=functools.partial(curvax.scale_by_krylov_descent, OBJECTIVE, order=4),
+        estimator=hessian,
+        combine=mean_matvec,
+        hyperparameter=None,
+        rate=None,
+        **SOLVES,
     ),
     "muon": Row(
         build=with_one_rate(curvax.optim.muon),
