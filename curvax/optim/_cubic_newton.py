@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from curvax._checks import check_count, check_params
+from curvax._checks import check_count, check_params, check_positive
 from curvax._trees import norm
 from curvax._types import Count, Matvec, Params, Scalar
 from curvax.objective import Objective
@@ -100,8 +100,7 @@ def scale_by_cubic_newton(
 
     References: as for `curvax.cubic_newton`.
     """
-    if isinstance(regularization, int | float) and not regularization > 0:
-        raise ValueError(f"regularization must be positive, got {regularization}.")
+    check_positive(regularization=regularization)
     check_count(1, max_trials=max_trials)
 
     def init(params: Params) -> CubicNewtonState:

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import check_count, check_params, describe
+from curvax._checks import check_count, check_params, check_positive, describe
 from curvax._host import loops_for
 from curvax._trees import add_scaled, all_finite, cast_like, keep_unless
 from curvax._types import Count, Matvec, Params, Scalar, tree_at_least_float32
@@ -137,8 +137,7 @@ def tracked(
         )
     check_count(1, num_steps=num_steps)
     check_system(b, damping, tol, num_steps, state.solution)
-    if isinstance(rate, int | float) and not rate > 0:
-        raise ValueError(f"rate must be positive, got {rate}.")
+    check_positive(rate=rate)
     wide, product = tree_at_least_float32(b), damped(matvec, 0.0, b)
     options = {"damping": damping, "tol": tol, "max_steps": num_steps, "x0": state.solution}
     with loops_for(matvec):

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from curvax._checks import check_at_least, check_params, check_scalar, describe, look_up
+from curvax._checks import (
+    check_at_least,
+    check_params,
+    check_positive,
+    check_scalar,
+    describe,
+    look_up,
+)
 from curvax._trees import add_scaled, cast_like, inner_product, safe_divide
 from curvax._types import Params, Scalar, tree_at_least_float32
 from curvax.apps.penalties._in_chunks import mean_loss
@@ -87,8 +94,7 @@ def gradient_norm(
     """
     points = look_up("difference", difference, DIFFERENCES)
     check_at_least(0, gamma=gamma)
-    if isinstance(eps, int | float) and not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}: it is what a difference is divided by.")
+    check_positive(eps=eps)
     loss, has_aux = _loss_with_aux(objective, microbatch)
     evaluated = _with_cotangents(loss, points, normalized)
 
