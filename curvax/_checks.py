@@ -187,6 +187,14 @@ def check_at_least(minimum: float, **values: Any) -> None:
             raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
 
+def check_positive(**values: Any) -> None:
+    """Raise if a named value is a concrete number that is not above 0; arrays and tracers pass."""
+    for name, value in values.items():
+        # `not >` also refuses NaN.
+        if isinstance(value, int | float | np.number) and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+
+
 def check_count(minimum: int, **values: Any) -> None:
     """Raise unless every named value is a concrete integer of at least `minimum`."""
     for name, value in values.items():

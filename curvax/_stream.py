@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from curvax._batch import check_batch
 from curvax._checks import describe
+from curvax._shared import is_shared
 from curvax._types import Batch
 
 
@@ -41,9 +42,29 @@ def _arrays(batch: Any) -> Batch:
     # The pair is checked before conversion, which would turn a bare array into rows.
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TypeError(f"batches must hold pairs (inputs, targets), got {describe(batch)}.")
-    arrays: Batch = jax.tree.map(_as_jax, tuple(batch))
+    inputs, targets = batch
+    _check_global((inputs, targets))
+    arrays: Batch = jax.tree.map(_as_jax, (inputs, targets))
     check_batch(arrays)
     return arrays
+
+
+def _check_global(batch: Batch) -> None:
+    """Raise if rows are of this process alone, of several that work together.
+
+    Each process would take its rows for the whole batch, and nothing would add them up.
+    """
+    if jax.process_count() == 1:
+        return
+    for path, x in jax.tree.leaves_with_path(batch, is_leaf=is_shared):
+        # What is common to all examples may be in every process.
+        is_local = not isinstance(x, jax.Array) or x.is_fully_addressable
+        if is_local and not is_shared(x):
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} is {describe(x)}, known to this process alone "
+                f"of {jax.process_count()}; make it one array of all processes, by "
+                "jax.make_array_from_process_local_data(sharding, rows_of_this_process)."
+            )
 
 
 def _as_jax(x: Any) -> Array:

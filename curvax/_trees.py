@@ -44,6 +44,12 @@ def add_scaled(
     return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)
 
 
+def scaled(factor: Any, tree: PyTree[Array]) -> PyTree[Array]:
+    """Return `factor tree` in the dtypes of the tree."""
+    # A factor of float32 would otherwise widen 16-bit leaves.
+    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
+
+
 def cast_like(tree: PyTree[Array], like: PyTree[Any]) -> PyTree[Array]:
     """Cast every leaf of `tree` to the dtype of the leaf of `like` that stands in its place."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)

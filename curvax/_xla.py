@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from curvax._host import loops_in_python
 from curvax._jaxpr import replacing
@@ -137,20 +137,29 @@ def pin_to_iteration(closure: T, index: Array) -> T:
     return pinned
 
 
-def with_auto_sharding(fn: Callable[..., T], *args: Any) -> T:
-    """Return `fn(*args)`, replicated, under the compiler's own placement of sharded arguments.
+def with_auto_sharding(fn: Callable[..., T], *args: Any, like: PyTree | None = None) -> T:
+    """Return `fn(*args)` under the compiler's own placement of sharded arguments.
 
     Sums over a batch that is sharded explicitly would each have to say how their result is
-    sharded.
+    sharded. What comes back is replicated, or with `like`, a tree of the result's structure, is
+    sharded as the arrays in that are.
     """
-    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-    meshes = (s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types)
-    mesh = next(meshes, None)
-    if mesh is None:
+    leaves = [x for x in jax.tree.leaves((args, like)) if isinstance(x, jax.Array)]
+    meshes = [s.mesh for s in map(_explicit_sharding, leaves) if s is not None]
+    if not meshes:
         return fn(*args)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    result: T = auto_axes(fn, out_sharding=replicated)(*args)
+    replicated = NamedSharding(meshes[0], PartitionSpec())
+    shardings = replicated
+    if like is not None:
+        shardings = jax.tree.map(lambda x: _explicit_sharding(x) or replicated, like)
+    result: T = auto_axes(fn, out_sharding=shardings)(*args)
     return result
+
+
+def _explicit_sharding(x: Any) -> NamedSharding | None:
+    """Return the sharding that the type of an array states, if it states one."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _channels_last(lhs: Array, rhs: Array, *, dimension_numbers: Any, **params: Any) -> Array:

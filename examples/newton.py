@@ -1,5 +1,5 @@
-"""Regularized logistic regression to a gradient norm of 1e-10: Newton's method with gradient
-regularization, and others.
+"""Regularized logistic regression to a gradient norm of 1e-10: Newton's method with gradient or
+cubic regularization, with Hessians that are kept, in Krylov spaces, and others.
 
     python examples/newton.py                       # scikit-learn's breast cancer data
     python examples/newton.py --data a9a.t          # any LIBSVM file of two classes
@@ -140,6 +140,10 @@ def main():
             curvax.gradient_regularized_newton(objective, curvature_every=3),
             {},
         ),
+        "cubic Newton": (curvax.cubic_newton(objective), {}),
+        "cubic Newton, every 3 steps": (curvax.cubic_newton(objective, curvature_every=3), {}),
+        "Krylov descent, order 5": (curvax.krylov_descent(objective, order=5), {}),
+        "Krylov descent, order 15": (curvax.krylov_descent(objective, order=15), {}),
         "Newton-CG, Levenberg-Marquardt": (
             curvax.levenberg_marquardt(
                 curvax.newton_cg(1.0, objective, tol=1e-8, max_steps=500),
@@ -154,6 +158,10 @@ def main():
         ),
         "optax L-BFGS": (optax.lbfgs(), {"extra": line_search}),
     }
+    # Compiling takes most of a short run: one of each method.
+    variants = ("every 3 steps", "order 5")
+    if args.smoke:
+        methods = {name: how for name, how in methods.items() if not name.endswith(variants)}
     rows, curves = [], {}
     for name, (tx, how) in methods.items():
         tx = tx if not how else optax.with_extra_args_support(_without_batch(tx))

@@ -118,7 +118,7 @@ METHODS = {
         grid(rate=(0.003, 0.01, 0.03, 0.1)),
     ),
 }
-SMOKE = ("adam", "sophia_g", "kfac", "soap")
+SMOKE = ("adam", "kfac")
 
 
 def classifier(images: np.ndarray, labels: np.ndarray, num_train: int, key: jax.Array) -> Task:

@@ -27,6 +27,11 @@ jax.config.update(
     "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"curvax-tests-{run}")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Where in the source an operation came from is for profilers; writing it down takes time.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+# Traced programs are many small objects that live long: Python's collector would go through all
+# of them again and again, a tenth of the time of the tests.
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from curvax._checks import check_floats, check_function, check_params, check_scalar
 from curvax._types import Params, Scalar, at_least_float32
 from curvax.products import hvp
-from curvax.solve import SolveInfo, Solver, cg
+from curvax.solve import cg
 
 Hyper: TypeAlias = PyTree[Float[Array, "..."]]
 """Hyperparameters in which a loss is differentiable, such as log-penalties."""
@@ -26,10 +26,10 @@ def implicit_gradient(
     params: Params,
     hyper: Hyper,
     *,
-    solver: Solver = cg,
+    solver: Callable[..., tuple[Params, Any]] = cg,
     damping: Any = 0.0,
     matvec: Any = None,
-) -> tuple[Hyper, SolveInfo]:
+) -> tuple[Hyper, Any]:
     """Differentiate `outer(p(h), h)` in h by the implicit function theorem.
 
     Here `p(h)` minimizes `inner(p, h)`, and with `H = d_p^2 inner`
@@ -52,7 +52,10 @@ def implicit_gradient(
       solver: a function `(matvec, b, *, damping) -> (x, SolveInfo)`. Use `curvax.cg` where inner
         curves upwards and `curvax.solve.minres` also where it does not; a cheap one is
         `functools.partial(curvax.solve.neumann, scale=1 / learning_rate, max_steps=20, tol=0)`. An
-        inverse of your own goes in as `lambda matvec, b, *, damping: (inverse(b), None)`.
+        inverse of your own goes in as `lambda matvec, b, *, damping: (inverse(b), None)`. Over
+        the steps of an outer problem, or for many inner ones of which some are sampled in each
+        step, `functools.partial(curvax.solve.tracked, state=state)` goes on from the solution of
+        the last step; what it tells is the new state (`curvax.solve.tracked` has the example).
       damping: a number that is at least 0, in units of an eigenvalue of H. It must be positive
         where H is singular: where inner is flat in some directions, or was trained down to almost
         nothing.
@@ -61,8 +64,9 @@ def implicit_gradient(
         `curvax.solve.Dense(matrix)` for `curvax.solve.direct`.
 
     Returns:
-      The gradient, a tree like hyper, and the solver's information. Unless `info.converged` is true
-      (print `info.message`), the gradient belongs to the last iterate of the solve.
+      The gradient, a tree like hyper, and what the solver tells, a `SolveInfo` as a rule. Unless
+      `info.converged` is true (print `info.message`), the gradient belongs to the last iterate of
+      the solve.
 
     Raises:
       TypeError: params or hyper hold leaves that are not float (named by path), outer or inner is

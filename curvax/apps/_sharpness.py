@@ -8,18 +8,74 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from curvax._batch import batch_size
 from curvax._checks import check_at_least, check_count, check_params
-from curvax._types import Batch, Matvec, Params, PRNGKey, Scalar
-from curvax.estimate._hutchinson import Estimate
+from curvax._trees import dimension, safe_divide
+from curvax._types import Batch, Matvec, Params, PRNGKey, Scalar, tree_at_least_float32
+from curvax.estimate._hutchinson import Estimate, normal
 from curvax.objective import Objective
 from curvax.products import hvp, streamed
 from curvax.solve._result import Result
-from curvax.spectra import eigsh, traces_over
+from curvax.spectra import eigsh, lanczos, traces_over
+from curvax.spectra._lanczos import tridiagonal
 
 # n: examples of the data set, B: examples of a batch, eta: learning rate,
-# H: curvature of the mean loss over the data set
+# H: curvature of the mean loss over the data set; L and mu: its largest and smallest eigenvalue
+
+
+class HeavyBall(NamedTuple):
+    """Learning rate and momentum of gradient descent, for eigenvalues between two numbers.
+
+    Attributes:
+      learning_rate: `(2 / (sqrt(L) + sqrt(mu)))^2`.
+      momentum: `beta = ((sqrt(L) - sqrt(mu)) / (sqrt(L) + sqrt(mu)))^2`, for `optax.sgd`.
+      largest: L.
+      smallest: mu.
+    """
+
+    learning_rate: Scalar
+    momentum: Scalar
+    largest: Scalar
+    smallest: Scalar
+
+
+def heavy_ball(eigenvalues: Float[Array, " m"], floor: float | Array = 1e-4) -> HeavyBall:
+    """Return the rate and momentum of gradient descent that are best for a quadratic.
+
+    `x += momentum (x - x_before) - learning_rate g` shrinks the error along every eigenvector with
+    an eigenvalue in [mu, L] by `sqrt(beta)` a step, up to a factor that grows as the number of
+    steps; no other constants do better at both ends.
+
+    Args:
+      eigenvalues: of the curvature, or Ritz values, which lie among them.
+      floor: mu is the smallest of them above `floor` times the largest; what is below counts as
+        flat.
+
+    Returns:
+      A `HeavyBall`. Where no eigenvalue is positive its rate is infinite.
+
+    Cost: none to speak of.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> best = curvax.apps.heavy_ball(jnp.array([4.0, 2.0, 1.0, -1.0]))
+      >>> round(best.learning_rate.item(), 4), round(best.momentum.item(), 4)
+      (0.4444, 0.1111)
+
+    References: Polyak (1964), Methods of speeding up the convergence of iteration methods.
+    """
+    check_at_least(0, floor=floor)
+    largest = jnp.max(eigenvalues)
+    is_above = (eigenvalues > floor * largest) & (eigenvalues > 0)
+    smallest = jnp.min(jnp.where(is_above, eigenvalues, largest))
+    # Nothing curves upwards: both count as 0, and the rate is without a bound.
+    root_largest, root_smallest = (jnp.sqrt(jnp.maximum(x, 0)) for x in (largest, smallest))
+    total = root_largest + root_smallest
+    beta = safe_divide(root_largest - root_smallest, total) ** 2
+    rate = jnp.where(total > 0, safe_divide(2, total) ** 2, jnp.inf)
+    return HeavyBall(rate, beta, largest, smallest)
 
 
 class SharpnessReport(NamedTuple):
@@ -37,6 +93,8 @@ class SharpnessReport(NamedTuple):
       batch_size: B.
       num_examples: n.
       code: a `curvax.solve.Result` of the eigenvalue, as an int.
+      heavy_ball: `HeavyBall`, rate and momentum for gradient descent, if Ritz values were asked
+        for.
     """
 
     largest: Scalar
@@ -49,6 +107,7 @@ class SharpnessReport(NamedTuple):
     batch_size: int
     num_examples: int
     code: Any
+    heavy_ball: HeavyBall | None = None
 
     @property
     def max_learning_rate(self) -> Scalar:
@@ -68,6 +127,13 @@ class SharpnessReport(NamedTuple):
             ("largest stable rate", f"{self.max_gradient_descent:.3g}", "of gradient descent"),
             ("", f"{self.max_sgd:.3g}", gradients),
         ]
+        if self.heavy_ball is not None:
+            best = self.heavy_ball
+            between = f"for eigenvalues from {best.smallest:.3g} to {best.largest:.3g}"
+            lines += [
+                ("heavy ball, rate", f"{best.learning_rate:.3g}", between),
+                ("heavy ball, momentum", f"{best.momentum:.3g}", "from Ritz values, a guide"),
+            ]
         # The first two columns are as wide as their longest entry.
         names, numbers, _ = zip(*lines, strict=True)
         width, digits = max(map(len, names)), max(map(len, numbers))
@@ -85,6 +151,7 @@ def sharpness_report(
     num_probes: int = 20,
     matvec_of: Callable[..., Matvec] = hvp,
     tol: float = 1e-3,
+    ritz_steps: int = 0,
 ) -> SharpnessReport:
     """Compare a learning rate with the largest eigenvalue and the trace of the curvature.
 
@@ -105,6 +172,8 @@ def sharpness_report(
       num_probes: the number of probes of the trace.
       matvec_of: `curvax.hvp`, or `curvax.ggnvp` for the Gauss-Newton matrix.
       tol: the relative tolerance of the eigenvalue.
+      ritz_steps: the steps of Lanczos from whose Ritz values and the largest eigenvalue
+        `curvax.apps.heavy_ball` computes a rate and a momentum; 0 leaves them out.
 
     Returns:
       A `SharpnessReport`; `curvax.plot.sharpness` draws several of them over training.
@@ -112,8 +181,8 @@ def sharpness_report(
     Raises:
       ValueError: there is no batch, or the learning rate is negative, or num_probes is below 1.
 
-    Cost: `num_probes` products with the whole data set, and some 20 to 50 for the eigenvalue.
-      Memory: one batch at a time, and 20 trees like params.
+    Cost: `num_probes` products with the whole data set, some 20 to 50 for the
+      eigenvalue, and `ritz_steps`. Memory: one batch at a time, and 20 trees like params.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -131,6 +200,8 @@ def sharpness_report(
     References: Wu and Su (2023), The implicit regularization of dynamical stability in stochastic
       gradient descent, https://arxiv.org/abs/2305.17490; Cohen et al. (2021), Gradient descent on
       neural networks typically occurs at the edge of stability, https://arxiv.org/abs/2103.00065.
+      Rate and momentum are inspired by Granziol et al., who learn both from stochastic Lanczos
+      quadrature; only an abstract was read, and the rule is Polyak's for a quadratic.
 
     Deviates: the factor for batches of B examples is derived for the model of orthogonal gradients
       of equal length.
@@ -138,18 +209,23 @@ def sharpness_report(
     check_params(params)
     check_count(1, num_probes=num_probes)
     check_at_least(0, learning_rate=learning_rate)
+    check_count(0, ritz_steps=ritz_steps)
     if not batches:
         raise ValueError("batches is empty; give at least one (inputs, targets).")
     sizes = [batch_size(batch) for batch in batches]
     first_size, n = sizes[0], sum(sizes)
     start, probes = jax.random.split(jax.random.key(0) if key is None else key)
+    ritz_key = jax.random.fold_in(start, 1)
 
     # lambda_max: one batch is a single program, several are gone through for each product.
     if len(batches) == 1:
-        (values, _), info = _largest(matvec_of, objective, params, batches[0], start, tol)
+        of_batch = (matvec_of, objective, params, batches[0])
+        (values, _), info = _largest(*of_batch, start, tol)
+        ritz = _ritz_values(*of_batch, ritz_key, ritz_steps) if ritz_steps else None
     else:
         product = streamed(matvec_of, objective, params, batches)
         (values, _), info = eigsh(product, params, 1, start, tol=tol)
+        ritz = _ritz(product, params, ritz_key, ritz_steps) if ritz_steps else None
     # tr(H), all leaves together
     traces = traces_over(
         objective, params, batches, num_probes, probes, by=_one_group, matvec_of=matvec_of
@@ -173,6 +249,7 @@ def sharpness_report(
         batch_size=first_size,
         num_examples=n,
         code=info.code,
+        heavy_ball=None if ritz is None else heavy_ball(jnp.append(ritz, values[0])),
     )
 
 
@@ -198,6 +275,27 @@ def _largest(
 ) -> Any:
     """Find the largest eigenvalue on one batch, compiled as one program."""
     return eigsh(matvec_of(objective, params, batch), params, 1, key, tol=tol)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _ritz_values(
+    matvec_of: Callable[..., Matvec],
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    num_steps: int,
+) -> Float[Array, " m"]:
+    """Return Ritz values on one batch, compiled as one program."""
+    return _ritz(matvec_of(objective, params, batch), params, key, num_steps)
+
+
+def _ritz(matvec: Matvec, params: Params, key: PRNGKey, num_steps: int) -> Float[Array, " m"]:
+    """Return the Ritz values of some steps of Lanczos from a random vector, at most d of them."""
+    num_rows = min(num_steps, dimension(params))
+    krylov = lanczos(matvec, normal(key, tree_at_least_float32(params)), num_rows, key)
+    values: Array = jnp.linalg.eigvalsh(tridiagonal(krylov.diagonal, krylov.off_diagonal))
+    return values
 
 
 def _verdict(ratio: Scalar, method: str) -> str:

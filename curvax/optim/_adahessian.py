@@ -10,15 +10,17 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from curvax._checks import check_at_least, check_decay, check_precision
-from curvax._types import Batch, Params, PRNGKey
-from curvax.estimate import hutchinson_diagonal
 from curvax.objective import Objective
 from curvax.optim._averaging import Averaging, spatial_average
-from curvax.optim._diagonal import ScaleByDiagonalState, leaf_average, scale_by_diagonal
+from curvax.optim._diagonal import (
+    ScaleByDiagonalState,
+    hessian_diagonal,
+    leaf_average,
+    scale_by_diagonal,
+)
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
 from curvax.optim._rule import StepContext, StepResult
-from curvax.products import hvp
 
 
 class AdaHessianInfo(NamedTuple):
@@ -147,12 +149,9 @@ def adahessian(
     axes; refresh: every `curvature_every` steps. `theta -= learning_rate (u + weight_decay theta)`
     with u of `scale_by_adahessian`. The composition is
     ```
-    def estimator(params, batch, key):
-        return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
-
     rule = scale_by_adahessian(b1, b2, eps, hessian_power)
     optax.chain(
-        estimating(rule, estimator, curvature_every, seed),
+        estimating(rule, curvax.optim.hessian_diagonal(objective), curvature_every, seed),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -192,11 +191,7 @@ def adahessian(
     References: Yao et al. (2021), AdaHessian: an adaptive second order optimizer for machine
       learning, algorithm 1, https://arxiv.org/abs/2006.00719.
     """
-
-    def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
-        # Hutchinson: diag(H) = E[z * H z] for random signs z; one z is exact where H is diagonal.
-        return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
-
     rule = scale_by_adahessian(b1, b2, eps, hessian_power)
-    estimated = estimating(rule, estimator, curvature_every, seed)
+    # Algorithm 1, Hutchinson: diag(H) = E[z * H z] for random signs z.
+    estimated = estimating(rule, hessian_diagonal(objective), curvature_every, seed)
     return finish(estimated, learning_rate, weight_decay=weight_decay)

@@ -12,9 +12,20 @@ from jaxtyping import Array, Int, PyTree
 
 from curvax._checks import check_like, check_params, is_masked
 from curvax._trees import all_finite
-from curvax._types import Count, Params, at_least_float32, tree_at_least_float32
-from curvax.estimate import Estimate
+from curvax._types import (
+    Batch,
+    Count,
+    Params,
+    PRNGKey,
+    Scalar,
+    at_least_float32,
+    tree_at_least_float32,
+)
+from curvax.estimate import Estimate, hutchinson_diagonal
+from curvax.objective import Objective
+from curvax.optim._estimating import Estimator
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
+from curvax.products import hvp
 
 LeafAverage: TypeAlias = Callable[[Array, Array], Array]
 
@@ -59,8 +70,8 @@ def scale_by_diagonal(
         return ScaleByDiagonalState(
             count=zero_count(),
             num_refreshes=zero_count(),
-            mu=_zeros(params),
-            curvature=_zeros(params),
+            mu=wide_zeros(params),
+            curvature=wide_zeros(params),
             info=info_type(zero_number(), zero_count()),
         )
 
@@ -118,5 +129,68 @@ def select_unmasked(tree: PyTree, updates: PyTree) -> PyTree:
     return jax.tree.map(select, updates, tree, is_leaf=is_masked)
 
 
-def _zeros(params: Params) -> PyTree[Array]:
+def hessian_diagonal(objective: Objective, num_probes: int = 1) -> Estimator:
+    """Return the estimator of the Hessian's diagonal, for `curvax.estimating`.
+
+    It is Hutchinson's `E[z * (H z)]` with random signs z, exact where H is diagonal. Entries may be
+    negative.
+
+    Args:
+      objective: the `curvax.Objective` that is minimized.
+      num_probes: number of products over which an estimate is averaged.
+
+    Returns:
+      `(params, batch, key) -> diagonal`, a tree like params.
+
+    Raises:
+      ValueError, TypeError: At trace time, as `curvax.hvp` and `curvax.hutchinson_diagonal` do.
+
+    Cost: that of `num_probes` Hessian products.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())
+      >>> estimator = curvax.optim.hessian_diagonal(objective)
+      >>> batch = jnp.array([[1.0, 5.0]]), jnp.zeros((1, 2))
+      >>> estimator(jnp.ones(2), batch, jax.random.key(0)).tolist()
+      [1.0, 25.0]
+
+    References: Bekas, Kokiopoulou and Saad (2007), An estimator for the diagonal of a matrix.
+    """
+
+    def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
+        matvec = hvp(objective, params, batch)
+        return hutchinson_diagonal(matvec, params, key, num_probes).mean
+
+    return estimator
+
+
+def floored(diagonal: PyTree[Array], floor: Any) -> tuple[PyTree[Array], Scalar]:
+    """Return `max(|d|, floor)` of every entry, and the fraction of entries that the floor lifts."""
+    metric = jax.tree.map(lambda d: _floored(d, floor), diagonal)
+    counts = jax.tree.map(lambda d: _num_below(d, floor), diagonal)
+    # A mask may take everything out: then none of no entries.
+    fraction = jnp.asarray(optax.tree.sum(counts)) / max(optax.tree.size(diagonal), 1)
+    return metric, fraction
+
+
+# Compiled inside: a tree has many leaves of few shapes, and each shape is traced once.
+@jax.jit
+def _floored(d: Array, floor: Array) -> Array:
+    return jnp.maximum(jnp.abs(d), floor)
+
+
+@jax.jit
+def _num_below(d: Array, floor: Array) -> Array:
+    return jnp.sum(jnp.abs(d) < floor)
+
+
+@jax.jit
+def divide(x: Array, d: Array) -> Array:
+    """Return `x / d`, compiled inside."""
+    return x / d
+
+
+def wide_zeros(params: Params) -> PyTree[Array]:
+    """Return fresh zeros like params, in at least float32."""
     return jax.tree.map(lambda p: jnp.zeros_like(at_least_float32(p)), params)

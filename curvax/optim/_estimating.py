@@ -8,15 +8,18 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, PyTree, UInt32
 
 from curvax._checks import (
     CALL_WITH_BATCH,
+    check_count,
     check_function,
     check_integer,
     check_no_masked,
     check_params,
 )
+from curvax._trees import scaled
 from curvax._types import Batch, Count, Params, PRNGKey
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._rule import resolve_schedule, transformation, zero_count
@@ -44,6 +47,7 @@ def estimating(
     estimator: Estimator,
     curvature_every: Interval = 1,
     seed: int | UInt32[Array, ""] = 0,
+    num_first: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Estimate curvature from `batch=` at intervals, and hand it to `inner` as `curvature=`.
 
@@ -59,19 +63,20 @@ def estimating(
         (`curvax.optim.growing_interval`) refreshes in the steps that its value divides.
       seed: the seed of the estimator's randomness; it may be traced, so that each member of a
         `vmap` has another one.
+      num_first: number of independent estimates of which step 0 takes the mean, for rules that
+        begin with the first curvature and average slowly afterwards. The curvature must then be a
+        tree of arrays that can be added.
 
     Returns:
       `optax.GradientTransformationExtraArgs` with `update(grads, state, params, *, batch=None,
       curvature=None, model_params=None)`. A `curvature` that is passed is used as it is and nothing
-      is estimated (gradient
-      accumulation: average gradients and curvature over the micro-batches, then update once).
-        `model_params` are all
-      parameters, for use inside a mask, where `params` holds only a part. The state is an
-      `EstimatingState`.
+      is estimated (gradient accumulation: average gradients and curvature over the micro-batches,
+      then update once). `model_params` are all parameters, for use inside a mask, where `params`
+      holds only a part. The state is an `EstimatingState`.
 
     Raises:
-      ValueError: The interval is below 1; or, at trace time, both `batch` and `curvature` are
-        missing, params are missing, or a part of them is masked out.
+      ValueError: The interval or `num_first` is below 1; or, at trace time, both `batch` and
+        `curvature` are missing, params are missing, or a part of them is masked out.
 
     Cost: the estimator's, each `curvature_every` steps; under `vmap` in the steps in which any
       member refreshes.
@@ -101,6 +106,7 @@ def estimating(
     """
     check_interval(curvature_every=curvature_every)
     check_integer(0, 2**32 - 1, seed=seed)
+    check_count(1, num_first=num_first)
     example = (
         "lambda params, batch, key: curvax.gauss_newton_bartlett(objective, params, batch, key)"
     )
@@ -137,7 +143,23 @@ def estimating(
             key = jax.random.fold_in(jax.random.key(state.seed), state.count)
             whole_model = _whole_model(params, model_params)
             fresh = estimator(whole_model, _present_batch(batch), key)
+            if num_first > 1:
+                fresh = with_first_estimates(fresh, whole_model, key)
             return go_on(grads, inner_state, fresh)
+
+        def with_first_estimates(fresh: PyTree, whole_model: Params, key: PRNGKey) -> PyTree:
+            # The estimate of every step stays outside the condition, so that XLA can share its
+            # forward pass; step 0 adds the others to it.
+            def mean_with_others(fresh: PyTree) -> PyTree:
+                def add(i: Array, total: PyTree) -> PyTree:
+                    other_key = jax.random.fold_in(key, i)
+                    other = estimator(whole_model, _present_batch(batch), other_key)
+                    return optax.tree.add(total, other)
+
+                total = lax.fori_loop(1, num_first, add, fresh)
+                return scaled(1 / num_first, total)
+
+            return refresh_if(state.count == 0, mean_with_others, lambda fresh: fresh, fresh)
 
         # Whoever passes a curvature decides on its interval as well.
         if curvature is not None:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import CALL_WITH_BATCH, check_count, check_params
+from curvax._checks import check_count, check_params, check_positive
 from curvax._trees import inner_product, norm
-from curvax._types import Batch, Count, Matvec, Params, Scalar
-from curvax._xla import fast_convs_in_loops
+from curvax._types import Count, Matvec, Params, Scalar
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
-from curvax.optim._lazy_newton import decompose_if_finite, init_eigen, matrix_of
+from curvax.optim._lazy_newton import init_eigen, matrix_of, take_in_matrix
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
+from curvax.optim._step_search import Family, search_info, search_step, start_of
 from curvax.products import hvp
-from curvax.solve import Dense, EigenDecomposition, absolute
+from curvax.solve import EigenDecomposition, absolute
 
-# gamma: trust radius, f: the loss, g: its gradient, x: params, s: the step
+# gamma: trust radius, C: curvature, f: the loss, g: its gradient, x: params, s: the step
 
 
 class GradientRegularizedInfo(NamedTuple):
@@ -70,9 +68,9 @@ def scale_by_gradient_regularized_newton(
     The search tries gamma, gamma / 2, gamma / 4 ... until `f(x) - f(x + s) >= gamma |g(x + s)|^2 /
     (8 |g|)`; then gamma doubles for the next update. Every step satisfies `|s| <= gamma`. Where the
     loss is flat to rounding (the model predicts less than its precision), the search ends, with a
-    step if that lowers the gradient's norm. If no trial succeeds, the update is zero and the state
-    stays bitwise what it was, except for gamma, which goes on from where the search ended, and for
-    a curvature that came with the update.
+    step if gradients say that it gains; gamma stays. If no trial succeeds, the update is zero and
+    the state stays bitwise what it was, except for gamma, which goes on from where the search
+    ended, and for a curvature that came with the update.
 
     Args:
       objective: the `curvax.Objective` that is minimized; it is evaluated at the trial points on
@@ -95,8 +93,7 @@ def scale_by_gradient_regularized_newton(
     References: Semenov, Jaggi and Doikov (2025), Gradient-normalized smoothness for optimization
       with approximate Hessians.
     """
-    if isinstance(gamma, int | float) and not gamma > 0:
-        raise ValueError(f"gamma must be positive, got {gamma}.")
+    check_positive(gamma=gamma)
     check_count(1, max_trials=max_trials)
 
     def init(params: Params) -> GradientRegularizedState:
@@ -117,47 +114,42 @@ def scale_by_gradient_regularized_newton(
             info=info,
         )
 
-    def take_in(
-        state: GradientRegularizedState, curvature: Dense, gradient: PyTree[Array]
-    ) -> tuple[GradientRegularizedState, Array]:
-        del gradient
-        eigen, is_finite = decompose_if_finite(curvature, like=state.curvature)
-        return state._replace(curvature=eigen), is_finite
-
     def step(
         state: GradientRegularizedState, gradient: PyTree[Array], context: StepContext
     ) -> StepResult:
-        params, batch = context.params, context.extra.get("batch")
-        if params is None or batch is None:
-            raise ValueError(f"a trial of the step needs both: {CALL_WITH_BATCH}")
-        search = _Search(
-            objective=objective,
-            params=params,
-            batch=batch,
-            gradient=gradient,
-            curvature=state.curvature,
-        )
-        last = _search_step(search, state.gamma, max_trials, state.num_refreshes > 0)
+        start, gradient_norm = start_of(objective, gradient, context), norm(gradient)
+
+        # s = -(|C| + |g| / gamma I)^-1 g, whose model falls by -g's / 2
+        def propose(gamma: Scalar) -> tuple[PyTree[Array], Scalar]:
+            direction = absolute(state.curvature, gradient, damping=damping_of(gamma))
+            return optax.tree.scale(-1, direction), inner_product(gradient, direction) / 2
+
+        # f(x) - f(x + s) >= gamma |g(x + s)|^2 / (8 |g|)
+        def least(gamma: Scalar, decrease: Scalar, fresh_norm: Scalar) -> Scalar:
+            del decrease
+            return fresh_norm**2 / (8 * damping_of(gamma))
+
+        def damping_of(gamma: Scalar) -> Scalar:
+            return jnp.maximum(gradient_norm / gamma, jnp.finfo(gamma.dtype).tiny)
+
+        family = Family(propose, least, shorten=lambda gamma: gamma / 2)
+        is_usable = (state.num_refreshes > 0) & jnp.isfinite(gradient_norm) & (gradient_norm > 0)
+        last = search_step(start, family, state.gamma, max_trials, is_usable)
 
         # A search that ended for rounding, or for want of a gradient, says nothing of how far the
         # model can be trusted.
-        after_rejection = jnp.where(last.exhausted, state.gamma, last.gamma / 2)
-        next_gamma = jnp.where(last.accepted, 2 * last.gamma, after_rejection)
-        info = {
-            "damping": norm(gradient) / last.gamma,
-            "trials": last.trials,
-            "accepted": last.accepted,
-            "num_rejected": state.info.num_rejected + ~last.accepted,
-        }
-        state = state._replace(gamma=next_gamma)
+        gamma = last.parameter
+        after_trial = jnp.where(last.accepted, 2 * gamma, gamma / 2)
+        next_gamma = jnp.where(last.is_flat, state.gamma, after_trial)
+        info = search_info(last, state.info.num_rejected)
         return StepResult(
             updates=last.step,
-            state=state,
-            info=info,
+            state=state._replace(gamma=next_gamma),
+            info={"damping": gradient_norm / gamma, **info},
             is_accepted=last.accepted,
         )
 
-    return curvature_rule(init, step, take_in=take_in)
+    return curvature_rule(init, step, take_in=take_in_matrix)
 
 
 def gradient_regularized_newton(
@@ -217,68 +209,3 @@ def gradient_regularized_newton(
     """
     rule = scale_by_gradient_regularized_newton(objective, gamma, max_trials)
     return estimating(rule, matrix_of(objective, matvec_of), curvature_every)
-
-
-class _Search(NamedTuple):
-    """The point from which the step is searched, and the model there."""
-
-    objective: Objective
-    params: Params
-    batch: Batch
-    gradient: PyTree[Array]
-    curvature: EigenDecomposition
-
-
-class _Trial(NamedTuple):
-    """The latest trial, and how the search stands after it."""
-
-    gamma: Scalar
-    step: PyTree[Array]
-    trials: Int[Array, ""]
-    accepted: Bool[Array, ""]
-    exhausted: Bool[Array, ""]  # nothing is to be gained that rounding does not hide
-
-
-def _search_step(
-    search: _Search, gamma: Scalar, max_trials: int, is_ready: Bool[Array, ""]
-) -> _Trial:
-    """Halve gamma until a step is accepted; nothing is tried without curvature and gradient."""
-    objective, params, batch, gradient, curvature = search
-    value_and_grad = jax.value_and_grad(objective.value)
-    before, gradient_norm = objective.value(params, batch), norm(gradient)
-    precision = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-
-    def attempt(last: _Trial) -> _Trial:
-        # s = -(|C| + |g| / gamma I)^-1 g
-        gamma = jnp.where(last.trials > 0, last.gamma / 2, last.gamma)
-        damping = jnp.maximum(gradient_norm / gamma, jnp.finfo(gamma.dtype).tiny)
-        direction = absolute(curvature, gradient, damping=damping)
-        step = jax.tree.map(lambda s, p: (-s).astype(p.dtype), direction, params)
-        after, fresh = value_and_grad(cast(Params, optax.apply_updates(params, step)), batch)
-
-        # f(x) - f(x + s) >= gamma |g(x + s)|^2 / (8 |g|)
-        is_enough = before - after >= inner_product(fresh, fresh) / (8 * damping)
-        # The model predicts a decrease of -g.s / 2; below the precision of f only the gradient can
-        # tell.
-        is_flat = -inner_product(gradient, step) / 2 <= precision
-        accepted = is_enough | (is_flat & (norm(fresh) < gradient_norm))
-        return _Trial(
-            gamma=gamma,
-            step=step,
-            trials=last.trials + 1,
-            accepted=accepted,
-            exhausted=is_flat & ~accepted,
-        )
-
-    def is_searching(trial: _Trial) -> Bool[Array, ""]:
-        return ~trial.accepted & ~trial.exhausted & (trial.trials < max_trials)
-
-    is_usable = is_ready & jnp.isfinite(gradient_norm) & (gradient_norm > 0)
-    first = _Trial(
-        gamma=gamma,
-        step=jax.tree.map(jnp.zeros_like, params),
-        trials=jnp.int32(0),
-        accepted=jnp.array(False),
-        exhausted=~is_usable,
-    )
-    return lax.while_loop(is_searching, fast_convs_in_loops(attempt), first)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
 from curvax._checks import check_at_least
-from curvax._trees import inner_product
+from curvax._trees import inner_product, scaled
 from curvax._types import Count, Params, Scalar
 from curvax.optim._rule import resolve_schedule, transformation, zero_count
 
@@ -83,8 +82,7 @@ def kl_clip(
         exceeds = divergence > max_kl
         shortened = jnp.sqrt(max_kl / jnp.where(exceeds, divergence, 1))
         scale = jnp.where(exceeds, shortened, 1)
-        steps = jax.tree.map(lambda s: (scale * s).astype(s.dtype), steps)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return steps, KlClipState(count, inner_state, scale.astype(jnp.float32))
+        return scaled(scale, steps), KlClipState(count, inner_state, scale.astype(jnp.float32))
 
     return transformation(init, update)

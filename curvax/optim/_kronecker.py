@@ -24,6 +24,7 @@ from curvax.optim._rule import (
     StepResult,
     curvature_rule,
     keep_changed,
+    placed_by_compiler,
     resolve_schedule,
     zero_count,
     zero_number,
@@ -205,7 +206,8 @@ def scale_by_kron(
         state = _refresh(method, unmasked, is_due, is_finite, state, damping)
         return state._replace(inverse_age=jnp.where(is_due, 0, state.inverse_age))
 
-    return curvature_rule(init, step, take_in=take_in, damping=damping_of_rule)
+    rule = curvature_rule(init, step, take_in=take_in, damping=damping_of_rule)
+    return placed_by_compiler(rule)
 
 
 def _init_info(layout: Layout) -> KronInfo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from curvax.optim._finish import finish
 from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
 from curvax.products import hvp, to_dense
 from curvax.solve import Dense, EigenDecomposition, absolute, decompose
+
+KeepsEigen: TypeAlias = Any
+"""A state whose field `curvature` is an `EigenDecomposition`."""
 
 
 class LazyNewtonInfo(NamedTuple):
@@ -85,14 +88,6 @@ def scale_by_lazy_newton(
         info = LazyNewtonInfo(zero_number(), zero_number(), zero_number(), zero_count())
         return ScaleByLazyNewtonState(zero_count(), zero_count(), init_eigen(params), info)
 
-    def take_in(
-        state: ScaleByLazyNewtonState, curvature: Dense, gradient: PyTree[Array]
-    ) -> tuple[ScaleByLazyNewtonState, Array]:
-        del gradient
-        # Once for each Hessian: with V and lambda a step costs 2 d^2 for any damping.
-        eigen, is_finite = decompose_if_finite(curvature, like=state.curvature)
-        return state._replace(curvature=eigen), is_finite
-
     def step(
         state: ScaleByLazyNewtonState, gradient: PyTree[Array], context: StepContext
     ) -> StepResult:
@@ -102,7 +97,7 @@ def scale_by_lazy_newton(
         info = {"smallest": values[0], "largest": values[-1], "damping": context.damping}
         return StepResult(updates=direction, state=state, info=info)
 
-    return curvature_rule(init, step, take_in=take_in, damping=damping)
+    return curvature_rule(init, step, take_in=take_in_matrix, damping=damping)
 
 
 def lazy_newton(
@@ -179,12 +174,15 @@ def init_eigen(params: Params) -> EigenDecomposition:
     return EigenDecomposition(jnp.zeros(size, dtype), jnp.zeros((size, size), dtype))
 
 
-def decompose_if_finite(
-    curvature: Dense, like: EigenDecomposition
-) -> tuple[EigenDecomposition, Bool[Array, ""]]:
-    """Return the eigendecomposition of a matrix, and whether the matrix is finite."""
-    matrix = curvature.matrix.astype(like.values.dtype)
+def take_in_matrix(
+    state: KeepsEigen, curvature: Dense, gradient: PyTree[Array]
+) -> tuple[KeepsEigen, Bool[Array, ""]]:
+    """Return a state with the eigendecomposition of a matrix, and whether the matrix is finite."""
+    del gradient
+    # Once for each Hessian: with V and lambda a step costs 2 d^2 for any damping.
+    matrix = curvature.matrix.astype(state.curvature.values.dtype)
     is_finite = all_finite(matrix)
     # Zeros in its place, for a decomposition of NaN need not end. The builder does not use their
     # result.
-    return decompose(Dense(jnp.where(is_finite, matrix, 0))), is_finite
+    eigen = decompose(Dense(jnp.where(is_finite, matrix, 0)))
+    return state._replace(curvature=eigen), is_finite

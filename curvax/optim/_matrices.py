@@ -53,6 +53,7 @@ from curvax.optim._rule import (
     StepResult,
     curvature_rule,
     keep_changed,
+    placed_by_compiler,
     resolve_schedule,
     zero_count,
 )
@@ -280,7 +281,8 @@ def scale_by_matrices(
         info = state.info._replace(num_failures=failures)
         return state._replace(blocks=blocks, info=info), all_finite(curvature)
 
-    return curvature_rule(init, step, take_in=take_in if method.take_in else None)
+    rule = curvature_rule(init, step, take_in=take_in if method.take_in else None)
+    return placed_by_compiler(rule)
 
 
 def layout_reader(

@@ -118,7 +118,7 @@ def scale_by_newton(
     def step(
         state: ScaleByNewtonState, gradient: PyTree[Array], context: StepContext
     ) -> StepResult:
-        _check_curvature(context.curvature, gradient)
+        check_curvature(context.curvature, gradient)
         # (C + damping I) u = g. The curvature is a function, so only the residual tells whether it
         # is finite.
         direction, solved = solver(context.curvature, gradient, damping=context.damping)
@@ -369,7 +369,7 @@ def saddle_free_newton(
     return finish(estimating(rule, matvec), learning_rate)
 
 
-def _check_curvature(curvature: Any, updates: PyTree) -> None:
+def check_curvature(curvature: Any, updates: PyTree) -> None:
     """Raise if there is no curvature to solve with, or if a part of params is masked out."""
     if curvature is None:
         raise ValueError(

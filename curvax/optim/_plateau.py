@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import CALL_WITH_BATCH, check_at_least, check_count, check_decay
+from curvax._checks import check_at_least, check_count, check_decay
 from curvax._types import Batch, Params, Scalar
 from curvax.objective import Objective
+from curvax.optim._loss_of_update import loss_of_update
 from curvax.optim._matrix_parts import average, debiased
 from curvax.optim._refresh import refresh_if
 from curvax.optim._rule import keep_changed, transformation, zero_count, zero_number
@@ -125,9 +126,9 @@ def until_plateau(
         model_params: Params | None = None,
         **extra: Any,
     ) -> tuple[PyTree, UntilPlateauState]:
-        if value is None:
-            value = _loss(objective, params if model_params is None else model_params, batch)
-        averages, num_flat = watched(state, jnp.asarray(value, jnp.float32))
+        model = params if model_params is None else model_params
+        value = loss_of_update(value, objective, model, batch)
+        averages, num_flat = watched(state, value.astype(jnp.float32))
         has_switched = state.has_switched | (num_flat >= patience)
 
         def precondition(gradient: PyTree, inner_state: Any) -> tuple[PyTree, Any]:
@@ -163,15 +164,3 @@ def until_plateau(
         return keep_changed(is_finite, (new, num_flat), (old, state.num_flat))
 
     return transformation(init, update)
-
-
-def _loss(objective: Objective | None, params: Params | None, batch: Batch | None) -> Scalar:
-    """Return the loss of an update that was not passed it."""
-    if objective is None:
-        raise ValueError(
-            "the loss is missing: tx.update(grads, state, params, value=loss), or "
-            "until_plateau(inner, objective), which computes it from the batch."
-        )
-    if params is None or batch is None:
-        raise ValueError(f"the loss is computed from both: {CALL_WITH_BATCH}")
-    return objective.value(params, batch)

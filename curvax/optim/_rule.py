@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 from curvax._checks import check_damping, check_precision
 from curvax._trees import all_finite
 from curvax._types import Params
+from curvax._xla import with_auto_sharding
 
 T = TypeVar("T")
 Flag = Bool[Array, ""] | bool
@@ -196,6 +197,42 @@ def curvature_rule(
         return emitted, result.state._replace(count=count, info=info)
 
     return transformation(init, update)
+
+
+def placed_by_compiler(
+    rule: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Return a rule whose update leaves the placement of its matrices to the compiler.
+
+    It is for rules that join and multiply parts of several leaves: where leaves are sharded
+    explicitly (`AxisType.Explicit`), each of these operations would have to say how its result is.
+    Updates come back sharded as the gradients, the new state as the old one. Elsewhere the rule
+    stays as it is.
+    """
+
+    def update(
+        updates: PyTree, state: Any, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
+        # Functions and names among the extra arguments cannot be passed as arrays.
+        arrays: dict[str, Any] = {}
+        others: dict[str, Any] = {}
+        for name, x in extra.items():
+            of_arrays = not callable(x) and jax.tree.all(jax.tree.map(_is_array, x))
+            (arrays if of_arrays else others)[name] = x
+
+        def run(updates: PyTree, state: Any, params: Params | None, arrays: Any) -> Any:
+            return rule.update(updates, state, params, **arrays, **others)
+
+        result: tuple[PyTree, Any] = with_auto_sharding(
+            run, updates, state, params, arrays, like=(updates, state)
+        )
+        return result
+
+    return transformation(rule.init, update)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array)
 
 
 def transformation(

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from curvax._checks import CALL_WITH_BATCH, check_choice, check_count, check_params
-from curvax._trees import all_finite, inner_product, norm, safe_divide
+from curvax._trees import all_finite, inner_product, norm, safe_divide, scaled
 from curvax._types import Batch, Count, Params, Scalar, tree_at_least_float32
 from curvax.objective import Objective
 from curvax.optim._rule import (
@@ -319,8 +319,7 @@ def _first_step_of_unit_length() -> optax.GradientTransformationExtraArgs:
         del params, extra
         length = optax.tree.norm(updates)
         factor = jnp.where((count == 0) & (length > 1), 1 / length, 1)
-        shortened = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)
-        return shortened, optax.safe_increment(count)
+        return scaled(factor, updates), optax.safe_increment(count)
 
     return transformation(init, update)
 

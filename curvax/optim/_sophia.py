@@ -11,13 +11,17 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from curvax._checks import check_at_least, check_decay, check_precision
 from curvax._types import Batch, Params, PRNGKey
-from curvax.estimate import gauss_newton_bartlett, hutchinson_diagonal
+from curvax.estimate import gauss_newton_bartlett
 from curvax.objective import Objective
-from curvax.optim._diagonal import ScaleByDiagonalState, leaf_average, scale_by_diagonal
+from curvax.optim._diagonal import (
+    ScaleByDiagonalState,
+    hessian_diagonal,
+    leaf_average,
+    scale_by_diagonal,
+)
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
 from curvax.optim._rule import StepContext, StepResult, resolve_schedule
-from curvax.products import hvp
 
 
 class SophiaInfo(NamedTuple):
@@ -135,9 +139,7 @@ def sophia_h(
     `curvature_every` steps. `theta -= learning_rate (clip(m / max(gamma h, 1e-12), -1, 1) +
     weight_decay theta)`. The composition is
     ```
-    def estimator(params, batch, key):
-        return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
-
+    estimator = curvax.optim.hessian_diagonal(objective)
     optax.chain(
         estimating(scale_by_sophia(b1, b2, gamma), estimator, curvature_every, seed),
         optax.add_decayed_weights(weight_decay),
@@ -177,11 +179,8 @@ def sophia_h(
     References: Liu et al. (2023), Sophia: a scalable stochastic second-order optimizer, algorithms
       1 and 3, https://arxiv.org/abs/2305.14342.
     """
-
-    def estimator(params: Params, batch: Batch, key: PRNGKey) -> PyTree[Array]:
-        # Algorithm 1: z * H z, which may be negative; the clip guards against that.
-        return hutchinson_diagonal(hvp(objective, params, batch), params, key).mean
-
+    # Algorithm 1: z * H z, which may be negative; the clip guards against that.
+    estimator = hessian_diagonal(objective)
     rule = estimating(scale_by_sophia(b1, b2, gamma), estimator, curvature_every, seed)
     return finish(rule, learning_rate, weight_decay=weight_decay)
 

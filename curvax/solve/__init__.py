@@ -2,6 +2,7 @@
 
 from curvax.solve._cg import cg
 from curvax.solve._collect import fisher_window
+from curvax.solve._cubic import CubicInfo, cubic_step
 from curvax.solve._damped import check_symmetric
 from curvax.solve._direct import Dense, SampleSpace, direct
 from curvax.solve._eigen import EigenDecomposition, absolute, decompose
@@ -15,8 +16,10 @@ from curvax.solve._elements import (
 from curvax.solve._lineax_adapter import from_lineax, to_lineax
 from curvax.solve._minres import minres
 from curvax.solve._neumann import neumann
+from curvax.solve._polynomial import power_traces, symmetric_polynomial
 from curvax.solve._result import Result, SolveInfo, Solver
 from curvax.solve._sample_space import sample_space
+from curvax.solve._tracked import TrackedState, init_tracked, tracked, update_blocks
 from curvax.solve._window import (
     Window,
     init_window,
@@ -28,21 +31,25 @@ from curvax.solve._window import (
 from curvax.solve._woodbury import woodbury
 
 __all__ = [
+    "CubicInfo",
     "Dense",
     "EigenDecomposition",
     "Result",
     "SampleSpace",
     "SolveInfo",
     "Solver",
+    "TrackedState",
     "Whitened",
     "Window",
     "absolute",
     "cg",
     "check_symmetric",
+    "cubic_step",
     "decompose",
     "direct",
     "fisher_window",
     "from_lineax",
+    "init_tracked",
     "init_window",
     "insert",
     "inverse_diagonal",
@@ -50,8 +57,12 @@ __all__ = [
     "map_inverse_blocks",
     "minres",
     "neumann",
+    "power_traces",
     "sample_space",
+    "symmetric_polynomial",
     "to_lineax",
+    "tracked",
+    "update_blocks",
     "whiten",
     "window_inverse",
     "window_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -67,14 +68,24 @@ def absolute(
     References: Dauphin et al. (2014), Identifying and attacking the saddle point problem in
       high-dimensional non-convex optimization, https://arxiv.org/abs/1406.2572.
     """
-    flat, unravel = ravel_pytree(tree_at_least_float32(b))
     # x = Q (|L| + damping I)^-1 Q'b, with A = Q L Q'
-    coordinates = _multiply(eigen.vectors.T, flat.astype(eigen.values.dtype))
+    coordinates, to_tree = eigen_coordinates(eigen, b)
     damped_values = jnp.abs(eigen.values) + damping
     # 0 / 0 is 0: a direction without curvature and damping has no step.
-    solved = coordinates / jnp.where(damped_values > 0, damped_values, jnp.inf)
-    x: Params = unravel(_multiply(eigen.vectors, solved).astype(flat.dtype))
-    return x
+    return to_tree(coordinates / jnp.where(damped_values > 0, damped_values, jnp.inf))
+
+
+def eigen_coordinates(
+    eigen: EigenDecomposition, b: Params
+) -> tuple[Float[Array, " d"], Callable[[Float[Array, " d"]], Params]]:
+    """Return `Q'b`, the coordinates of a tree, and `y -> Q y`, a tree in at least float32."""
+    flat, unravel = ravel_pytree(tree_at_least_float32(b))
+
+    def to_tree(y: Float[Array, " d"]) -> Params:
+        x: Params = unravel(_multiply(eigen.vectors, y).astype(flat.dtype))
+        return x
+
+    return _multiply(eigen.vectors.T, flat.astype(eigen.values.dtype)), to_tree
 
 
 def _multiply(

@@ -18,7 +18,7 @@ from curvax._types import Matvec, Params, PRNGKey, Scalar
 from curvax._xla import fast_convs_in_loops
 from curvax.estimate._hutchinson import Estimate, Sampler, rademacher
 from curvax.solve._result import Result, code_of
-from curvax.spectra._lanczos import NOT_FINITE, check_steps, draw, lanczos
+from curvax.spectra._lanczos import NOT_FINITE, check_steps, draw, lanczos, tridiagonal
 from curvax.spectra._trace import estimate_of
 
 # n: probes; m: steps of Lanczos for each; d: parameters; g: points of a grid
@@ -293,8 +293,7 @@ def _quadrature(
     off_diagonal: Float[Array, " m"],
 ) -> tuple[Float[Array, " m"], Float[Array, " m"], Float[Array, " m"]]:
     """Return nodes and weights of a tridiagonal matrix, and the nodes' residuals."""
-    beside = jnp.diag(off_diagonal[:-1], 1)
-    T = jnp.diag(diagonal) + beside + beside.T
+    T = tridiagonal(diagonal, off_diagonal)
     nodes, S = jnp.linalg.eigh(T)
     # w_j = (s_j)_1^2 (Golub and Welsch's rule); they sum to 1 but for rounding.
     weights = S[0] ** 2

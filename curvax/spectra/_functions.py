@@ -14,7 +14,7 @@ from curvax._trees import cast_like, combine_rows, dimension, norm
 from curvax._types import Matvec, Params, Scalar, tree_at_least_float32
 from curvax.solve._damped import checked
 from curvax.solve._result import Result, SolveInfo, code_of
-from curvax.spectra._lanczos import lanczos
+from curvax.spectra._lanczos import Lanczos, lanczos, tridiagonal
 
 # m: steps; T: [m, m], tridiagonal; V: [m, d], its rows orthonormal; A V' ~ V' T
 
@@ -51,23 +51,12 @@ def matrix_function(
 
     References: Golub and Meurant (2010), Matrices, moments and quadrature with applications.
     """
-    check_params(b)
-    check_count(1, num_steps=num_steps)
-    wide = tree_at_least_float32(b)
-    length = norm(wide)
-    m = min(num_steps, dimension(b))
-
-    def wide_matvec(v: Params) -> Params:
-        return tree_at_least_float32(checked(matvec, cast_like(v, b)))
-
-    # Any start does where b is zero; f(A) b is zero then.
-    start = jax.tree.map(lambda x: jnp.where(length > 0, x, 1), wide)
-    krylov = lanczos(wide_matvec, start, m)
+    krylov, length = krylov_space(matvec, b, num_steps)
+    m = len(krylov.diagonal)
 
     def coordinates(m: int) -> Float[Array, " m"]:
         # |b| f(T) e_1 = |b| S f(theta) S'e_1, with T = S theta S' of the first m steps
-        b_j = krylov.off_diagonal[: m - 1]
-        T = jnp.diag(krylov.diagonal[:m]) + jnp.diag(b_j, 1) + jnp.diag(b_j, -1)
+        T = tridiagonal(krylov.diagonal[:m], krylov.off_diagonal[:m])
         theta, S = jnp.linalg.eigh(T)
         c: Array = length * S @ (fn(theta) * S[0])
         return c
@@ -80,6 +69,24 @@ def matrix_function(
     x = combine_rows(last, krylov.basis)
     x = jax.tree.map(lambda v: jnp.where(length > 0, v, 0), x)
     return cast_like(x, b), change
+
+
+def krylov_space(matvec: Matvec, b: Params, num_steps: int) -> tuple[Lanczos, Scalar]:
+    """Return the Krylov space of A and b, of at most d dimensions, and |b|.
+
+    Products are of vectors in the dtypes of b, everything else is in at least float32.
+    """
+    check_params(b)
+    check_count(1, num_steps=num_steps)
+    wide = tree_at_least_float32(b)
+    length = norm(wide)
+
+    def wide_matvec(v: Params) -> Params:
+        return tree_at_least_float32(checked(matvec, cast_like(v, b)))
+
+    # Any start does where b is zero, for its coordinates |b| e_1 are zero then.
+    start = jax.tree.map(lambda x: jnp.where(length > 0, x, 1), wide)
+    return lanczos(wide_matvec, start, min(num_steps, dimension(b))), length
 
 
 def absolute_krylov(

@@ -119,6 +119,12 @@ def lanczos(
     return Lanczos(diagonal, off_diagonal, last.basis, residual)
 
 
+def tridiagonal(diagonal: Float[Array, " m"], off_diagonal: Float[Array, " m"]) -> Array:
+    """Return the matrix T; the last entry beside the diagonal, for a next row, is left out."""
+    beside = jnp.diag(off_diagonal[:-1], 1)
+    return jnp.diag(diagonal) + beside + beside.T
+
+
 class Krylov(NamedTuple):
     """An orthonormal basis that grows by one row at a time.
 

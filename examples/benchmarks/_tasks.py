@@ -185,7 +185,7 @@ def zero_head() -> Task:
 
 def resnet() -> Task:
     loss = curvax.losses.softmax_cross_entropy()
-    return _supervised("resnet", ResNet(), loss, *_digits(), batch_size=64)
+    return _supervised("resnet", ResNet(), loss, *_digits(), batch_size=32)
 
 
 def char_transformer() -> Task:

@@ -12,6 +12,7 @@ reaches at the docstring's rate: above 1 it is behind.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ class Method(NamedTuple):
     """An optimizer as its docstring calls it.
 
     Attributes:
-      rate: the learning rate of the docstring, or the first damping where there is no rate.
+      rate: the learning rate of the docstring, or the first damping or the floor where there is no
+        rate.
       build: `(task, layout, rate, every) -> optimizer`.
       intervals: the intervals at which it is run.
     """
@@ -73,6 +75,18 @@ def _of_model(rate: float, one_liner: Callable[..., optax.GradientTransformation
     return Method(rate, lambda task, layout, rate, every: one_liner(rate, task.objective, layout))
 
 
+def _adam_sqr(task: Task, layout: Any, eps: Any, every: int) -> optax.GradientTransformation:
+    """SANIA with the rule of its default."""
+    return curvax.sania(task.objective, curvax.optim.scale_by_adam_sqr(eps=eps))
+
+
+def _hutchinson(task: Task, layout: Any, alpha: Any, every: int) -> optax.GradientTransformation:
+    """SANIA in the metric of the Hessian's diagonal."""
+    estimator = curvax.optim.hessian_diagonal(task.objective)
+    rule = curvax.scale_by_oasis(alpha=alpha)
+    return curvax.sania(task.objective, curvax.estimating(rule, estimator, num_first=10))
+
+
 METHODS = {
     "kfac": _kron(curvax.kfac),
     "ekfac": _kron(curvax.ekfac),
@@ -82,6 +96,12 @@ METHODS = {
     "adahessian": Method(
         0.03, lambda task, _, rate, every: curvax.adahessian(rate, task.objective)
     ),
+    "oasis": Method(0.01, lambda task, _, rate, every: curvax.oasis(rate, task.objective)),
+    "oasis_auto": Method(
+        1e-3, lambda task, _, floor, every: curvax.oasis_auto(task.objective, alpha=floor)
+    ),
+    "sania": Method(0.1, _adam_sqr),
+    "sania_hutchinson": Method(1e-2, _hutchinson),
     "mfac": Method(0.01, lambda task, _, rate, every: curvax.mfac(rate)),
     "gauss_newton": Method(
         0.1, lambda task, _, rate, every: curvax.gauss_newton(rate, task.objective, damping=0.1)
@@ -102,6 +122,9 @@ METHODS = {
 # Where a method does not apply: the loss of the flow is linear in the outputs, so it has no
 # Gauss-Newton matrix and cannot sample targets.
 EXCLUDED = {("flow", name) for name in ("kfac_auto", "sophia_g", "gauss_newton")}
+# SANIA needs to know the least loss, which is 0 for a classifier and unknown for these.
+WITHOUT_LEAST_LOSS = ("flow", "vae", "autoencoder", "characters")
+EXCLUDED |= set(itertools.product(WITHOUT_LEAST_LOSS, ("sania", "sania_hutchinson")))
 
 
 def run(task: Task, name: str, every: int, num_seeds: int, num_steps: int) -> Run:

@@ -82,3 +82,46 @@ def test_picture_and_errors():
         curvax.apps.sharpness_report(
             case.objective, case.params, [case.batch], learning_rate=0.1, num_probes=0
         )
+
+
+@pytest.mark.parametrize("size", [4, 2])
+def test_heavy_ball_from_ritz_values_attains_its_rate(size, x64):
+    """A quadratic with eigenvalues from 0.02 to 1: the error falls as the root of the momentum."""
+    values = jnp.array([1.0, 0.3, 0.1, 0.02])
+    objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+    batch = (jnp.diag(jnp.sqrt(4 * values)), jnp.zeros(4))
+    report = curvax.apps.sharpness_report(
+        objective,
+        jnp.ones(4),
+        in_batches(batch, size),
+        learning_rate=0.1,
+        num_probes=1,
+        tol=1e-10,
+        ritz_steps=9,  # more than there are eigenvalues
+    )
+    best = report.heavy_ball
+    np.testing.assert_allclose([best.largest, best.smallest], [1.0, 0.02], rtol=1e-8)
+    assert "heavy ball, momentum" in str(report) and "from 0.02 to 1" in str(report)
+
+    def step(carry, _):
+        x, before = carry
+        after = x - best.learning_rate * values * x + best.momentum * (x - before)
+        return (after, x), jnp.linalg.norm(after)
+
+    _, errors = jax.jit(lambda x: jax.lax.scan(step, (x, x), length=400))(jnp.ones(4))
+    # |error| <= c k sqrt(beta)^k, so that between two steps only the factor k comes in.
+    rate = (errors[399] / errors[199] / 2) ** (1 / 200)
+    np.testing.assert_allclose(rate, jnp.sqrt(best.momentum), rtol=2e-3)
+    # Gradient descent at its best rate falls by (L - mu) / (L + mu) a step, far slower.
+    assert rate < 0.77 < 0.96 < (1 - 0.02) / (1 + 0.02)
+
+
+def test_heavy_ball_leaves_out_what_is_flat_or_curves_down():
+    best = curvax.apps.heavy_ball(jnp.array([4.0, 1.0, 1e-6, -0.5]))
+    np.testing.assert_allclose(best, [4 / 9, 1 / 9, 4, 1], rtol=1e-6)
+    np.testing.assert_allclose(
+        curvax.apps.heavy_ball(jnp.array([4.0, 1e-6]), floor=0.0).smallest, 1e-6
+    )
+    assert jnp.isinf(curvax.apps.heavy_ball(-jnp.ones(3)).learning_rate)
+    with pytest.raises(ValueError, match="floor must be at least 0"):
+        curvax.apps.heavy_ball(jnp.ones(2), floor=-1.0)

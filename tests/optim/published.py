@@ -68,6 +68,89 @@ def sophia_hutchinson(hvp, probes):
     return curvature
 
 
+def oasis(
+    theta, gradient, hvp, probes, first_probes, *, lr, b2, alpha, momentum, max_kl, weight_decay
+):
+    """The parameters, and the factor of a step, after each OASIS step with a fixed rate."""
+    theta, m, diagonal, path, factors = _copy(theta), _zeros(theta), {}, [], []
+    for t, z in enumerate(probes):
+        g, new = _copy(gradient(theta, t)), {}
+        diagonal = _oasis_diagonal(theta, hvp, diagonal, t, [z] if t else [z, *first_probes], b2)
+        floored = {name: np.maximum(np.abs(d), alpha) for name, d in diagonal.items()}
+        length = lr**2 * sum(np.sum(g[name] ** 2 / floored[name]) for name in theta)
+        factor = min(1.0, np.sqrt(max_kl / length))
+        for name, x in theta.items():
+            m[name] = momentum * m[name] + factor * g[name] / floored[name]
+            new[name] = x - lr * (m[name] + weight_decay * x)
+        theta = new
+        path.append(_copy(theta))
+        factors.append(factor)
+    return path, factors
+
+
+def oasis_auto(theta, gradient, hvp, probes, first_probes, *, b2, alpha, first_rate):
+    """The parameters and the rate after each OASIS step with an adaptive rate."""
+    theta, before, diagonal, path, rates = _copy(theta), None, {}, [], []
+    eta, growth = first_rate, np.inf  # theta_0 = infinity
+    for t, z in enumerate(probes):
+        g = _copy(gradient(theta, t))
+        diagonal = _oasis_diagonal(theta, hvp, diagonal, t, [z] if t else [z, *first_probes], b2)
+        floored = {name: np.maximum(np.abs(d), alpha) for name, d in diagonal.items()}
+        if before is not None:
+            g_before = gradient(before, t)  # on the same mini-batch
+            moved = sum(np.sum(floored[n] * (theta[n] - before[n]) ** 2) for n in theta)
+            changed = sum(np.sum((g[n] - g_before[n]) ** 2 / floored[n]) for n in theta)
+            new = min(np.sqrt(1 + growth) * eta, 0.5 * np.sqrt(moved) / np.sqrt(changed))
+            growth, eta = new / eta, new
+        before = theta
+        theta = {name: theta[name] - eta * g[name] / floored[name] for name in theta}
+        path.append(_copy(theta))
+        rates.append(eta)
+    return path, rates
+
+
+def _oasis_diagonal(theta, hvp, diagonal, t, probes, b2):
+    """D_0 is the mean over all probes; then D = b2 D + (1 - b2) z * (H z)."""
+    estimates = [{n: z[n] * hz for n, hz in _copy(hvp(theta, t, z)).items()} for z in probes]
+    fresh = {n: np.mean([each[n] for each in estimates], axis=0) for n in theta}
+    return {n: b2 * diagonal[n] + (1 - b2) * fresh[n] for n in theta} if t else fresh
+
+
+def sania(theta, loss, gradient, num_steps, *, metric, f_star):
+    """The list of parameters after each SANIA step; `metric(name, g, t)` gives B of one leaf."""
+    theta, path = _copy(theta), []
+    for t in range(num_steps):
+        f, g = loss(theta, t) - f_star, _copy(gradient(theta, t))
+        B = {name: metric(name, g[name], t) for name in theta}
+        n = sum(np.sum(g[name] ** 2 / B[name]) for name in theta)
+        lam = 1.0 if n <= 2 * f else 1 - np.sqrt(1 - 2 * f / n)
+        theta = {name: theta[name] - lam * g[name] / B[name] for name in theta}
+        path.append(_copy(theta))
+    return path
+
+
+def adagrad_sqr(eps):
+    """`B = max(eps, sum g^2)`, no square root."""
+    total = {}
+
+    def metric(name, g, t):
+        total[name] = total.get(name, 0) + g**2
+        return np.maximum(eps, total[name])
+
+    return metric
+
+
+def adam_sqr(b2, eps):
+    """`B = max(eps, vhat)`, Adam's second moment without the square root."""
+    v = {}
+
+    def metric(name, g, t):
+        v[name] = b2 * v.get(name, 0) + (1 - b2) * g**2
+        return np.maximum(eps, v[name] / (1 - b2 ** (t + 1)))
+
+    return metric
+
+
 def spatial_mean(name, d):
     """The mean over a dense kernel's input axis or a convolution kernel's spatial axes
     (Flax layouts).

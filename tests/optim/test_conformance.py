@@ -71,6 +71,7 @@ class Row(NamedTuple):
     combine: Callable[..., Any] | None = mean  # curvatures of two micro-batches, where that can be
     explicit: bool = True  # it runs on explicitly sharded batches
     continuous: bool = True  # its step, so that another order of sums changes little
+    ignores_value: bool = True  # the loss; else its step depends on the `value=` of an update
     diagonal: bool = False  # its state is a tree like params, and it is cheap enough op by op
 
 
@@ -173,6 +174,15 @@ def searching(rate, objective, seed=0, **options):
     return curvax.gradient_regularized_newton(objective, **options)
 
 
+# Near the hard case a step is as ill-conditioned as `(H + M r / 2 I)^-1`, so M begins large.
+def with_cubic_term(rate, objective, seed=0, **options):
+    return curvax.cubic_newton(objective, regularization=300.0, **options)
+
+
+def in_krylov_space(rate, objective, curvature_every=1, seed=0, **options):
+    return curvax.krylov_descent(objective, order=4, **options)
+
+
 def with_one_rate(build):
     """A one-liner whose fallback has the rate of the matrices, and which averages no curvature."""
 
@@ -208,6 +218,14 @@ def rank_one(rate, objective, curvature_every=1, seed=0, **options):
     # Steps are as long as gradients, which here are short.
     tx = curvax.optim.mkor(10.0, objective, LAYOUT, curvature_every, **options)
     return optax.chain(tx, optax.scale_by_learning_rate(rate, flip_sign=False))
+
+
+def with_oasis_rate(rate, objective, **options):
+    return curvax.oasis_auto(objective, num_first=1, first_rate=rate, **options)
+
+
+def with_length_by_loss(rate, objective, curvature_every=1, seed=0, **options):
+    return curvax.sania(objective, curvax.optim.scale_by_adam_sqr(**options))
 
 
 def quasi_newton(rate, objective, curvature_every=1, seed=0):
@@ -258,6 +276,29 @@ OPTIMIZERS = {
         estimator=sampled_diagonal,
         hyperparameter="gamma",
         **DIAGONAL,
+    ),
+    "oasis_auto": Row(
+        build=with_oasis_rate,
+        scale_by=functools.partial(curvax.optim.scale_by_oasis_auto, OBJECTIVE, first_rate=0.02),
+        estimator=hessian_diagonal,
+        decay="b2",
+        averages=("curvature",),
+        hyperparameter=None,
+        draws=True,
+        masks=False,
+        rate=None,
+    ),
+    # With the rule of its default; it is a wrapper around any of the other rows' rules.
+    "sania": Row(
+        build=with_length_by_loss,
+        scale_by=curvax.optim.scale_by_adam_sqr,
+        decay="b2",
+        averages=("nu",),
+        hyperparameter=None,
+        keeps=False,
+        waits=False,
+        rate=None,
+        ignores_value=False,
     ),
     "kfac": Row(
         build=of_layout(curvax.kfac),
@@ -339,6 +380,24 @@ OPTIMIZERS = {
         hyperparameter=None,
         masks=False,
         rate=None,
+    ),
+    "cubic_newton": Row(
+        build=with_cubic_term,
+        scale_by=functools.partial(curvax.scale_by_cubic_newton, OBJECTIVE, 300.0),
+        estimator=dense_hessian,
+        averages=("curvature",),
+        hyperparameter=None,
+        masks=False,
+        rate=None,
+    ),
+    "krylov_descent": Row(
+        build=in_krylov_space,
+        scale_by=functools.partial(curvax.scale_by_krylov_descent, OBJECTIVE, order=4),
+        estimator=hessian,
+        combine=mean_matvec,
+        hyperparameter=None,
+        rate=None,
+        **SOLVES,
     ),
     "muon": Row(
         build=with_one_rate(curvax.optim.muon),
@@ -905,7 +964,8 @@ def test_in_a_train_state(row):
 @every_optimizer
 def test_unknown_extra_arguments_are_ignored(row):
     tx, plain = compiled(row)
-    same(train(jax.jit(step_with(tx, value=1.0, other="x")), tx, 2), train(plain, tx, 2))
+    extra = {"other": "x"} | ({"value": 1.0} if row.ignores_value else {})
+    same(train(jax.jit(step_with(tx, **extra)), tx, 2), train(plain, tx, 2))
     rule = row.scale_by()
     curvature = estimating(row)(PARAMS, BATCH, jax.random.key(0))
     apply = lambda g, s, c: rule.update(g, s, PARAMS, curvature=c, batch=BATCH, value=1.0)

@@ -116,7 +116,7 @@ def test_kl_methods_equal_their_transcriptions(x64, name, every):
     if name == "kl_soap":  # ours are free of bias, as SOAP's are
         corrections = [0, *(np.sqrt(1 - 0.98**t) / (1 - 0.9**t) for t in range(1, 30))]
         expected = [c * u for c, u in zip(corrections, expected, strict=True)]
-    assert_equal(run(rule, gradients)[0], expected, 1e-11)
+    assert_equal(run(rule, gradients)[0], expected, 1e-12)
 
 
 def test_kl_shampoo_finds_the_stationary_product(x64):
@@ -152,7 +152,8 @@ def test_shampoo_equals_its_transcription(x64, root, graft, decay):
         gradients, b1=0.9, b2=decay, exponent=1 / root, epsilon=1e-6, every=3, graft=graft,
         graft_eps=1e-8, start=0, first_step=0,
     )  # fmt: skip
-    assert_equal(run(rule, gradients)[0], expected, 1e-10)
+    # Roots of statistics that one gradient fills in part: the smallest eigenvalues are rounding.
+    assert_equal(run(rule, gradients)[0], expected, 1e-11)
 
 
 def test_asgo_equals_its_transcription(x64):

@@ -261,6 +261,215 @@ def test_gradient_regularized_newton_goes_on_after_a_minimum():
     np.testing.assert_allclose(params, 1, atol=1e-3)
 
 
+def secular_step(matrix, gradient, M):
+    """The minimum of `g's + s'H s / 2 + M / 6 |s|^3` by bisection, in NumPy."""
+    values, vectors = np.linalg.eigh(matrix)
+    c = vectors.T @ gradient
+    low, high = max(0, -2 * values[0] / M) * (1 + 1e-15), 1e6
+    for _ in range(200):
+        r = (low + high) / 2
+        is_long = np.linalg.norm(c / (values + M * r / 2)) > r
+        low, high = (r, high) if is_long else (low, r)
+    return -vectors @ (c / (values + M * r / 2))
+
+
+def valley(x, y):
+    """A curved valley, in which the Hessian is indefinite above the parabola."""
+    return (1 - x) ** 2 + 5 * (y - x**2) ** 2
+
+
+def derivatives_of_valley(x, y):
+    u = y - x**2
+    gradient = np.array([-2 * (1 - x) - 20 * x * u, 10 * u])
+    return gradient, np.array([[2 - 20 * u + 40 * x**2, -20 * x], [-20 * x, 10]])
+
+
+def test_cubic_newton_equals_the_literal_method(x64):
+    """Fresh Hessians, m = 1: cubic Newton, with M doubled on failure and halved on success."""
+    loss = curvax.losses.from_function(lambda f, _: valley(f[0, 0], f[0, 1]))
+    objective = curvax.Objective(lambda w, x: x * w, loss)
+    case = cases.Case(objective, jnp.array([0.1, 1.0]), (jnp.ones((1, 2)), jnp.zeros(1)))
+    tx = curvax.cubic_newton(objective, regularization=0.02)
+    step, params, state = stepping(tx, case), case.params, tx.init(case.params)
+    M, x, doubled, indefinite = 0.02, np.array([0.1, 1.0]), 0, 0
+    for _ in range(6):
+        g, H = derivatives_of_valley(*x)
+        indefinite += np.linalg.eigvalsh(H)[0] < -1e-3
+        while True:
+            s = secular_step(H, g, M)
+            model = g @ s + s @ H @ s / 2 + M / 6 * np.linalg.norm(s) ** 3
+            if valley(*(x + s)) - valley(*x) <= 0.1 * model:
+                break
+            M, doubled = 2 * M, doubled + 1
+        x, M = x + s, M / 2
+        params, state = step(params, state, case.batch)
+        np.testing.assert_allclose(params, x, rtol=1e-10)
+        np.testing.assert_allclose(optax.tree.get(state, "regularization"), M)
+    assert doubled > 0 and indefinite > 0 and valley(*x) < 0.1
+
+
+def test_cubic_newton_keeps_the_matrix_and_goes_down_to_1e_10(x64):
+    """Lazy Hessians: the same matrix for three steps, with fresh gradients; losses never rise."""
+    case = penalized()
+    tx = curvax.cubic_newton(case.objective, curvature_every=3)
+    step, params, state = stepping(tx, case), case.params, tx.init(case.params)
+    value_and_grad = jax.jit(jax.value_and_grad(case.objective.value))
+    held, values, norms = [], [], []
+    for _ in range(40):
+        value, gradient = value_and_grad(params, case.batch)
+        values.append(value.item())
+        norms.append(jnp.linalg.norm(gradient).item())
+        if norms[-1] < 1e-10:
+            break
+        params, state = step(params, state, case.batch)
+        held.append(optax.tree.get(state, "curvature").values)
+    assert norms[-1] < 1e-10 and 5 < len(norms) < 40, norms
+    changes = [bool((a != b).any()) for a, b in itertools.pairwise(held[:7])]
+    assert changes == [False, False, True, False, False, True]
+    assert all(b <= a + 1e-14 for a, b in itertools.pairwise(values))
+
+
+def quartic_saddle(scale=1.0, constant=0.0):
+    """`x^2 / 2 - y^2 / 2 + y^4 / 4` at its saddle, where the gradient is zero."""
+    fun = lambda x, y: scale * jnp.mean(x**2 - y**2 + y**4 / 2) / 2 + constant
+    loss = curvax.losses.from_function(lambda f, _: fun(f[:, 0], f[:, 1]))
+    objective = curvax.Objective(lambda w, x: x * w, loss)
+    return cases.Case(objective, jnp.zeros(2), (jnp.ones((1, 2)), jnp.zeros(1)))
+
+
+def test_cubic_newton_leaves_a_saddle_without_a_gradient():
+    """In float32, also where a step of the first length gains less than the loss can show; and the
+    next minimum is no reason to lengthen steps for ever.
+    """
+
+    @jax.jit
+    def train(scale, constant):
+        case = quartic_saddle(scale, constant)
+        tx = curvax.cubic_newton(case.objective)
+        step = lambda carry, _: (stepping(tx, case)(*carry, case.batch), None)
+        (params, state), _ = jax.lax.scan(step, (case.params, tx.init(case.params)), length=60)
+        return params, optax.tree.get(state, "regularization")
+
+    for scale, constant in ((1.0, 0.0), (1e-3, 1.0)):
+        params, regularization = train(scale, constant)
+        np.testing.assert_allclose(jnp.abs(params), [0, 1], atol=0.02)
+        assert 1e-8 < regularization < 1e4
+
+
+def test_cubic_newton_rejects_what_it_cannot_lower():
+    """One trial an update, of too long a step: nothing moves but M, until it is large enough."""
+    case = bowl()
+    tx = curvax.cubic_newton(case.objective, regularization=1e-4, max_trials=1, curvature_every=50)
+    step, params, state = stepping(tx, case), case.params, tx.init(case.params)
+    rejected = 0
+    for _ in range(40):
+        before, M = params, state.inner_state.regularization
+        params, state = step(params, state, case.batch)
+        if state.inner_state.info.accepted:
+            break
+        rejected += 1
+        assert params == before and state.inner_state.regularization == 2 * M
+        assert state.inner_state.info.num_rejected == rejected and state.inner_state.count == 0
+    assert 2 <= rejected < 39
+    assert case.objective(params, case.batch) < case.objective(before, case.batch)
+
+
+def krylov_minimum(matrix, gradient, order):
+    """The minimum of the quadratic model over `span{g, H g, ..., H^order g}`, in NumPy."""
+    basis = [gradient]
+    for _ in range(order):
+        product = matrix @ basis[-1]
+        basis.append(product / np.linalg.norm(product))
+    Q = np.linalg.qr(np.stack(basis, axis=1))[0]
+    return -Q @ np.linalg.solve(Q.T @ matrix @ Q, Q.T @ gradient)
+
+
+@pytest.mark.parametrize("order", [2, 4])
+def test_krylov_descent_minimizes_the_model_in_the_krylov_space(order, x64):
+    """Of a quadratic loss of five parameters; of order 4, in one step to the minimum."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(9, 5)), rng.normal(size=(9, 1))
+    objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+    case = cases.Case(objective, jnp.zeros((5, 1)), (jnp.asarray(x), jnp.asarray(y)))
+    params, state = stepping(tx := curvax.krylov_descent(objective, order), case)(
+        case.params, tx.init(case.params), case.batch
+    )
+    want = krylov_minimum(x.T @ x / 9, (-x.T @ y / 9)[:, 0], order)
+    np.testing.assert_allclose(params[:, 0], want, rtol=1e-10)
+    info = optax.tree.get(state, "info")
+    assert info.trials == 1 and info.accepted and info.shift == 0
+    if order == 4:
+        assert jnp.linalg.norm(jax.grad(objective)(params, case.batch)) < 1e-12
+        # Beyond the dimension there is nothing, and a space that g does not fill ends early.
+        eigenvector = np.linalg.eigh(x.T @ x)[1][:, 2:3]
+        small = case._replace(params=params + eigenvector)
+        tx = curvax.krylov_descent(objective, order=10)
+        back, state = stepping(tx, small)(small.params, tx.init(small.params), case.batch)
+        np.testing.assert_allclose(back, params, rtol=1e-10)
+        assert optax.tree.get(state, "info").trials == 1
+
+
+def test_krylov_descent_decides_negative_curvature_and_goes_down(x64):
+    """Indefinite Hessians of a network: the minimum of the cubic model in the space; a saddle."""
+    case, gradient, matrices = problem("mlp")
+    H, g = matrices["hvp"], oracle.flat(gradient)
+    order = 3
+    got, state = first_step(curvax.krylov_descent(case.objective, order), case)
+    info = optax.tree.get(state, "info")
+    Q = np.linalg.qr(np.stack([np.linalg.matrix_power(H, k) @ g for k in range(order + 1)], 1))[0]
+    T = Q.T @ H @ Q
+    ritz = np.linalg.eigvalsh(T)
+    np.testing.assert_allclose([info.smallest, info.largest], ritz[[0, -1]], rtol=1e-6)
+    assert ritz[0] < 0 and info.accepted
+    # M is L^2 / |g| at first, doubles for each further trial, and halves after the last.
+    M = np.abs(ritz).max() ** 2 / np.linalg.norm(g) * 2.0 ** (int(info.trials) - 1)
+    want = Q @ secular_step(T, Q.T @ g, M)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8 * np.abs(want).max())
+    np.testing.assert_allclose(optax.tree.get(state, "regularization"), M / 2)
+    np.testing.assert_allclose(info.shift, M * np.linalg.norm(want) / 2, rtol=1e-6)
+
+    # From beside a saddle, on to the minimum; from the saddle itself there is no Krylov space.
+    case = quartic_saddle()
+    tx = curvax.krylov_descent(case.objective, order=1)
+    step = stepping(tx, case)
+    params, state, values = jnp.array([1.0, 1e-3]), tx.init(case.params), []
+    for _ in range(20):
+        params, state = step(params, state, case.batch)
+        values.append(case.objective(params, case.batch))
+    np.testing.assert_allclose(params, [0, 1], atol=1e-8)
+    assert all(b <= a for a, b in itertools.pairwise(values))
+    still, state = step(jnp.zeros(2), state, case.batch)
+    assert not still.any() and not optax.tree.get(state, "accepted")
+
+
+def test_krylov_descent_goes_on_where_rounding_hides_what_a_step_gains():
+    """In float32, beside a constant of 1e6: gradients tell, also by steps that lengthen them."""
+    values, start = jnp.array([1.0, 0.03]), 1e-3 * jnp.array([0.1, 33.0])
+    loss = curvax.losses.from_function(lambda f, _: jnp.sum(values * f[0] ** 2) / 2 + 1e6)
+    objective = curvax.Objective(lambda w, x: x * w, loss)
+    case = cases.Case(objective, start, (jnp.ones((1, 2)), jnp.zeros(1)))
+    tx = curvax.krylov_descent(objective, order=0)
+    step = stepping(tx, case)
+    run = lambda carry: jax.lax.scan(lambda c, _: (step(*c, case.batch), c[0]), carry, length=25)
+    (end, state), path = jax.jit(run)((start, tx.init(start)))
+    assert optax.tree.get(state, "num_rejected") == 0
+    assert jnp.sum(values * end**2) < 0.1 * jnp.sum(values * start**2)
+    norms = jnp.linalg.norm(values * path, axis=1)
+    assert (jnp.diff(norms) > 0).any()
+
+
+def test_a_step_that_16_bits_round_away_is_none():
+    """Beside a constant, gradients seem to gain by it; params stay where they are."""
+    loss = curvax.losses.from_function(lambda f, _: jnp.sum((f - 1.001) ** 2) / 2 + 1e3)
+    objective = curvax.Objective(lambda w, x: x * w, loss)
+    params, batch = jnp.ones(1, jnp.bfloat16), (jnp.ones((1, 1)), jnp.zeros(1))
+    tx = curvax.krylov_descent(objective, order=0)
+    step = jax.jit(lambda g, s: tx.update(g, s, params, batch=batch))
+    updates, state = step(jax.grad(objective)(params, batch), tx.init(params))
+    info = optax.tree.get(state, "info")
+    assert updates == 0 and not info.accepted and info.num_rejected == 1
+
+
 TREE = {"a": jnp.arange(6.0).reshape(2, 3) / 6, "b": jnp.ones(3)}
 OBJECTIVE = curvax.Objective(
     lambda p, x: jnp.tanh(x @ p["a"] + p["b"]), curvax.losses.softmax_cross_entropy()
@@ -398,6 +607,16 @@ def test_masks_missing_curvature_and_bad_numbers_have_errors():
         curvax.newton_cg(1.0, OBJECTIVE, damping=0.0)
     with pytest.raises(ValueError, match="gamma must be positive"):
         curvax.gradient_regularized_newton(OBJECTIVE, gamma=0.0)
-    search = curvax.scale_by_gradient_regularized_newton(OBJECTIVE)
-    with pytest.raises(ValueError, match="a trial of the step needs both"):
-        search.update(gradient, search.init(TREE), TREE)
+    with pytest.raises(ValueError, match="regularization must be positive, got 0"):
+        curvax.cubic_newton(OBJECTIVE, regularization=0.0)
+    with pytest.raises(ValueError, match="order must be at least 0, got -1"):
+        curvax.krylov_descent(OBJECTIVE, order=-1)
+    for search in (
+        curvax.scale_by_gradient_regularized_newton(OBJECTIVE),
+        curvax.scale_by_cubic_newton(OBJECTIVE),
+    ):
+        with pytest.raises(ValueError, match="a trial of the step needs both"):
+            search.update(gradient, search.init(TREE), TREE)
+    krylov = curvax.scale_by_krylov_descent(OBJECTIVE)
+    with pytest.raises(ValueError, match=r"a solve needs curvature in every step.*lazy_newton"):
+        krylov.update(gradient, krylov.init(TREE), TREE, batch=BATCH)

@@ -30,6 +30,8 @@ class Flat:
         paths, self.treedef = jax.tree.flatten_with_path(self.case.params)
         self.names = [jax.tree_util.keystr(path) for path, _ in paths]
         self.gradient = self._on_dicts(jax.jit(jax.grad(self.case.objective.value)))
+        loss = jax.jit(self.case.objective.value)
+        self.loss = lambda theta, t: float(loss(self.tree(theta), self.batch(t)))
         self.batches = [
             jax.tree.map(lambda x, i=i: np.roll(x, i, 0)[:4], self.case.batch) for i in range(3)
         ]
@@ -63,6 +65,12 @@ class Flat:
         draw = jax.jit(lambda t: rademacher(key(t), self.case.params))
         return [self.dict(draw(t)) for t in range(NUM_STEPS)]
 
+    def first_probes(self, seed, num_first):
+        """Those beside the first, of an optimizer whose first curvature is a mean."""
+        at_zero = jax.random.fold_in(jax.random.key(seed), 0)
+        key = lambda i: jax.random.fold_in(jax.random.fold_in(at_zero, i), 0)
+        return [self.dict(rademacher(key(i), self.case.params)) for i in range(1, num_first)]
+
     def trajectory(self, tx):
         def step(params, state, batch):
             grads = jax.grad(self.case.objective.value)(params, batch)
@@ -76,11 +84,11 @@ class Flat:
         return path
 
 
-def assert_same_path(got, expected):
+def assert_same_path(got, expected, rtol=1e-8, atol=1e-10):
     assert len(got) == len(expected) == NUM_STEPS
     for a, b in zip(got, expected, strict=True):
         for name in a:
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-8, atol=1e-10)
+            np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("name, averaging", [("mlp", None), ("cnn", None), ("mlp", 5)])
@@ -151,6 +159,55 @@ def test_sophia_follows_the_published_algorithm(variant):
         for n in a
     ]
     assert max(change) > 0.0099  # some entries were clipped, so both branches were followed
+
+
+def test_oasis_follows_its_algorithm():
+    flat = Flat("mlp")
+    constants = {"b2": 0.9, "alpha": 0.05, "momentum": 0.8, "max_kl": 1e-3, "weight_decay": 0.1}
+    tx = curvax.oasis(0.05, flat.case.objective, seed=3, num_first=3, **constants)
+    expected, factors = published.oasis(
+        flat.dict(flat.case.params),
+        flat.gradient,
+        flat.hvp,
+        flat.probes(3),
+        flat.first_probes(3, 3),
+        lr=0.05,
+        **constants,
+    )
+    assert_same_path(flat.trajectory(tx), expected, rtol=1e-12, atol=1e-12)
+    assert min(factors) < max(factors) == 1  # the limit acted on a part of the steps
+
+
+def test_oasis_auto_follows_the_published_algorithm():
+    flat = Flat("mlp")
+    constants = {"b2": 0.9, "alpha": 0.05, "first_rate": 1e-2}
+    tx = curvax.oasis_auto(flat.case.objective, seed=3, num_first=3, **constants)
+    expected, rates = published.oasis_auto(
+        flat.dict(flat.case.params),
+        flat.gradient,
+        flat.hvp,
+        flat.probes(3),
+        flat.first_probes(3, 3),
+        **constants,
+    )
+    assert_same_path(flat.trajectory(tx), expected, rtol=1e-12, atol=1e-12)
+    # Rates fall and grow again, so both terms of the minimum were followed.
+    assert min(rates[1:]) < rates[1] and (np.diff(rates[1:]) > 0).any()
+
+
+@pytest.mark.parametrize("variant", ["adagrad", "adam"])
+def test_sania_follows_the_published_algorithm(variant):
+    flat = Flat("mlp")
+    if variant == "adagrad":
+        rule, metric = curvax.optim.scale_by_adagrad_sqr(0.1), published.adagrad_sqr(0.1)
+    else:
+        rule, metric = curvax.optim.scale_by_adam_sqr(0.9, 0.1), published.adam_sqr(0.9, 0.1)
+    tx = curvax.sania(flat.case.objective, rule, f_star=0.05)
+    theta = flat.dict(flat.case.params)
+    expected = published.sania(
+        theta, flat.loss, flat.gradient, NUM_STEPS, metric=metric, f_star=0.05
+    )
+    assert_same_path(flat.trajectory(tx), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_adahessian_solves_a_separable_quadratic_in_one_step():

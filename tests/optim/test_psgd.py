@@ -120,7 +120,7 @@ def test_whitening_equals_its_transcription_on_a_stack(x64, fit_to, max_dim, dec
             gradients[:, s], [None if v is None else v[s] for v in probes], step=0.7,
             norm="power", fit=fit_to, max_size=max_dim, beta=decay, balance_at=(4, 8), scale=scale,
         )  # fmt: skip
-        np.testing.assert_allclose(updates[:, s], expected, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(updates[:, s], expected, rtol=1e-12, atol=1e-12)
     assert state.info.num_failures == {"": 0}
 
 
@@ -163,7 +163,7 @@ def test_vector_forms_equal_their_transcriptions(x64, structure):
     else:
         ours = only(state.blocks).left.entries
         theirs = published.psgd_diagonal(h, v, step=0.8, beta=0.9, init=init)
-    np.testing.assert_allclose(ours[0], theirs[-1], rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(ours[0], theirs[-1], rtol=1e-12, atol=1e-12)
 
 
 def test_the_interval_fits_about_as_often_as_the_counter():

@@ -170,3 +170,13 @@ def test_errors_say_what_and_where():
     running_out.pop()
     with pytest.raises(ValueError, match="batches gave 3 the first time and 2 now"):
         matvec(params)
+
+
+def test_rows_of_one_process_of_several_are_refused(monkeypatch):
+    """Each process would take its own rows for the whole batch."""
+    case = CASES["mlp"]()
+    product = streamed(curvax.ggnvp, case.objective, case.params, [case.batch])
+    product(like(case.params))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"batch\[0\].*make_array_from_process_local_data"):
+        product(like(case.params))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -85,24 +85,15 @@ def quantize(
       stochastic neurons, https://arxiv.org/abs/1308.3432, for the straight-through gradient.
     """
     scheme = scheme or Scheme()
-    layers = layers_by_path(params, scheme)
-    widths = bits if isinstance(bits, Mapping) else dict.fromkeys(layers.values(), bits)
-    unknown = widths.keys() - layers.values()
-    if unknown:
-        # each name once, in the order of params
-        known = ", ".join(dict.fromkeys(layers.values()))
-        raise ValueError(
-            "bits names layers that params do not have: "
-            f"{', '.join(sorted(unknown))}; there are {known}."
-        )
-    named = {f"bits of {layer}": width for layer, width in widths.items()}
-    check_integer(2, 8, **named)
+    widths = widths_by_path(params, bits, scheme)
 
     def of_leaf(keys: Any, w: Array) -> Array:
         path = jax.tree_util.keystr(keys)
-        if path not in layers or layers[path] not in widths:
+        if path not in widths:
             return w
-        rounded = _rounded(path, w, widths[layers[path]], scheme).astype(w.dtype)
+        wide = at_least_float32(w)
+        grid = grid_of(path, wide, widths[path], scheme)
+        rounded = nearest(wide, grid.step, grid.last).astype(w.dtype)
         # Straight-through estimator: the value of `rounded`, the derivative of w.
         return lax.stop_gradient(rounded) + (w - lax.stop_gradient(w))
 
@@ -165,30 +156,65 @@ def layers_by_path(params: Params, scheme: Scheme | None = None) -> dict[str, st
     return layers
 
 
-def _rounded(
+def widths_by_path(
+    params: Params,
+    bits: int | Array | Mapping[str, int | Array],
+    scheme: Scheme,
+) -> dict[str, int | Array]:
+    """Return the width of every leaf that has one, by path; raises as `quantize` does."""
+    layers = layers_by_path(params, scheme)
+    widths = bits if isinstance(bits, Mapping) else dict.fromkeys(layers.values(), bits)
+    unknown = widths.keys() - layers.values()
+    if unknown:
+        # each name once, in the order of params
+        known = ", ".join(dict.fromkeys(layers.values()))
+        raise ValueError(
+            "bits names layers that params do not have: "
+            f"{', '.join(sorted(unknown))}; there are {known}."
+        )
+    named = {f"bits of {layer}": width for layer, width in widths.items()}
+    check_integer(2, 8, **named)
+    # Layers that the dict leaves out have no width.
+    return {path: widths[layer] for path, layer in layers.items() if layer in widths}
+
+
+class Grid(NamedTuple):
+    """The levels `step {-L, ..., L}` of a leaf.
+
+    Attributes:
+      step: the distance of two levels, of a shape that broadcasts to the leaf's.
+      last: L, a scalar.
+    """
+
+    step: Array
+    last: Array
+
+
+def grid_of(
     path: str,
-    w: Array,
+    wide: Array,
     bits: int | Array,
     scheme: Scheme,
-) -> Array:
-    """Round one leaf to the levels of a width, in at least float32."""
+) -> Grid:
+    """Choose the levels of one leaf, which is in at least float32."""
     scales = {"max": _largest_step, "least_squares": _best_step}
     choose_step = look_up("scale", scheme.scale, scales)
     axes: tuple[int, ...] = ()
     if scheme.axis is not None:
         axes = (scheme.axis,) if isinstance(scheme.axis, int) else scheme.axis
-    if any(not -w.ndim <= axis < w.ndim for axis in axes):
-        raise ValueError(f"axis {scheme.axis} of the scheme is none of {path}, which has {w.ndim}.")
+    if any(not -wide.ndim <= axis < wide.ndim for axis in axes):
+        raise ValueError(
+            f"axis {scheme.axis} of the scheme is none of {path}, which has {wide.ndim}."
+        )
     # Weights that differ only in these axes share a scale.
-    scaled_axes = {axis % w.ndim for axis in axes}
-    shared = tuple(axis for axis in range(w.ndim) if axis not in scaled_axes)
-    wide = at_least_float32(w)
+    scaled_axes = {axis % wide.ndim for axis in axes}
+    shared = tuple(axis for axis in range(wide.ndim) if axis not in scaled_axes)
     last = jnp.exp2(jnp.asarray(bits, wide.dtype) - 1) - 1  # L = 2^(bits - 1) - 1
     largest_step = jnp.max(jnp.abs(wide), axis=shared, keepdims=True) / last
-    return _nearest(wide, choose_step(wide, largest_step, last, shared), last)
+    return Grid(choose_step(wide, largest_step, last, shared), last)
 
 
-def _nearest(
+def nearest(
     w: Array,
     step: Array,
     last: Array,
@@ -221,7 +247,7 @@ def _best_step(
     def attempt(best: Quantized, factor: Float[Array, ""]) -> tuple[Quantized, None]:
         least_error, best_step = best
         candidate = factor * step
-        squares = (_nearest(w, candidate, last) - w) ** 2
+        squares = (nearest(w, candidate, last) - w) ** 2
         error = jnp.sum(squares, axis=shared, keepdims=True)
         better = error < least_error
         least_error = jnp.where(better, error, least_error)
