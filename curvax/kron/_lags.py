@@ -109,7 +109,7 @@ def _rearranges(use: Use) -> bool:
         return True
     raw = jax.ShapeDtypeStruct((*use.lengths, *use.output.shape), use.output.dtype)
     _, num_positions, _ = jax.eval_shape(use.outputs, raw).shape
-    return num_positions != math.prod(use.position_sizes)
+    return bool(num_positions != math.prod(use.position_sizes))
 
 
 def _lag_moment(later: PerUseArray, earlier: PerUseArray) -> Float[Array, "s n n"]:

@@ -335,7 +335,7 @@ def _no_times(block: Block) -> str | None:
         return f"is used by a {' and a '.join(kinds)}, and not by matrix products alone"
     # A_1 is no diagonal matrix where A_0 is, so that both have to be full.
     if block.structures != ("full", "full"):
-        return f"has factors of the structures {block.a_structure} and {block.g_structure}, not full"
+        return f"has {block.a_structure} and {block.g_structure} factors, not two full ones"
     return None
 
 

@@ -90,7 +90,8 @@ def power_over_time(
     if block.sharing == "time_symmetric":
         forward, inverse, spectrum = _symmetric((a, g), lags, length, damping)
         return (inverse if power == -1 else forward), spectrum
-    return _infinite((a, g), lags, damping)
+    chains, spectrum = _infinite((a, g), lags, damping)
+    return chains, spectrum
 
 
 @jax.jit
@@ -109,15 +110,18 @@ def _symmetric(
     psi_a, psi_g = (jnp.clip(x.values - 1, -LARGEST, LARGEST) for x in eigen)
     f = sum_over_lags(outer(psi_a, psi_g), _steps(length)[:, None, None])
 
-    bases, inverse_bases = [], []
+    bases: list[Squares] = []
+    inverse_bases: list[Squares] = []
     for chain, (_, vectors) in zip(chains, eigen, strict=True):
         assert vectors is not None  # as full factors have them
         # A^(-1/2) U, and A^(1/2) U = A A^(-1/2) U
         inverse_basis = matmul(chain.root, vectors)
         inverse_bases.append(inverse_basis)
         bases.append(matmul(chain.moment, inverse_basis))
-    forward = EigenOperator(*bases, scale=f)
-    inverse = EigenOperator(*inverse_bases, scale=1 / f)
+    base_a, base_g = bases
+    inverse_a, inverse_g = inverse_bases
+    forward = EigenOperator(base_a, base_g, f)
+    inverse = EigenOperator(inverse_a, inverse_g, 1 / f)
     largest = lower_bound_of_largest(forward.times, forward.diagonal())
     return forward, inverse, _spectrum(pair, inverse, largest)
 
@@ -136,12 +140,19 @@ def _infinite(
     eigen = eigh_all([Full(matmul(_t(x.psi), x.psi)) for x in chains])
     # Both at their limit, the denominator is 2e-6 and no zero.
     mu_a, mu_g = (jnp.minimum(x.values, LARGEST) for x in eigen)
-    k, n = [], []
+    k: list[Squares] = []
+    n: list[Squares] = []
     for chain, (_, vectors) in zip(chains, eigen, strict=True):
         assert vectors is not None  # as full factors have them
         k.append(matmul(chain.root, vectors))
         n.append(matmul(chain.root, matmul(chain.psi, vectors)))
-    inverse = ChainOperator(*k, *n, scale=1 / (1 - outer(mu_a, mu_g)))
+    inverse = ChainOperator(
+        left=k[0],
+        right=k[1],
+        next_left=n[0],
+        next_right=n[1],
+        scale=1 / (1 - outer(mu_a, mu_g)),
+    )
     # By the inequality of Cauchy and Schwarz `F_jj (F^-1)_jj >= 1` for every j.
     largest = jnp.max(1 / inverse.diagonal(), axis=(1, 2))
     return inverse, _spectrum(pair, inverse, largest)

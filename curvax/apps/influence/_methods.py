@@ -18,12 +18,12 @@ from curvax._host import OnHost
 from curvax._stream import check_rereadable, on_device
 from curvax._types import Batch, Matvec, Params
 from curvax.apps.influence._fitting import Fitted
+from curvax.kron._block_operators import EigenOperator
 from curvax.kron._factors import Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis
 from curvax.kron._inverse import kron_inverse
 from curvax.kron._layout import Layout, named_leaves
 from curvax.kron._moments import EigenFactors, decompose
-from curvax.kron._block_operators import EigenOperator
 from curvax.kron._operator import KronOperator, apply, damping_of
 from curvax.kron._two_products import combined_factors
 from curvax.objective import Objective
