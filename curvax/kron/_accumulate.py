@@ -265,7 +265,7 @@ def make_factors(inputs: Any, outputs: Any, squares: Any, terms: TermCounts) -> 
             # By the weights of lag 0: moments of both lags together stay positive semidefinite.
             lag_a = WeightedMean(lags_a.moment, a.weight)
             lags = LagFactors(lag_a, terms.factor(lag_g), lags_a.length)
-        blocks[name] = BlockFactors(a, g, second, lags=lags)
+        blocks[name] = BlockFactors(a=a, g=g, second=second, lags=lags)
     return Factors(blocks, {path: terms.factor(x) for path, x in squares.items()})
 
 
