@@ -74,6 +74,15 @@ class Use:
     one: float = 1.0
     perturb: Perturb | None = None
 
+    @property
+    def position_sizes(self) -> tuple[int, ...]:
+        """Sizes of the axes that are positions: loops that share the kernel, then of the output."""
+        loops = zip(self.lengths, self.stacked, strict=True)
+        shared = [length for length, is_stack in loops if not is_stack]
+        axes = zip(self.output.shape, self.axes, strict=True)
+        inner = [size for size, place in axes if place is None]
+        return (*shared, *inner)
+
     def inputs(
         self,
         raw: Shaped[Array, "*loops_and_input"],

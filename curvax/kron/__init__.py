@@ -2,9 +2,21 @@
 
 from curvax.kron._accumulate import kron_factors
 from curvax.kron._block_matrices import block_matrices, with_block_matrices
+from curvax.kron._block_operators import (
+    BlockSpectrum,
+    ChainOperator,
+    EigenOperator,
+    FactoredOperator,
+)
 from curvax.kron._build_layout import kron_layout
 from curvax.kron._estimator import estimator
-from curvax.kron._factors import BlockFactors, Factors, WeightedMean, moving_average
+from curvax.kron._factors import (
+    BlockFactors,
+    Factors,
+    LagFactors,
+    WeightedMean,
+    moving_average,
+)
 from curvax.kron._fit import fit_factors, fit_moments
 from curvax.kron._gradient_layout import gradient_layout, tiled
 from curvax.kron._gradient_pairs import Basis
@@ -23,14 +35,7 @@ from curvax.kron._moments import (
     kron_basis,
     kron_moments,
 )
-from curvax.kron._operator import (
-    BlockSpectrum,
-    EigenOperator,
-    FactoredOperator,
-    KronOperator,
-    apply,
-    kron_operator,
-)
+from curvax.kron._operator import KronOperator, apply, kron_operator
 from curvax.kron._storage import Saving
 from curvax.kron._vector_layout import vector_layout
 
@@ -39,6 +44,7 @@ __all__ = [
     "Block",
     "BlockFactors",
     "BlockSpectrum",
+    "ChainOperator",
     "Diagonal",
     "EigenCurvature",
     "EigenFactors",
@@ -49,6 +55,7 @@ __all__ = [
     "Identity",
     "KronFactor",
     "KronOperator",
+    "LagFactors",
     "Layout",
     "Leaf",
     "MeanVectors",

@@ -33,7 +33,8 @@ from curvax.capture._cotangents import (
     exact,
     sampled,
 )
-from curvax.kron._factors import BlockFactors, Factors, WeightedMean
+from curvax.kron._factors import BlockFactors, Factors, LagFactors, WeightedMean
+from curvax.kron._lags import input_lags, output_lags
 from curvax.kron._layout import Layout, check_layout
 from curvax.kron._parts import by_part, penalties_by_path, sum_of_factors
 from curvax.kron._plan import layout_plan
@@ -128,7 +129,9 @@ def kron_factors(
     (`E[r r'] =` curvature of the mean loss in output space), over positions t of examples b:
 
       expand: `A = mean_bt a a'`, `G = sum_bt g g'`;
-      reduce: `A = mean_b (mean_t a)(mean_t a)'`, `G = sum_b (sum_t g)(sum_t g)'`.
+      reduce: `A = mean_b (mean_t a)(mean_t a)'`, `G = sum_b (sum_t g)(sum_t g)'`;
+      time_symmetric, time_infinite: A and G as expand, and beside them those of a time and the
+        next, `A1 = mean_bt a_(t+1) a_t'` and `G1 = sum_bt g_(t+1) g_t'`, with zeros after the last.
 
     Positions whose cotangent is exactly zero are left out of A: padding, masked terms, units that
     are dead or not pooled, the first query under causal attention, branches not taken. They are in
@@ -199,9 +202,10 @@ def kron_factors(
         )
         results = by_part(estimate, objective, layout, params, batch, key)
         return sum_of_factors(layout, results, penalties_by_path(objective, layout, params))
-    # Reduce pools the positions of one example, and only "mc" draws for a whole batch at once.
-    reduces = any(block.sharing == "reduce" for block in layout.blocks)
-    by_example = reduces or fisher != "mc"
+    # Reduce pools the positions of one example and lags are between them, and only "mc" draws for a
+    # whole batch at once.
+    needs_examples = any(block.sharing != "expand" for block in layout.blocks)
+    by_example = needs_examples or fisher != "mc"
     options = PassOptions(
         fisher=fisher, num_samples=num_samples, microbatch=microbatch, by_example=by_example
     )
@@ -219,8 +223,9 @@ def factor_sums(layout: Layout) -> Reduction:
         outputs = {}
         for block in layout.blocks:
             # G = sum g h': u and v pulled back to the block's outputs, with h = g for v None.
-            h = None if v is None else v.blocks[block.name]
-            outputs[block.name] = output_moments(block, u.blocks[block.name], h)
+            g, h = u.blocks[block.name], None if v is None else v.blocks[block.name]
+            lag = output_lags(g, h) if block.is_over_time else None
+            outputs[block.name] = output_moments(block, g, h), lag
         # With exact, u is a unit vector for every example alike: only v = S u is 0 at masked terms.
         blocks = (u if v is None else v).blocks
         counted = {
@@ -234,10 +239,10 @@ def factor_sums(layout: Layout) -> Reduction:
         counted = jax.tree.map(lambda n: jnp.minimum(n, 1), rounds_counted)
         inputs = {}
         for block in layout.blocks:
-            name = block.name
-            inputs[name] = input_moments(
-                block, capture.inputs[name], capture.chunks[name], counted[name]
-            )
+            a, m = capture.inputs[block.name], counted[block.name]
+            moments = input_moments(block, a, capture.chunks[block.name], m)
+            lags = input_lags(block, a, m) if block.is_over_time else None
+            inputs[block.name] = *moments, lags
         return inputs, outputs, squares
 
     return Reduction(Partial(contribution), Partial(finish))
@@ -249,12 +254,18 @@ def make_factors(inputs: Any, outputs: Any, squares: Any, terms: TermCounts) -> 
     A weighs as much as it has positions, curvature of the mean loss as the batch has terms.
     """
     blocks = {}
-    for name, (a, transposed_a) in inputs.items():
+    for name, (a, transposed_a, lags_a) in inputs.items():
+        moments_g, lag_g = outputs[name]
         # G carries the scale of the loss and A has none: A x G is curvature of the mean loss.
-        g, *transposed_g = [terms.factor(moment) for moment in outputs[name]]
+        g, *transposed_g = [terms.factor(moment) for moment in moments_g]
         # Of transposed uses, cotangents are on the inputs' side, and inputs on the outputs'.
         second = None if transposed_a is None else (*transposed_g, transposed_a)
-        blocks[name] = BlockFactors(a, g, second)
+        lags = None
+        if lags_a is not None:
+            # By the weights of lag 0: moments of both lags together stay positive semidefinite.
+            lag_a = WeightedMean(lags_a.moment, a.weight)
+            lags = LagFactors(lag_a, terms.factor(lag_g), lags_a.length)
+        blocks[name] = BlockFactors(a=a, g=g, second=second, lags=lags)
     return Factors(blocks, {path: terms.factor(x) for path, x in squares.items()})
 
 

@@ -21,8 +21,10 @@ from curvax.kron._layout import (
     Layout,
     Leaf,
     are_lookups,
+    check_over_time,
     leaf_shapes,
 )
+from curvax.kron._plan import layout_plan
 from curvax.objective import Objective, checked_inputs
 
 
@@ -31,7 +33,7 @@ class Choices(NamedTuple):
 
     Attributes:
       unmatched: "error", "diagonal" or "identity".
-      sharing: "expand" or "reduce".
+      sharing: "expand", "reduce", "time_symmetric" or "time_infinite".
       max_dim: longest side with a full factor.
       positions: "active" or "all".
     """
@@ -82,7 +84,10 @@ def kron_layout(
         is left as it is; "error", raise and list them.
       sharing: for positions of one example (time, space): "expand", taken as independent, exact
         where every position has its own loss; "reduce", summed over first, exact where they are
-        pooled before the loss.
+        pooled before the loss. For kernels of recurrent networks "time_symmetric" or
+        "time_infinite": the positions are times, dependent as in a chain, see
+        `curvax.kron_inverse`. Times are the positions of one example in their order: of a `scan`,
+        of the axis of a sequence (one axis only), or the uses of an unrolled loop.
       max_dim: factors with more rows than this are diagonal.
       positions: which positions A is a mean over: "active", those whose output has a cotangent;
         "all", those without one too (padding, masked terms, dead or unpooled units), see
@@ -98,7 +103,8 @@ def kron_layout(
 
     Raises:
       ValueError: there are leaves in no block, with `unmatched="error"`, listed with the reasons; a
-        choice or a path is unknown.
+        choice or a path is unknown; a block that is to be over time is not used at times, or has
+        no full factors, or a second product.
       TypeError: params are not float.
 
     Cost: one trace of the model; no data is read and nothing is computed on a device.
@@ -118,7 +124,8 @@ def kron_layout(
     References: Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored
       approximate curvature, https://arxiv.org/abs/1503.05671; Eschenhagen et al. (2023),
       Kronecker-factored approximate curvature for modern neural network architectures,
-      https://arxiv.org/abs/2311.00636.
+      https://arxiv.org/abs/2311.00636; Martens, Ba and Johnson (2018), Kronecker-factored curvature
+      approximations for recurrent neural networks, https://openreview.net/forum?id=HyMTkQZAb.
     """
     check_params(params)
     inputs = checked_inputs(objective, batch)
@@ -144,7 +151,13 @@ def kron_layout(
         reason = reasons.get(path, "does not influence the outputs")
         leaves.append(_leaf(path, shape, covered[path], reason, choices.unmatched[path].value))
     _refuse_errors(leaves)
-    return Layout(tuple(blocks), tuple(leaves))
+    layout = Layout(tuple(blocks), tuple(leaves))
+    for block in blocks:
+        check_over_time(block)
+    # Which positions are times shows in the program of one example, which the plan looks at.
+    if any(block.is_over_time for block in blocks):
+        layout_plan(objective, layout, params, inputs, per_example=True)
+    return layout
 
 
 def _refuse_errors(leaves: Sequence[Leaf]) -> None:

@@ -35,6 +35,24 @@ class WeightedMean(NamedTuple):
         return self.total / weight.reshape(*weight.shape, *trailing)
 
 
+class LagFactors(NamedTuple):
+    """Second moments between a time and the next, of a block over time; `[stack, size, size]` each.
+
+    Both are sums over neighbors with the weights of A and G, which are over all times. So they are
+    lags of one sequence with zeros around it, and of moments `[[A, A1], [A1', A]]` that are
+    positive semidefinite, whatever the data are.
+
+    Attributes:
+      a: A1, the mean over positions of `a_(t+1) a_t'`, of zero where there is no next.
+      g: G1, the sum over positions of `g_(t+1) g_t'`, as curvature of the mean loss.
+      length: T, the mean over examples of how many positions count, `[stack]`.
+    """
+
+    a: WeightedMean
+    g: WeightedMean
+    length: WeightedMean
+
+
 class BlockFactors(NamedTuple):
     """Second moments of one block, each of the shape that its structure accumulates in.
 
@@ -47,12 +65,14 @@ class BlockFactors(NamedTuple):
         kernel's transpose: their `g g'` is on the inputs' side, the mean of their `a a'` on the
         outputs'. With `two_products="exact"` it may be that of a second part of the objective.
       shift: the curvature that penalties on params add to every eigenvalue, `[stack]`, or None.
+      lags: the `LagFactors` of a block over time, or None.
     """
 
     a: WeightedMean
     g: WeightedMean
     second: tuple[WeightedMean, WeightedMean] | None
     shift: WeightedMean | None = None
+    lags: LagFactors | None = None
 
 
 class Factors(NamedTuple):
@@ -128,4 +148,10 @@ def _init_block(block: Block, leaves: dict[str, Array]) -> BlockFactors:
     elif block.has_second_product:
         second = zeros(a_shape, (stack,)), zeros(g_shape, ())
     shift = zeros((stack,), ()) if block.is_penalized else None
-    return BlockFactors(zeros(a_shape, (stack,)), zeros(g_shape, ()), second, shift)
+    lags = None
+    if block.is_over_time:
+        length = zeros((stack,), (stack,))
+        lags = LagFactors(zeros(a_shape, (stack,)), zeros(g_shape, ()), length)
+    return BlockFactors(
+        a=zeros(a_shape, (stack,)), g=zeros(g_shape, ()), second=second, shift=shift, lags=lags
+    )

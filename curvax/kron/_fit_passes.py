@@ -23,7 +23,13 @@ from curvax.kron._accumulate import (
 from curvax.kron._factors import Factors, WeightedMean, init_factors
 from curvax.kron._gradient_pairs import Basis
 from curvax.kron._layout import Layout, named_leaves
-from curvax.kron._moments import EigenFactors, kron_basis, make_moments, moment_sums
+from curvax.kron._moments import (
+    EigenFactors,
+    check_one_product,
+    kron_basis,
+    make_moments,
+    moment_sums,
+)
 from curvax.objective import Objective
 
 T = TypeVar("T")
@@ -313,6 +319,8 @@ def moment_passes(
     objective: Objective, layout: Layout, options: PassOptions
 ) -> tuple[FitPass, ...]:
     """Return the passes that fit second moments in the eigenbasis of the Kronecker factors."""
+    # Now, and not only after the pass that the eigenbases are computed from.
+    check_one_product(layout.blocks)
     moments = MomentPass(objective, layout, options)
     return (*factor_passes(objective, layout, options), EigenbasisPass(layout), moments)
 

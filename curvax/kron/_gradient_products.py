@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 
 from curvax._batch import ENTRIES_AT_A_TIME
 from curvax.capture import DensePair, GradientPair, LookupPair, PerUseArray
+from curvax.kron._block_operators import EigenOperator
 from curvax.kron._gradient_pairs import gradient_of
 from curvax.kron._layout import Block
-from curvax.kron._operator import EigenOperator
 
 # q: vectors, b: examples, s: stack, t: positions, i: inputs (with the 1 of a bias), o: outputs,
 # r: rank

@@ -21,7 +21,8 @@ from curvax.kron._layout_table import layout_table
 from curvax.kron._match import Match, match_leaves
 
 UNMATCHED = ("error", "diagonal", "identity")
-SHARING = ("expand", "reduce")
+OVER_TIME = ("time_symmetric", "time_infinite")
+SHARING = ("expand", "reduce", *OVER_TIME)
 POSITIONS = ("active", "all")
 TWO_PRODUCTS = ("balanced", "exact")
 CHANGES = {
@@ -51,7 +52,8 @@ class Block:
       a_structure: structure of A, which has `in` (+ 1 with a bias) rows: "full", "diagonal" or
         "identity".
       g_structure: structure of G, which has `out` rows.
-      sharing: how positions of one example are taken together: "expand" or "reduce".
+      sharing: how positions of one example are taken together: "expand", "reduce",
+        "time_symmetric" or "time_infinite".
       two_products: what becomes of the sum of two Kronecker products that a kernel has which is
         used transposed too, or in two parts of an objective: "balanced", approximated by one;
         "exact", inverted as it is.
@@ -120,6 +122,16 @@ class Block:
     def has_second_product(self) -> bool:
         """Whether factors of two products are accumulated, and not of one."""
         return self.has_transposed_uses or self.two_products == "exact"
+
+    @property
+    def is_over_time(self) -> bool:
+        """Whether positions are times, and the moments of a time with the next are measured."""
+        return self.sharing in OVER_TIME
+
+    @property
+    def is_one_product(self) -> bool:
+        """Whether the curvature of the block is inverted as one Kronecker product."""
+        return self.two_products == "balanced" and not self.is_over_time
 
     def of_part(self, name: str) -> Block | None:
         """Return the block as one part of an objective has it; None if it has no use there."""
@@ -228,13 +240,15 @@ class Layout:
         Args:
           path: the leaf's path, as the printed layout shows it.
           **changes: of a block `a_structure`, `g_structure` ("full", "diagonal", "identity"),
-            `sharing` ("expand", "reduce"), `positions` ("active", "all"), or `two_products`
-            ("balanced", "exact") where the kernel is used transposed too, or in two parts of the
-            objective, see `curvax.kron_inverse`; or `kind` ("diagonal", "identity"), which takes
-            the leaf, and all that share a block with it, out of blocks.
+            `sharing` ("expand", "reduce", and for a recurrent kernel "time_symmetric",
+            "time_infinite"), `positions` ("active", "all"), or `two_products` ("balanced", "exact")
+            where the kernel is used transposed too, or in two parts of the objective, see
+            `curvax.kron_inverse`; or `kind` ("diagonal", "identity"), which takes the leaf, and all
+            that share a block with it, out of blocks.
 
         Raises:
-          ValueError: the path or the choice does not exist; the message lists those that do.
+          ValueError: the path or the choice does not exist; the message lists those that do. Or the
+            block cannot be over time: the message says why.
         """
         check_choice("path", path, dict.fromkeys(leaf.path for leaf in self.leaves))
         for name, value in changes.items():
@@ -267,6 +281,8 @@ class Layout:
             dataclasses.replace(block, **choices) if block in edited else block
             for block in self.blocks
         ]
+        for block in blocks:
+            check_over_time(block)
         return Layout(tuple(blocks), self.leaves)
 
     def _without(self, path: str, edited: list[Block], kind: str) -> Layout:
@@ -287,6 +303,40 @@ class Layout:
             for leaf in self.leaves
         ]
         return Layout(blocks, tuple(leaves))
+
+
+def check_over_time(block: Block) -> None:
+    """Raise if positions of a block are to be times, and its statistics cannot be those of times.
+
+    What the model's program says of the positions is checked where it is known, in `layout_plan`.
+    """
+    if not block.is_over_time:
+        return
+    reason = _no_times(block)
+    if reason is not None:
+        raise ValueError(
+            f'sharing="{block.sharing}" is of kernels that are used at every time of a sequence: '
+            f'{block.name} {reason}. Use sharing="expand" for it, '
+            f'layout.edit("{block.leaves[0]}", sharing="expand").'
+        )
+
+
+def _no_times(block: Block) -> str | None:
+    """Say why no moments between times are measured for a block; None if they are."""
+    kinds = sorted({use.kind for use in block.uses if use.kind != "dot"})
+    # One transition matrix on each side is the model: a second product would need a second pair.
+    if not block.uses:
+        return "is of a layout for gradients alone, which knows no positions"
+    if block.parts or block.is_penalized:
+        return "is of an objective of several parts"
+    if block.has_second_product:
+        return "has the curvature of two Kronecker products, of the kernel and of its transpose"
+    if kinds:
+        return f"is used by a {' and a '.join(kinds)}, and not by matrix products alone"
+    # A_1 is no diagonal matrix where A_0 is, so that both have to be full.
+    if block.structures != ("full", "full"):
+        return f"has {block.a_structure} and {block.g_structure} factors, not two full ones"
+    return None
 
 
 def leaf_shapes(params: Params) -> dict[str, tuple[int, ...]]:

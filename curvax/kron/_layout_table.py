@@ -118,8 +118,9 @@ def _listed(texts: Iterable[str], separator: str = ", ") -> str:
 
 
 def _floats(block: Block) -> int:
-    """Count the floats of a block's factors, of which a second product has a second pair."""
-    return (1 + block.has_second_product) * sum(map(math.prod, block.factor_shapes))
+    """Count the floats of a block's factors: a second product, or a lag, is a second pair."""
+    pairs = 1 + block.has_second_product + block.is_over_time
+    return pairs * sum(map(math.prod, block.factor_shapes))
 
 
 def _memory(floats: int) -> str:

@@ -67,7 +67,7 @@ def kron_basis(layout: Layout, factors: Factors) -> dict[str, Basis]:
       where the function is traced (`jit`, `vmap`), in the program and in the factors' precision.
 
     Raises:
-      ValueError: a block has `two_products="exact"`.
+      ValueError: a block has `two_products="exact"`, or is over time.
 
     Cost: one eigendecomposition for every full factor.
 
@@ -88,7 +88,7 @@ def kron_basis(layout: Layout, factors: Factors) -> dict[str, Basis]:
 
 def decompose(blocks: Sequence[Block], factors: Factors) -> dict[str, tuple[Eigen, Eigen]]:
     """Decompose A and G of every block."""
-    _check_one_product(blocks)
+    check_one_product(blocks)
     # All factors in one list, so that those of equal size can be decomposed as one batch.
     decompositions = iter(eigh_all(_combined(tuple(blocks), factors)))
     return {block.name: (next(decompositions), next(decompositions)) for block in blocks}
@@ -102,7 +102,7 @@ def track(
     method: str,
 ) -> dict[str, tuple[TrackedBasis, TrackedBasis]]:
     """Turn the eigenbases of every block to those of A and G, see `tracked_basis`."""
-    _check_one_product(blocks)
+    check_one_product(blocks)
     pairs = [bases[block.name] for block in blocks]
     sides = [side for pair in pairs for side in pair]
     combined = _combined(tuple(blocks), factors)
@@ -110,14 +110,21 @@ def track(
     return {block.name: (next(results), next(results)) for block in blocks}
 
 
-def _check_one_product(blocks: Sequence[Block]) -> None:
-    """Raise if a block is a sum of two Kronecker products."""
+def check_one_product(blocks: Sequence[Block]) -> None:
+    """Raise if the curvature of a block is no single Kronecker product."""
     for block in blocks:
         if block.two_products == "exact":
             raise ValueError(
                 f'{block.name} has two_products="exact": a sum of two Kronecker products has no '
                 "Kronecker eigenbasis, which EK-FAC needs. "
                 f'Use layout.edit("{block.leaves[0]}", two_products="balanced").'
+            )
+        if block.is_over_time:
+            raise ValueError(
+                f'{block.name} has sharing="{block.sharing}": a sum over lags has no Kronecker '
+                "eigenbasis, which EK-FAC needs; its moments are of gradients of examples, which "
+                "depend on all lags as they are. "
+                f'Use layout.edit("{block.leaves[0]}", sharing="expand").'
             )
 
 

@@ -12,6 +12,13 @@ from jaxtyping import Array, Float
 
 from curvax._checks import is_masked
 from curvax._types import Params, Scalar, at_least_float32
+from curvax.kron._block_operators import (
+    BlockOperator,
+    BlockSpectrum,
+    EigenOperator,
+    FactoredOperator,
+    outer,
+)
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis
 from curvax.kron._kron_factor import (
@@ -22,10 +29,10 @@ from curvax.kron._kron_factor import (
     eigh_all,
     invert_all,
     lower_bound_of_largest,
-    matmul,
 )
 from curvax.kron._layout import Block, Layout, Leaf, match_layout, named_leaves
 from curvax.kron._moments import EigenFactors, decompose
+from curvax.kron._over_time import power_over_time
 from curvax.kron._two_products import (
     FactorPair,
     combined_factors,
@@ -33,77 +40,6 @@ from curvax.kron._two_products import (
     kron_products,
     pencils,
 )
-
-
-class BlockSpectrum(NamedTuple):
-    """What is known of a block's curvature; of a stack, over all slices.
-
-    Attributes:
-      trace: sum of the eigenvalues of the undamped block.
-      largest: largest eigenvalue of the damped block; a lower bound where power iteration finds it.
-      smallest: smallest eigenvalue of the damped block; an upper bound likewise.
-    """
-
-    trace: Scalar
-    largest: Scalar
-    smallest: Scalar
-
-
-class FactoredOperator(NamedTuple):
-    """A block that is a Kronecker product, `V -> left V right`.
-
-    Attributes:
-      left: on the inputs' side.
-      right: on the outputs' side.
-    """
-
-    left: KronFactor
-    right: KronFactor
-
-    def times(self, matrix: Matrices) -> Matrices:
-        """Multiply matrices by the block."""
-        return self.right.right(self.left.left(matrix))
-
-
-class EigenOperator(NamedTuple):
-    """A block that two matrices make diagonal, `V -> left (left' V right * scale) right'`.
-
-    Attributes:
-      left: eigenvectors of A, `[stack, in, in]` in columns, or None for the identity.
-      right: eigenvectors of G, `[stack, out, out]`, or None for the identity.
-      scale: powers of damped eigenvalues, `[stack, in, out]`.
-    """
-
-    left: Array | None
-    right: Array | None
-    scale: Array
-
-    def times(self, matrix: Matrices) -> Matrices:
-        """Multiply matrices by the block."""
-        # into the basis, `left' V right`
-        if self.left is not None:
-            matrix = matmul(_t(self.left), matrix)
-        if self.right is not None:
-            matrix = matmul(matrix, self.right)
-        matrix = matrix * self.scale
-        # and back
-        if self.left is not None:
-            matrix = matmul(self.left, matrix)
-        if self.right is not None:
-            matrix = matmul(matrix, _t(self.right))
-        return matrix
-
-    def diagonal(self) -> Matrices:
-        """Return the diagonal of the block, `left^2 scale (right^2)'` with squares by entry."""
-        diagonal = self.scale
-        if self.left is not None:
-            diagonal = matmul(jnp.square(self.left), diagonal)
-        if self.right is not None:
-            diagonal = matmul(diagonal, _t(jnp.square(self.right)))
-        return diagonal
-
-
-BlockOperator: TypeAlias = FactoredOperator | EigenOperator
 
 
 class KronOperator(NamedTuple):
@@ -136,7 +72,8 @@ def kron_operator(
         Grosse (2015), section 6.3;
       EK-FAC: `Q_A ((Q_A' V Q_G) (M + damping)^power) Q_G'` with second moments M, George et al.
         (2018), section 3;
-      two products that the layout wants inverted exactly: see `_two_products.pencils`.
+      two products that the layout wants inverted exactly: see `_two_products.pencils`;
+      a block over time: see `_over_time`.
     """
     diagonal = diagonal_operator(factors.diagonal, damping, power)
     # EK-FAC: second moments M stand where K-FAC has the products of eigenvalues d_A d_G'.
@@ -149,12 +86,15 @@ def kron_operator(
             amount = damping_of(damping, name)
             blocks[name] = _of_moments(basis, moments, amount, power=power)
         return KronOperator(blocks, diagonal)
-    balanced = [block for block in layout.blocks if block.two_products == "balanced"]
+    one_product = [block for block in layout.blocks if block.is_one_product]
     build = DAMPING_SCHEMES[damping_scheme]
-    built = build(balanced, factors, damping, power)
-    # A sum of two products has a formula of its own, under both schemes.
+    built = build(one_product, factors, damping, power)
+    # A sum of two products, or of those at all lags, has a formula under both schemes.
     for block in layout.blocks:
-        if block.two_products == "exact":
+        if block.is_over_time:
+            amount = shifted_damping(damping, block.name, factors)
+            built[block.name] = power_over_time(block, factors.blocks[block.name], amount, power)
+        elif block.two_products == "exact":
             built[block.name] = _of_two_products(block, factors, damping, power)
     return KronOperator(
         {name: operator for name, (operator, _) in built.items()},
@@ -316,7 +256,7 @@ def _of_eigen(
 ) -> tuple[EigenOperator, BlockSpectrum]:
     """Return `(A x G + damping I)^power`."""
     # A x G + damping I has the eigenvalues d_A d_G' + damping, in the basis Q_A x Q_G.
-    damped = _outer(a.values, g.values) + _by_slice(damping)
+    damped = outer(a.values, g.values) + _by_slice(damping)
     operator = EigenOperator(a.vectors, g.vectors, damped**power)
     return operator, eigen_spectrum(a, g, damping)
 
@@ -326,7 +266,7 @@ def eigen_spectrum(a: Eigen, g: Eigen, damping: Any) -> BlockSpectrum:
     """Return the spectrum of `A x G`, and of `A x G + damping I`."""
     trace_a = jnp.sum(a.values, axis=1)
     trace_g = jnp.sum(g.values, axis=1)
-    damped = _outer(a.values, g.values) + _by_slice(damping)
+    damped = outer(a.values, g.values) + _by_slice(damping)
     return BlockSpectrum(
         trace=jnp.sum(trace_a * trace_g),
         largest=jnp.max(damped),
@@ -370,7 +310,7 @@ def _invert_sum(
     damped_a, damped_g = damped_factors(a2, g2, damping)
     # 2. Both products become diagonal together: D_A x D_G, and the identity.
     pencil_a, pencil_g = pencils(first, (damped_a, damped_g))
-    scale = 1 / (_outer(pencil_a.values, pencil_g.values) + 1)
+    scale = 1 / (outer(pencil_a.values, pencil_g.values) + 1)
     # K = vectors diag(scales): the scales of both sides go into the middle.
     if pencil_a.scales is not None:
         scale = scale * pencil_a.scales[:, :, None] ** 2
@@ -383,8 +323,8 @@ def _invert_sum(
         # (A1 x G1 + A2d x G2d) V = A1 V G1 + A2d V G2d
         return g1.right(a1.left(v)) + damped_g.right(damped_a.left(v))
 
-    diagonal1 = _outer(a1.diagonal(), g1.diagonal())
-    diagonal2 = _outer(damped_a.diagonal(), damped_g.diagonal())
+    diagonal1 = outer(a1.diagonal(), g1.diagonal())
+    diagonal2 = outer(damped_a.diagonal(), damped_g.diagonal())
     largest = lower_bound_of_largest(damped_sum, diagonal1 + diagonal2)
     largest_of_inverse = lower_bound_of_largest(inverse.times, inverse.diagonal())
     # tr(A1 x G1 + A2 x G2), the trace of the sum without damping.
@@ -403,17 +343,9 @@ def _times(operator: BlockOperator, matrix: Matrices) -> Matrices:
     return operator.times(matrix)
 
 
-def _outer(x: Float[Array, "s i"], y: Float[Array, "s o"]) -> Float[Array, "s i o"]:
-    return x[:, :, None] * y[:, None, :]
-
-
 def _by_slice(damping: Any) -> Float[Array, "s 1 1"]:
     """Bring a number, or one for each slice, into the shape of blocks."""
     return jnp.reshape(damping, (-1, 1, 1))
-
-
-def _t(x: Array) -> Array:
-    return x.swapaxes(-1, -2)
 
 
 DAMPING_SCHEMES: dict[str, Callable[[Sequence[Block], Factors, Any, float], Built]] = {

@@ -6,6 +6,7 @@ from typing import Any
 
 from curvax._types import Params
 from curvax.capture import Kernel, Plan, plan
+from curvax.kron._lags import check_times
 from curvax.kron._layout import Block, Layout, named_leaves
 from curvax.objective import Objective
 
@@ -27,7 +28,8 @@ def layout_plan(
       per_example: run every row by itself; otherwise the batch is one "example" with all positions.
 
     Raises:
-      ValueError: as `curvax.capture.plan`; or the layout is for gradients alone.
+      ValueError: as `curvax.capture.plan`; the layout is for gradients alone; or, per example, the
+        positions of a block over time are no times.
     """
     for block in layout.blocks:
         if not block.uses:
@@ -41,7 +43,13 @@ def layout_plan(
     leaves = [leaf.path for leaf in layout.leaves if leaf.outside == "diagonal"]
     # Containers of params may have changed since the layout was made, and paths with them.
     paths = tuple(named_leaves(layout, params))
-    return plan(objective, params, inputs, kernels, leaves, per_example, paths)
+    planned = plan(objective, params, inputs, kernels, leaves, per_example, paths)
+    # In the program of one example positions are its own, and a batch has no axis among them.
+    if per_example:
+        for block, (_, uses) in zip(layout.blocks, planned.uses, strict=True):
+            if block.is_over_time:
+                check_times(block, uses)
+    return planned
 
 
 def kernel_of(block: Block) -> Kernel:

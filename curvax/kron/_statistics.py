@@ -137,7 +137,7 @@ def _input_moment(
         totals.append(total)
         weights.append(weight)
     total, weight = _sum(totals), _sum(weights)
-    if block.sharing == "expand":
+    if block.sharing != "reduce":
         return WeightedMean(total, weight)
     # An example with no position that counts has the mean 0/0; it is 0 and left out of the weight.
     mean = total / jnp.maximum(weight, 1)[..., None]
@@ -159,8 +159,8 @@ def _output_moment(
     moments = []
     for x, y in zip(g, h, strict=True):
         # The second moment of rows with themselves costs half of what that with others does.
-        other = None if y is x else _flat(y)
-        moments.append(structure.second_moment(_flat(x), other))
+        other = None if y is x else flat(y)
+        moments.append(structure.second_moment(flat(x), other))
     total = _sum(moments)
     if transposed and block.bias is not None:
         # On the inputs' side the bias has a row, which transposed uses leave alone.
@@ -171,7 +171,7 @@ def _output_moment(
 def _rows_of_orientation(block: Block, rows: PerUse, transposed: bool) -> PerUse:
     """Return the cotangents of all uses of one orientation; "reduce" sums them over positions."""
     chosen = [at_least_float32(rows[k]) for k in _of_orientation(block, transposed)]
-    if block.sharing == "expand":
+    if block.sharing != "reduce":
         return chosen
     sums = [jnp.sum(x, axis=2, keepdims=True) for x in chosen]
     return [_sum(sums)]
@@ -185,7 +185,8 @@ def _of_use(
     block: Block, use: UseKind, a: PerUseArray, chunks: ChunkedInputs | None, m: Counted
 ) -> tuple[Array, Array]:
     """Return what A is made of, with its weight, of one use: chunk by chunk if it has chunks."""
-    expand = block.sharing == "expand"
+    # Over time, A is that of "expand": the moment of each time with itself.
+    expand = block.sharing != "reduce"
     of_rows = functools.partial(_expanded_moment if expand else _summed_inputs, block, use)
     if chunks is None:
         return of_rows(a, m)
@@ -211,15 +212,15 @@ def _expanded_moment(
     structure = STRUCTURES[block.g_structure if use.transposed else block.a_structure]
     weight = jnp.sum(m, axis=(0, 2))
     if use.kind == "lookup":  # inputs are one-hot: `a a'` counts how often each row was looked up
-        ids = _flat(a)[..., 0]
-        counts = _count_rows(ids, _flat(m), _table_rows(block, use))
-        counts = _with_one(block, use, counts, weight)
-        with_one = block.bias is not None and not use.transposed and use.biased
-        return structure.moment_of_counts(counts, with_one), weight
-    m = _flat(m)
+        ids = flat(a)[..., 0]
+        counts = _count_rows(ids, flat(m), _table_rows(block, use))
+        counts = with_one(block, use, counts, weight)
+        has_one = block.bias is not None and not use.transposed and use.biased
+        return structure.moment_of_counts(counts, has_one), weight
+    m = flat(m)
     # `where`, not a product: inputs that do not count may be infinite.
-    rows = jnp.where(m[..., None] > 0, _flat(a).astype(m.dtype), 0)
-    rows = _with_one(block, use, rows, m)
+    rows = jnp.where(m[..., None] > 0, flat(a).astype(m.dtype), 0)
+    rows = with_one(block, use, rows, m)
     return structure.second_moment(rows, None), weight
 
 
@@ -234,10 +235,10 @@ def _summed_inputs(
     else:
         counting = jnp.where(m[..., None] > 0, a.astype(m.dtype), 0)
         total = jnp.sum(counting, axis=2)
-    return _with_one(block, use, total, count), count
+    return with_one(block, use, total, count), count
 
 
-def _with_one(block: Block, use: UseKind, a: Array, one: Array) -> Array:
+def with_one(block: Block, use: UseKind, a: Array, one: Array) -> Array:
     """Append the bias's coordinate.
 
     It is `one` times the use's input of the bias where that is added, and 0 for a use without it;
@@ -268,7 +269,7 @@ def _count_rows(ids: Array, m: Float[Array, "s t"], size: int) -> Float[Array, "
     return jax.vmap(count)(known, m)
 
 
-def _flat(x: Array) -> Array:
+def flat(x: Array) -> Array:
     """Bring examples and positions into one axis: `[stack, rows, ...]`."""
     _, stack, _, *trailing = x.shape
     return x.swapaxes(0, 1).reshape(stack, -1, *trailing)

@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Int, PyTree
 from curvax._checks import check_count, check_decay, check_precision
 from curvax._trees import all_finite
 from curvax._types import Count, Params, Scalar
+from curvax.kron._block_operators import BlockSpectrum
 from curvax.kron._factors import Factors, init_factors, moving_average
 from curvax.kron._layout import Block, Layout, check_layout, present
-from curvax.kron._operator import BlockSpectrum, KronOperator, apply
+from curvax.kron._operator import KronOperator, apply
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping, absolute_damping
 from curvax.optim._rule import (

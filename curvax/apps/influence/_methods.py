@@ -18,12 +18,13 @@ from curvax._host import OnHost
 from curvax._stream import check_rereadable, on_device
 from curvax._types import Batch, Matvec, Params
 from curvax.apps.influence._fitting import Fitted
+from curvax.kron._block_operators import EigenOperator
 from curvax.kron._factors import Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis
 from curvax.kron._inverse import kron_inverse
 from curvax.kron._layout import Layout, named_leaves
 from curvax.kron._moments import EigenFactors, decompose
-from curvax.kron._operator import EigenOperator, KronOperator, apply, damping_of
+from curvax.kron._operator import KronOperator, apply, damping_of
 from curvax.kron._two_products import combined_factors
 from curvax.objective import Objective
 from curvax.products import ggnvp, streamed
@@ -301,8 +302,8 @@ def divisor_of(fitted: Fitted, method: str) -> Curvature | None:
 def _in_eigenbasis(fitted: Fitted) -> Curvature:
     """Write K-FAC's curvature as EK-FAC's, with the eigenvalues of `A x G` as moments."""
     layout, factors = fitted.layout, fitted.require_factors()
-    # A sum of two Kronecker products has no Kronecker eigenbasis.
-    if any(block.two_products == "exact" for block in layout.blocks):
+    # A sum of Kronecker products has no Kronecker eigenbasis.
+    if not all(block.is_one_product for block in layout.blocks):
         return factors
     basis, moments = {}, {}
     for name, (a, g) in decompose(layout.blocks, factors).items():

@@ -39,10 +39,11 @@ from curvax.apps.influence._queries import (
     gradients_of_rows,
 )
 from curvax.capture import Capture
+from curvax.kron._block_operators import EigenOperator
 from curvax.kron._gradient_pairs import Basis, gradient_of
 from curvax.kron._gradient_products import squares_by_example
 from curvax.kron._layout import Layout, check_layout
-from curvax.kron._operator import EigenOperator, KronOperator, kron_operator
+from curvax.kron._operator import KronOperator, kron_operator
 from curvax.losses._shares import term_counts
 from curvax.objective import Objective
 from curvax.solve import Window

@@ -66,11 +66,14 @@ def block_operators(curvature: Any, layout: Layout, block: Block) -> BlockOperat
     if isinstance(curvature, EigenFactors):
         # The power 1 of `Q_A (M * .) Q_G'`; nothing is divided by, so that it needs no damping.
         alone = Layout((block,), layout.leaves)
-        return (kron_operator(alone, curvature, 0.0, power=1.0).blocks[block.name],)
+        operator = kron_operator(alone, curvature, 0.0, power=1.0).blocks[block.name]
+        assert isinstance(operator, EigenOperator)  # as all blocks of eigenbases are
+        return (operator,)
     if isinstance(curvature, Factors):
         _check_present(block.name, curvature.blocks)
         factors = curvature.blocks[block.name]
-        # Two products of a tied weight are both there: nothing has to be approximated by one.
+        # Two products of a tied weight are both there: nothing has to be approximated by one. A
+        # block over time enters by its lag 0, which is A x G as of "expand".
         pairs = kron_products(block.structures, factors)
         if factors.shift is not None:
             # A penalty on params adds c I.

@@ -16,8 +16,8 @@ from curvax._trees import cast_like, norm, safe_divide
 from curvax._types import Params, tree_at_least_float32
 from curvax.apps.merging._curvature import BlockOperators, block_operators, diagonals, kind_of
 from curvax.kron import Identity, Layout, block_matrices, with_block_matrices
+from curvax.kron._block_operators import FactoredOperator
 from curvax.kron._kron_factor import KronFactor, added, matmul, scaled
-from curvax.kron._operator import FactoredOperator
 from curvax.solve import Result, SolveInfo, cg
 
 # t: tasks, c_t: weights, F_t: curvature, w_t: params of a model, W_t: the matrix of a block in them
