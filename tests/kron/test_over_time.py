@@ -210,10 +210,10 @@ def test_what_has_no_times_is_refused():
         over_time.edit(KERNEL, a_structure="diagonal")
     with pytest.raises(ValueError, match="no Kronecker eigenbasis"):
         curvax.kron.kron_basis(over_time, factors_of(PARAMS, DATA))
-    with pytest.raises(ValueError, match="has no lags|have no lags"):
+    with pytest.raises(ValueError, match="factors have no lags"):
         plain = curvax.kron_layout(OBJECTIVE, PARAMS, DATA)
         key = jax.random.key(0)
         factors = curvax.kron_factors(OBJECTIVE, plain, PARAMS, DATA, key, fisher="empirical")
         curvax.kron_inverse(over_time, factors, 0.1)
-    with pytest.raises(ValueError, match="the power -0.5 is not known"):
+    with pytest.raises(ValueError, match=r"the power -0\.5 is not known"):
         curvax.kron_inverse(over_time, factors_of(PARAMS, DATA), 0.1, power=-0.5)
