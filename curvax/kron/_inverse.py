@@ -68,9 +68,9 @@ def kron_inverse(
       >>> [round(x, 6) for x in inverse(jnp.ones((2, 1))).ravel().tolist()]
       [1.0, 0.2]
 
-    References: Martens and Grosse (2015), section 6.3; George et al. (2018); Martens, Ba and Johnson
-      (2018), Kronecker-factored curvature approximations for recurrent neural networks, whose two
-      options are `sharing="time_symmetric"` and "time_infinite" in the layout.
+    References: Martens and Grosse (2015), section 6.3; George et al. (2018); Martens, Ba and
+      Johnson (2018), Kronecker-factored curvature approximations for recurrent neural networks,
+      whose two options are `sharing="time_symmetric"` and "time_infinite" in the layout.
 
     Deviates: damping is not factored where a factor has one row, or is the identity: all of it then
       goes to the other factor, which is exact. Damping of a factor is at least its trace times the
@@ -80,10 +80,10 @@ def kron_inverse(
       with "exact", `A1 x G1 + (A2 + pi sqrt(damping) I) x (G2 + sqrt(damping) / pi I)` is inverted
       exactly under both schemes, since `damping I` would be a third product. The same choice is
       there for a kernel in two parts of a `curvax.total`, whose one product by default is in
-      `curvax.kron_factors`. Penalties on params add to the damping of a block. A block over time is inverted by
-      the formulas of `curvax/kron/_over_time.py` under both schemes, with damping that is factored
-      into A and G before lags are taken relative to them; T is the mean length of the sequences,
-      rounded.
+      `curvax.kron_factors`. Penalties on params add to the damping of a block. A block over time is
+      inverted by the formulas of `curvax/kron/_over_time.py` under both schemes, with damping that
+      is factored into A and G before lags are taken relative to them; T is the mean length of the
+      sequences, rounded.
     """
     if not isinstance(factors, Factors | EigenFactors):
         raise TypeError(
