@@ -44,7 +44,8 @@ def mean_loss(
                 values.append(weight * part.value(params, (None, None)))
 
         def of_part(part: Any, params: Params, rows: Batch) -> Scalar:
-            return part.weight * mean_loss(part.objective, microbatch)(params, rows)
+            value = mean_loss(part.objective, microbatch)(params, rows)
+            return jnp.asarray(part.weight * value)
 
         values += [value for _, value in of_parts(of_part, objective, params, batch)]
         return jnp.asarray(sum(values))
