@@ -32,6 +32,7 @@ import curvax
 from curvax.apps import merging
 
 Data = tuple[jax.Array, jax.Array]
+BATCH = 256
 MODEL = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(10)])
 OBJECTIVE = curvax.Objective(MODEL.apply, curvax.losses.softmax_cross_entropy())
 NUM_START, NUM_HELD_OUT = (
