@@ -48,7 +48,7 @@ def fitted(method):
 def dense(layout, factors, name):
     """Return A x G of a block, or the diagonal of a leaf."""
     if name in factors.diagonal:
-        return np.diag(factors.diagonal[name].mean)
+        return np.diag(np.ravel(factors.diagonal[name].mean))
     (block,) = [block for block in layout.blocks if block.name == name]
     of_block = factors.blocks[name]
     identity = np.eye(block.shape[2])
