@@ -128,3 +128,22 @@ def test_what_has_no_curvature_stays_and_bad_input_is_named():
         merging.merge(models, [curvature[0], factors[0]], layout)
     with pytest.raises(ValueError, match="factors need layout="):
         merging.merge(tasks()[0], factors)
+
+
+def test_chunks_and_devices_change_nothing():
+    models, batches, _ = tasks()
+    layout, factors = fitted("subspace")
+    reference, _ = merging.merge(models, factors, layout, **exactly)
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    fit = jax.jit(
+        functools.partial(curvax.kron_factors, OBJECTIVE, layout, fisher="exact", microbatch=5)
+    )
+    sharded = [
+        fit(w, jax.device_put(batch, rows), jax.random.key(0))
+        for w, batch in zip(models, batches, strict=True)
+    ]
+    merged, info = merging.merge(models, sharded, layout, **exactly)
+    assert info.converged
+    for name in models[0]:
+        np.testing.assert_allclose(merged[name], reference[name], atol=1e-9)

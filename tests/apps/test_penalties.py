@@ -172,3 +172,13 @@ def test_bad_input_is_named():
         hessian_alignment(OBJECTIVE, is_head)(params, [batch])
     with pytest.raises(ValueError, match="draws probes"):
         hessian_alignment(OBJECTIVE, is_head, form="hutchinson")(params, [batch, batch])
+
+
+def test_gradient_norm_of_a_sharded_batch():
+    params, (x, y) = problem()
+    batch = x[:8], y[:8]
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    gradient = jax.jit(jax.grad(gradient_norm(OBJECTIVE, 0.3, 0.1)))
+    on_devices = gradient(params, jax.device_put(batch, rows))
+    assert largest_difference(gradient(params, batch), on_devices) < 1e-12
