@@ -1,6 +1,6 @@
 """Hedge an option with an LSTM: K-FAC, with its recurrent kernels over time, against Adam.
 
-    python examples/deep_hedging.py            # three minutes on two cores
+    python examples/deep_hedging.py            # four minutes on two cores
     python examples/deep_hedging.py --smoke    # does it run? some seconds
 
 A call at the money is sold, and hedged every day for thirty days at a proportional cost. Prices
@@ -232,9 +232,9 @@ def methods_of(market: Market) -> dict[str, tuple[Callable[[Any], Any], tuple[fl
             rate, objective, over_time, damping=1e-3, inverse_every=5, fisher="exact"
         )
 
-    rates = (0.03, 0.1, 0.3)
+    rates = (0.01, 0.03, 0.1)
     return {
-        "Adam": (optax.adam, (3e-3, 1e-2, 3e-2)),
+        "Adam": (optax.adam, (1e-2, 3e-2, 1e-1)),
         "K-FAC, times independent": (kfac("expand"), rates),
         "K-FAC, time_symmetric": (kfac("time_symmetric"), rates),
         "K-FAC, time_infinite": (kfac("time_infinite"), rates),
