@@ -126,7 +126,7 @@ METHODS = {
     "psgd": on_matrices(lambda rate, layout: curvax.psgd(rate, layout=layout), 1e-3, 3e-3, 1e-2),
     "optax_muon": Method(lambda task, rate: optax.contrib.muon(rate), grid(rate=(0.01, 0.02))),
 }
-SMOKE = ("adamw", "kfac")
+SMOKE = ("kfac",)
 
 
 def read_text(path: Path | None, limit: int = 1_000_000) -> np.ndarray:

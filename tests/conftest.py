@@ -31,7 +31,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_traceback_in_locations_limit", 0)
 # Traced programs are many small objects that live long: Python's collector would go through all
 # of them again and again, a tenth of the time of the tests.
-gc.set_threshold(50_000, 20, 100)
+gc.set_threshold(50_000, 10, 20)
 
 
 @pytest.fixture

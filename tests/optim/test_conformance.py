@@ -5,6 +5,7 @@ A test that cannot apply to a row is left out by a property of the row, see `row
 
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -557,11 +558,10 @@ def test_jit_equals_eager_traces_once_and_learns(row):
 
 @every_optimizer
 def test_donated_buffers(row):
-    """`init` gives fresh buffers: params and state can be donated together."""
-    tx, plain = compiled(row)
-    step = jax.jit(step_with(tx), donate_argnums=(0, 1))
-    params, state = train(step, tx, 3, params=jax.tree.map(jnp.copy, PARAMS))
-    same((params, state), train(plain, tx, 3))
+    """`init` gives fresh buffers, each its own: params and state can be donated together."""
+    tx, _ = compiled(row)
+    arrays = jax.tree.leaves((PARAMS, tx.init(PARAMS)))
+    assert len({x.unsafe_buffer_pointer() for x in arrays if x.size}) == len(arrays)
 
 
 @rows_that("keeps")  # of the others, nothing is refreshed
@@ -963,9 +963,14 @@ def test_in_a_train_state(row):
 
 @every_optimizer
 def test_unknown_extra_arguments_are_ignored(row):
-    tx, plain = compiled(row)
+    tx, _ = compiled(row)
     extra = {"other": "x"} | ({"value": 1.0} if row.ignores_value else {})
-    same(train(jax.jit(step_with(tx, **extra)), tx, 2), train(plain, tx, 2))
+
+    def program(**extra):
+        jaxpr = jax.make_jaxpr(step_with(tx, **extra))(PARAMS, tx.init(PARAMS), BATCH)
+        return re.sub("0x[0-9a-f]+", "", str(jaxpr))  # where functions lie in memory
+
+    assert program(**extra) == program()
     rule = row.scale_by()
     curvature = estimating(row)(PARAMS, BATCH, jax.random.key(0))
     apply = lambda g, s, c: rule.update(g, s, PARAMS, curvature=c, batch=BATCH, value=1.0)
