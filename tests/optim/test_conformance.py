@@ -278,6 +278,20 @@ OPTIMIZERS = {
         hyperparameter="gamma",
         **DIAGONAL,
     ),
+    "oasis": Row(
+        # At interval 1 the first curvature is that of one probe, as the tests' estimator gives it.
+        build=functools.partial(curvax.oasis, num_first=1),
+        scale_by=curvax.scale_by_oasis,
+        estimator=hessian_diagonal,
+        hyperparameter="alpha",
+        **DIAGONAL
+        | {
+            "averages": ("curvature",),
+            "plain": (("momentum", 0.0), ("max_kl", None)),
+            "more": (("momentum", 0.5), ("max_kl", None)),
+            "then": optax.trace(0.5),
+        },
+    ),
     "oasis_auto": Row(
         build=with_oasis_rate,
         scale_by=functools.partial(curvax.optim.scale_by_oasis_auto, OBJECTIVE, first_rate=0.02),
@@ -1077,7 +1091,9 @@ def test_errors_of_diagonal_methods(row):
         ValueError, match=r"curvature\['c'\] is float32\[3\], updates\['c'\] is float32\[8, 3\]"
     ):
         tx.update(grads, state, PARAMS, curvature={**PARAMS, "c": jnp.zeros(3)})
-    with pytest.raises(TypeError, match=r"b1 must be a number, got a function.*inject_hyperparams"):
-        row.build(0.02, OBJECTIVE, b1=lambda count: 0.9)
+    with pytest.raises(
+        TypeError, match=rf"{row.decay} must be a number, got a function.*inject_hyperparams"
+    ):
+        row.build(0.02, OBJECTIVE, **{row.decay: lambda count: 0.9})
     with pytest.raises(TypeError, match=r"curvature is an Estimate.*\.mean"):
         tx.update(grads, state, PARAMS, curvature=curvax.Estimate(grads, grads))
