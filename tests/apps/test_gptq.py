@@ -245,6 +245,10 @@ def test_bfloat16_params_rank_deficient_inputs_and_vmap_over_networks():
     assert got.params.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got.params[1], single.params)
     assert (got.errors[""].rounded < 0.3 * got.errors[""].nearest).all()
+    # The error that is reported is that of what was returned, rounding to bfloat16 included.
+    change = np.asarray(many[1], np.float64) - np.asarray(single.params, np.float64)
+    error = np.mean(np.sum((np.asarray(x, np.float64) @ change) ** 2, axis=1))
+    np.testing.assert_allclose(single.errors[""].rounded, error, rtol=1e-5)
     on_levels = np.asarray(got.params, np.float32) / np.abs(np.asarray(many, np.float32)).max(
         axis=1, keepdims=True
     )

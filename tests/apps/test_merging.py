@@ -128,6 +128,13 @@ def test_what_has_no_curvature_stays_and_bad_input_is_named():
         merging.merge(models, [curvature[0], factors[0]], layout)
     with pytest.raises(ValueError, match="factors need layout="):
         merging.merge(tasks()[0], factors)
+    with pytest.raises(ValueError, match="weights are all 0"):
+        merging.merge(models, curvature, weights=[0.0, 0.0])
+    with pytest.raises(ValueError, match="one number for each model"):
+        merging.merge(models, curvature, weights=np.eye(2))
+    grams = {f"other {name}": factor.a for name, factor in factors[0].blocks.items()}
+    with pytest.raises(ValueError, match="they are of another layout"):
+        merging.merge(tasks()[0], [grams] * 3, layout)
 
 
 def test_chunks_and_devices_change_nothing():

@@ -89,8 +89,9 @@ def _gram(grams: Mapping[str, WeightedMean], block: Block) -> Any:
     """Return A of the inputs alone, with nothing for a bias; the identity for a table."""
     stack, rows, _ = block.shape
     # Tables that are looked up have no Gram, and those that are tied one of weight 0: averaged.
-    if block.name not in grams or block.has_transposed_uses:
+    if block.is_lookup or block.has_transposed_uses:
         return Identity(jnp.ones(stack), rows)
+    _check_present(block.name, grams)
     structure, mean = STRUCTURES[block.a_structure], grams[block.name].mean
     # A bias has no curvature in this form, and stays at the guess.
     padded = mean if block.bias is None else structure.with_zero_row(mean)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from curvax._checks import check_at_least, check_count, check_like, check_params
+from curvax._checks import check_at_least, check_count, check_like, check_params, describe
 from curvax._trees import cast_like, norm, safe_divide
 from curvax._types import Params, tree_at_least_float32
 from curvax.apps.merging._curvature import BlockOperators, block_operators, diagonals, kind_of
@@ -73,12 +74,13 @@ def merge(
         `Factors` (of `curvax.kron_factors` or, streamed over batches, `curvax.kron.fit_factors`;
         `merge_layout` has the layout of each method), or the `EigenFactors` of
         `curvax.kron.fit_moments`;
-        the Grams of `curvax.kron.input_factors`, from a forward pass; biases are then averaged;
+        the Grams of `curvax.kron.input_factors`, from a forward pass; they say nothing of biases,
+        which stay at the guess;
         diagonals, trees like params, whose negative entries count as 0.
       layout: the `Layout` that factors or Grams are of. Its leaves (and entries) in no block are
         merged by their diagonals, or where it says "identity" averaged.
-      weights: c_t, at least 0, one for each model; None stands for ones. Each F_t is that of a mean
-        loss already, whatever the size of its data.
+      weights: c_t, at least 0 and not all 0, `[t]`; None stands for ones. Each F_t is that of a
+        mean loss already, whatever the size of its data.
       init: the guess w_0, a tree like params, such as the pretrained model or another merge; None
         stands for the average, weighted by c_t. Where no model has curvature w stays there.
       closed_form: whether blocks that have a closed form take it. Iterations may be preferred where
@@ -155,7 +157,9 @@ def _checked(
     """Check what `merge` is called with; return an array of weights, and curvatures by model."""
     check_count(1, max_steps=max_steps)
     if not isinstance(models, Sequence) or not models:
-        raise ValueError("models must be a list of params with at least one; got none.")
+        raise ValueError(
+            f"models must be a list of params with at least one, got {describe(models)}."
+        )
     for number, model in enumerate(models):
         check_params(model)
         check_like(model, models[0], f"models[{number}]", "models[0]")
@@ -166,6 +170,11 @@ def _checked(
             raise ValueError(f"there are {len(models)} models and {len(values)} {name}.")
     for weight in weights:
         check_at_least(0, weights=weight)
+    array = jnp.asarray(weights)
+    if array.ndim != 1:
+        raise ValueError(f"weights must be one number for each model, got {describe(array)}.")
+    if not isinstance(array, jax.core.Tracer) and not np.any(array):
+        raise ValueError("weights are all 0, which is no merge; give one that is positive.")
     kinds = [kind_of(curvature) for curvature in curvatures]
     if len(set(kinds)) > 1:
         raise TypeError(
@@ -174,7 +183,7 @@ def _checked(
         )
     if layout is None and kinds[0] in ("kron", "grams"):
         raise ValueError("factors need layout=, the curvax.kron_layout that they are of.")
-    return jnp.asarray(weights), curvatures
+    return array, curvatures
 
 
 def _average(weights: Float[Array, " t"], models: Sequence[Params]) -> Params:

@@ -75,7 +75,8 @@ def hessian_alignment(
     Raises:
       ValueError: a weight is negative, the form is unknown, the head is empty, there are less than
         two domains, or the key is missing.
-      TypeError: a domain is no batch, or the loss compares examples with each other.
+      TypeError: the objective has several parts, a domain is no batch, or the loss compares
+        examples with each other.
 
     Cost: "hessian_gradient": a gradient and a Hessian product of all data, each differentiated, and
       the same once more, not differentiated. In the head they cost little; the features are run
@@ -99,6 +100,12 @@ def hessian_alignment(
     curvature_of = look_up("form", form, FORMS)
     check_at_least(0, curvature_weight=curvature_weight, gradient_weight=gradient_weight)
     check_count(1, num_probes=num_probes)
+
+    if objective.parts:
+        raise TypeError(
+            "alignment is of an objective of one part, got a curvax.total; align the part that has "
+            "domains, and add the others to the loss."
+        )
 
     def regularized(params: Params, domains: Domains, key: PRNGKey | None = None) -> Scalar:
         check_params(params)

@@ -57,7 +57,7 @@ def largest_set(
 
     Cost: at most `log2(n + 1) + 1` evaluations for n layers.
 
-    Example: each quantized layer costs 0.3.
+    Example: each quantized layer costs 0.25.
       >>> from curvax.apps import quantization
       >>> layers = {"a": 5.0, "b": 1.0, "c": 2.0, "d": 9.0}
       >>> quantization.largest_set(lambda chosen: 0.25 * len(chosen), layers, limit=0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -146,10 +146,16 @@ def gptq(
     """
     check_params(params)
     check_damping(damping)
+    if not isinstance(factors, Factors | Mapping):
+        raise TypeError(
+            "factors must be those of curvax.kron_factors or curvax.kron.input_factors, got "
+            f"{describe(factors)}."
+        )
     scheme = scheme or Scheme()
     widths = widths_by_path(params, bits, scheme)
     steps, lasts = _grids(params, widths, scheme)
     trees = _Entries(w=params, step=steps, last=lasts)
+    leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(params)}
     # The matrices of all blocks, read from the leaves of the three trees alike.
     w, step, last = (block_matrices(layout, tree) for tree in trees)
     # What is in no block, or in one without moments, is rounded to nearest.
@@ -161,7 +167,10 @@ def gptq(
             continue
         moment = _moment_of(block, factors)
         entries = _Entries(w[block.name], step[block.name], last[block.name])
-        result = _rounded_block(entries, moment, damping, by_activation)
+        # The coarsest dtype of its leaves is what an error is to be made up for in.
+        dtypes = [leaves[path].dtype for path in block.leaves]
+        dtype = min(dtypes, key=lambda dtype: jnp.finfo(dtype).nmant)
+        result = _rounded_block(entries, moment, damping, by_activation, dtype)
         matrices[block.name], errors[block.name] = result
     return Rounded(with_block_matrices(layout, matrices, plain), errors)
 
@@ -217,20 +226,26 @@ def _moment_of(block: Block, factors: InputMoments) -> Array:
 
 
 def _rounded_block(
-    entries: _Entries, moment: Array, damping: Any, by_activation: bool
+    entries: _Entries, moment: Array, damping: Any, by_activation: bool, dtype: Any
 ) -> tuple[Array, OutputError]:
-    """Round the matrices of a block, and say what it did to the outputs."""
+    """Round the matrices of a block, as a dtype stores them, and say what it did to outputs."""
+    limits = jnp.finfo(dtype)
+
+    # As params hold it; XLA may leave out a cast there and back.
+    def stored(x: Array) -> Array:
+        return lax.reduce_precision(x, limits.nexp, limits.nmant)
+
     # Without a row for the bias in A, the bias does not take part.
     inputs = moment.shape[-1]
     kernel = _Entries(*(x[:, :inputs] for x in entries))
     moment = moment.astype(kernel.w.dtype)
     is_free = kernel.last < 0
-    plain = jnp.where(is_free, kernel.w, nearest(*kernel))
+    plain = stored(jnp.where(is_free, kernel.w, nearest(*kernel)))
     order = _order(moment, is_free, by_activation)
     # Rows of everything in that order, and columns of A too.
     in_order = _Entries(*(_rows(x, order) for x in kernel))
     sorted_moment = _rows(_rows(moment, order).swapaxes(1, 2), order)
-    corrected = _rounded_rows(in_order, _coefficients(sorted_moment, damping))
+    corrected = _rounded_rows(in_order, _coefficients(sorted_moment, damping), stored)
     corrected = _rows(corrected, jnp.argsort(order, axis=1))
     # |W'a - Q'a|^2 by output, [s, o]
     before, after = (_output_errors(kernel.w - q, moment) for q in (plain, corrected))
@@ -281,7 +296,11 @@ def _inverse_of_lower_root(matrix: Array) -> Array:
     return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
 
 
-def _rounded_rows(entries: _Entries, coefficients: Float[Array, "s i i"]) -> Array:
+def _rounded_rows(
+    entries: _Entries,
+    coefficients: Float[Array, "s i i"],
+    stored: Callable[[Array], Array],
+) -> Array:
     """Round row after row, each after what the errors of the rows before it ask of it."""
     # w_j - sum_(i < j) (U_ij / U_ii) e_i: errors of rows to come are zero yet.
     product = partial(jnp.einsum, "si,sio->so", precision=lax.Precision.HIGHEST)
@@ -289,7 +308,7 @@ def _rounded_rows(entries: _Entries, coefficients: Float[Array, "s i i"]) -> Arr
     def round_row(errors: Array, j: Array) -> tuple[Array, Array]:
         w, step, last = (x[:, j] for x in entries)
         target = w - product(coefficients[:, :, j], errors)
-        rounded = jnp.where(last < 0, target, nearest(target, step, last))
+        rounded = stored(jnp.where(last < 0, target, nearest(target, step, last)))
         return errors.at[:, j].set(target - rounded), rounded
 
     numbers = jnp.arange(entries.w.shape[1])

@@ -269,8 +269,12 @@ def _exhaustive(problem: _Problem, start: np.ndarray) -> np.ndarray:
             f"{number} combinations of widths are too many to try them all (up to {MOST_CHOICES}); "
             'take method="exchange", or fewer layers or widths.'
         )
-    every = np.stack(np.unravel_index(np.arange(number), problem.lengths), axis=1)
-    return problem.best(every)[0]
+    # The digits of every number in the mixed radix of the layers' widths, the last one first.
+    numbers, digits = np.arange(number), []
+    for length in reversed(problem.lengths):
+        numbers, digit = np.divmod(numbers, length)
+        digits.append(digit)
+    return problem.best(np.stack(digits[::-1], axis=1))[0]
 
 
 def _exchange(problem: _Problem, start: np.ndarray) -> np.ndarray:
