@@ -142,6 +142,14 @@ def test_alignment_equals_the_dense_formula_and_differentiates():
     assert all(jnp.any(x != 0) for x in jax.tree.leaves(gradient))
 
 
+def test_alignment_of_domains_on_eight_devices():
+    align = jax.jit(hessian_alignment(OBJECTIVE, in_head, **WEIGHTS))
+    domains = [domain(3, 8), domain(4, 16)]
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    sharded = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))), domains)
+    np.testing.assert_allclose(align(PARAMS, sharded), align(PARAMS, domains), rtol=1e-10)
+
+
 def test_a_hessian_times_its_gradient_is_the_derivative_of_the_norm():
     loss, h = of_head(domain(3, 6))
     g = jax.grad(loss)(h)
