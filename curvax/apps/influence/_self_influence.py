@@ -317,7 +317,10 @@ def _squared_norms(
         # In the eigenbasis of the block P is diagonal, too (George et al., 2018).
         power = inverse.blocks[block.name]
         if not isinstance(power, EigenOperator):
-            raise TypeError(f"{block.name} is not diagonal in a Kronecker eigenbasis.")
+            raise TypeError(
+                f"{block.name} is not diagonal in a Kronecker eigenbasis, which self-influence "
+                f'needs; fit with layout.edit("{block.leaves[0]}", sharing="expand").'
+            )
         pairs = pairs_of_block(block, capture, cotangents, Basis(power.left, power.right))
         parts.append(squares_by_example(block, power, pairs))
     return jnp.asarray(sum(parts))
