@@ -82,6 +82,8 @@ def search_step(
     value_and_grad = jax.value_and_grad(objective.value)
     before, gradient_norm = objective.value(params, batch), norm(gradient)
     precision = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+    # With a loss that is no number no trial could succeed, and the parameter would run away.
+    is_usable &= jnp.isfinite(before)
 
     def attempt(last: Trial) -> Trial:
         shorter = family.shorten(last.parameter)

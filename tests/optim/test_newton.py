@@ -620,3 +620,26 @@ def test_masks_missing_curvature_and_bad_numbers_have_errors():
     krylov = curvax.scale_by_krylov_descent(OBJECTIVE)
     with pytest.raises(ValueError, match=r"a solve needs curvature in every step.*lazy_newton"):
         krylov.update(gradient, krylov.init(TREE), TREE, batch=BATCH)
+
+
+@pytest.mark.parametrize("build", ["cubic_newton", "gradient_regularized_newton", "krylov_descent"])
+def test_a_search_goes_on_after_batches_whose_loss_is_not_a_number(build):
+    """The gradient is finite, as it is behind `optax.zero_nans`."""
+    objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+    x = jnp.array([[1.0, 2.0], [0.0, 3.0], [1.0, 1.0]])
+    good, bad = (x, x @ jnp.array([2.0, -1.0])), (x, jnp.full(3, jnp.nan))
+    tx = optax.chain(optax.zero_nans(), getattr(curvax, build)(objective))
+
+    @jax.jit
+    def step(w, state, batch):
+        updates, state = tx.update(jax.grad(objective)(w, batch), state, w, batch=batch)
+        return w + updates, state
+
+    w, state = step(jnp.zeros(2), tx.init(jnp.zeros(2)), good)
+    for _ in range(4):
+        before = w
+        w, state = step(w, state, bad)
+        np.testing.assert_array_equal(w, before)
+    for _ in range(40):
+        w, state = step(w, state, good)
+    assert objective(w, good) < 1e-3
