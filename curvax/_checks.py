@@ -71,16 +71,22 @@ def check_floats(
             )
 
 
-def check_no_masked(params: PyTree) -> None:
-    """Raise if some leaf of `params` was taken out by `optax.masked` or `optax.partition`."""
-    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
+def check_no_masked(tree: PyTree, name: str, purpose: str, advice: str) -> None:
+    """Raise if some leaf of `tree` was taken out by `optax.masked` or `optax.partition`.
+
+    The error says `purpose`, the first path that is missing, and `advice`.
+    """
+    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_masked):
         if is_masked(leaf):
-            raise ValueError(
-                "the curvature estimate needs the whole model, but "
-                f"params{jax.tree_util.keystr(path)} is masked out. Pass all parameters by "
-                "update(..., batch=batch, model_params=params), or put the mask inside: "
-                "curvax.estimating(optax.partition({...}, labels), estimator)."
-            )
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{purpose}, but {where} is masked out. {advice}")
+
+
+def params_and_batch(params: Any, batch: Any, purpose: str) -> tuple[Any, Any]:
+    """Return both, or raise if an update came without one; the error begins with `purpose`."""
+    if params is None or batch is None:
+        raise ValueError(f"{purpose}: {CALL_WITH_BATCH}")
+    return params, batch
 
 
 def check_like(

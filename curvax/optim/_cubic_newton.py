@@ -133,8 +133,7 @@ def scale_by_cubic_newton(
         family = cubic_family(model_step, shorten=lambda M: 2 * M)
         last = search_step(start, family, state.regularization, max_trials, is_usable)
 
-        M = next_regularization(last, state.curvature.values, state.regularization)
-        fresh = jnp.where(is_usable, M, state.regularization)
+        fresh = next_regularization(last, state.curvature.values, state.regularization)
         info = {
             "shift": last.parameter * norm(last.step) / 2,
             "smallest": state.curvature.values[0],

@@ -186,7 +186,13 @@ def _whole_model(params: Params | None, model_params: Params | None) -> Params:
             "the curvature estimate needs params: tx.update(grads, state, params, batch=batch)."
         )
     # The objective is a function of all parameters, so a part of them gives no curvature.
-    check_no_masked(chosen)
+    check_no_masked(
+        chosen,
+        "params",
+        purpose="the curvature estimate needs the whole model",
+        advice="Pass all parameters by update(..., batch=batch, model_params=params), or put the "
+        "mask inside: curvax.estimating(optax.partition({...}, labels), estimator).",
+    )
     check_params(chosen)
     return chosen
 

@@ -145,9 +145,8 @@ def scale_by_krylov_descent(
         is_usable = context.gradient_is_finite & is_finite & (length > 0)
         last = search_step(start, family, first, max_trials, is_usable)
 
-        is_cubic = is_usable & (last.parameter > 0)
         M = next_regularization(last, theta, state.regularization)
-        fresh = jnp.where(is_cubic, M, state.regularization)
+        fresh = jnp.where(last.parameter > 0, M, state.regularization)
         info = {
             "smallest": theta[0],
             "largest": theta[-1],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import CALL_WITH_BATCH, check_count, check_damping
+from curvax._checks import check_count, check_damping, params_and_batch
 from curvax._trees import inner_product, keep_unless
 from curvax._types import Batch, Count, Matvec, Params, Scalar
 from curvax.objective import Objective
@@ -132,8 +132,7 @@ def levenberg_marquardt(
         batch: Batch | None = None,
         **extra: Any,
     ) -> tuple[PyTree, LevenbergMarquardtState]:
-        if params is None or batch is None:
-            raise ValueError(f"a trial of the step needs both: {CALL_WITH_BATCH}")
+        params, batch = params_and_batch(params, batch, "a trial of the step needs both")
         step, inner_state = inner.update(
             updates, state.inner_state, params, batch=batch, damping=state.damping, **extra
         )

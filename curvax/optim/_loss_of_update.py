@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from curvax._checks import CALL_WITH_BATCH, describe
+from curvax._checks import describe, params_and_batch
 from curvax._types import Batch, Params, Scalar, at_least_float32
 from curvax.objective import Objective
 
@@ -35,6 +35,5 @@ def _computed(objective: Objective | None, params: Params | None, batch: Batch |
             "the loss is missing: tx.update(grads, state, params, value=loss), or give the wrapper "
             "the objective, from which it computes the loss of the batch."
         )
-    if params is None or batch is None:
-        raise ValueError(f"the loss is computed from both: {CALL_WITH_BATCH}")
+    params, batch = params_and_batch(params, batch, "the loss is computed from both")
     return objective.value(params, batch)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from curvax._checks import check_function, check_params, is_masked
+from curvax._checks import check_function, check_no_masked, check_params
 from curvax._types import Batch, Count, Matvec, Params, PRNGKey, Scalar
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
@@ -378,10 +377,10 @@ def check_curvature(curvature: Any, updates: PyTree) -> None:
             "To use one curvature over several steps: curvax.lazy_newton."
         )
     # The products are with trees like all of params, which a gradient with holes is not.
-    for path, leaf in jax.tree.leaves_with_path(updates, is_leaf=is_masked):
-        if is_masked(leaf):
-            raise ValueError(
-                "a solve is of all parameters together, but "
-                f"updates{jax.tree_util.keystr(path)} is masked out. Keep what is not trained "
-                "out of params (close over it), and make the objective a function of the others."
-            )
+    check_no_masked(
+        updates,
+        "updates",
+        purpose="a solve is of all parameters together",
+        advice="Keep what is not trained out of params (close over it), and make the objective a "
+        "function of the others.",
+    )

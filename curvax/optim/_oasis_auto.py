@@ -20,12 +20,12 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from curvax._checks import (
-    CALL_WITH_BATCH,
     check_decay,
+    check_no_masked,
     check_params,
     check_positive,
     check_precision,
-    is_masked,
+    params_and_batch,
 )
 from curvax._trees import inner_product, scaled
 from curvax._types import Batch, Count, Params, Scalar, tree_at_least_float32
@@ -264,16 +264,15 @@ def oasis_auto(
 
 def _point(context: StepContext) -> tuple[Params, Batch]:
     """Return params and batch of an update, or raise and say what is missing."""
-    params, batch = context.params, context.extra.get("batch")
-    if params is None or batch is None:
-        raise ValueError(f"the rate comes from gradients at both params: {CALL_WITH_BATCH}")
-    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
-        if is_masked(leaf):
-            raise ValueError(
-                "the rate comes from gradients of the whole model, but "
-                f"params{jax.tree_util.keystr(path)} is masked out. With masks and groups use the "
-                "rule with a fixed rate: curvax.scale_by_oasis, curvax.oasis."
-            )
+    purpose = "the rate comes from gradients at both params"
+    params, batch = params_and_batch(context.params, context.extra.get("batch"), purpose)
+    check_no_masked(
+        params,
+        "params",
+        purpose="the rate comes from gradients of the whole model",
+        advice="With masks and groups use the rule with a fixed rate: curvax.scale_by_oasis, "
+        "curvax.oasis.",
+    )
     return params, batch
 
 

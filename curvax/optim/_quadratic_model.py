@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from curvax._checks import CALL_WITH_BATCH
+from curvax._checks import params_and_batch
 from curvax._shared import unwrap
 from curvax._trees import all_finite, inner_product, keep_unless
 from curvax._types import Batch, Params, Scalar, at_least_float32
@@ -110,8 +110,7 @@ def quadratic_model(
         damping: Any = None,
         **extra: Any,
     ) -> tuple[PyTree, QuadraticModelState]:
-        if params is None or batch is None:
-            raise ValueError(f"the quadratic model needs both: {CALL_WITH_BATCH}")
+        params, batch = params_and_batch(params, batch, "the quadratic model needs both")
         direction, inner_state = inner.update(
             updates, state.inner_state, params, batch=batch, damping=damping, **extra
         )

@@ -11,7 +11,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from curvax._checks import CALL_WITH_BATCH, check_choice, check_count, check_params
+from curvax._checks import check_choice, check_count, check_params, params_and_batch
 from curvax._trees import all_finite, inner_product, norm, safe_divide, scaled
 from curvax._types import Batch, Count, Params, Scalar, tree_at_least_float32
 from curvax.objective import Objective
@@ -289,8 +289,7 @@ def _searching(
         **extra: Any,
     ) -> tuple[PyTree, Any]:
         del extra  # the search refuses what the function that it minimizes does not take
-        if params is None or batch is None:
-            raise ValueError(f"the line search needs both: {CALL_WITH_BATCH}")
+        params, batch = params_and_batch(params, batch, "the line search needs both")
 
         def loss_at(point: Params) -> Scalar:
             return objective.value(point, batch)

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from curvax._checks import CALL_WITH_BATCH
+from curvax._checks import params_and_batch
 from curvax._trees import inner_product, norm
 from curvax._types import Batch, Params, Scalar, tree_at_least_float32
 from curvax._xla import fast_convs_in_loops
@@ -64,9 +64,8 @@ class Trial(NamedTuple):
 
 def start_of(objective: Objective, gradient: PyTree[Array], context: StepContext) -> Start:
     """Return the point of an update, or raise if it came without params or batch."""
-    params, batch = context.params, context.extra.get("batch")
-    if params is None or batch is None:
-        raise ValueError(f"a trial of the step needs both: {CALL_WITH_BATCH}")
+    purpose = "a trial of the step needs both"
+    params, batch = params_and_batch(context.params, context.extra.get("batch"), purpose)
     return Start(objective, params, batch, gradient)
 
 

@@ -108,6 +108,7 @@ def hessian_alignment(
         )
 
     def regularized(params: Params, domains: Domains, key: PRNGKey | None = None) -> Scalar:
+        """Return the loss of all domains together, and the penalty."""
         check_params(params)
         batches = _batches_of(domains)
         if form == "hutchinson" and key is None:
