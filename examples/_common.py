@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,15 @@ def read_idx(path: Path) -> np.ndarray:
             f"{path} should hold {shape} bytes after its header, got {len(content) - header}"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def with_error(values: Any, digits: int = 2, sign: str = "") -> str:
+    """Format mean and standard error over runs (`sign="+"`: with its sign); of one run the mean."""
+    values = np.asarray(values)
+    mean = f"{values.mean():{sign}.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {values.std(ddof=1) / np.sqrt(len(values)):.{digits}f}"
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

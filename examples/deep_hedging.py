@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from _common import print_table
+from _common import print_table, with_error
 from jax.scipy.stats import norm
 from tqdm import tqdm
 
@@ -272,9 +272,9 @@ def compare(args: Any) -> dict[str, Trained]:
             [
                 name,
                 f"{rate:g}",
-                with_error(100 * risk),
-                with_error(100 * profit.std(axis=1)),
-                with_error(100 * costs),
+                with_error(100 * risk, 4),
+                with_error(100 * profit.std(axis=1), 4),
+                with_error(100 * costs, 4),
                 steps,
                 f"{1e3 * trained.seconds:.1f}",
             ]
@@ -282,13 +282,6 @@ def compare(args: Any) -> dict[str, Trained]:
     header = ("method", "rate", "risk", "deviation", "costs", "steps to Adam's risk", "ms a step")
     print_table(f"{args.steps} steps, {args.seeds} seeds; % of the price", header, rows)
     return {name: trained for name, (_, trained) in chosen.items()}
-
-
-def with_error(values: Any) -> str:
-    """Mean and standard error over seeds."""
-    values = np.asarray(values)
-    sem = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return f"{values.mean():.4f} ± {sem:.4f}"
 
 
 def black_scholes(prices: jax.Array, variance: float) -> jax.Array:

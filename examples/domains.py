@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import load_split, print_table
+from _common import load_split, print_table, with_error
 from matplotlib.figure import Figure
 from scipy.ndimage import rotate
 from tqdm import tqdm
@@ -165,13 +165,6 @@ def main() -> None:
                 bar.update()
     report(names, angles, outside, inside)
     plot(names, angles, outside, args.out / "domains.png")
-
-
-def with_error(values: np.ndarray) -> str:
-    """Format mean and standard error over seeds; of one seed no error is known."""
-    count = len(values)
-    error = values.std(ddof=1) / np.sqrt(count) if count > 1 else 0.0
-    return f"{values.mean():.2f} ± {error:.2f}"
 
 
 def report(

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import load_split, print_table
+from _common import load_split, print_table, with_error
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score
 
@@ -134,7 +134,7 @@ def wrong_labels(data: Data, training: Training, seeds: int) -> None:
             precision = average_precision_score(np.asarray(wrong), np.asarray(ranking))
             table.setdefault(name, []).append([100 * x for x in (*found, precision)])
     rows = [
-        [name, *(spread(column, 1) for column in np.transpose(values))]
+        [name, *(with_error(column, 1) for column in np.transpose(values))]
         for name, values in table.items()
     ]
     header = (
@@ -251,14 +251,14 @@ def datamodeling(data: Data, test: Data, training: Training, args: argparse.Name
         ]
         together = sum(scores[name] / args.networks for scores in each)
         whole = influence.linear_datamodeling_score(together, subsets, mean)
-        rows.append([name, spread(one, 3), f"{whole.mean:.3f} ± {whole.sem:.3f}"])
+        rows.append([name, with_error(one, 3), f"{whole.mean:.3f} ± {whole.sem:.3f}"])
     half = args.seeds // 2
     first, second = jnp.mean(measured[:half], axis=0), jnp.mean(measured[half:], axis=0)
     ranks = lambda x: jnp.argsort(jnp.argsort(x, axis=0), axis=0)
     halves = np.array(
         [np.corrcoef(a, b)[0, 1] for a, b in zip(ranks(first).T, ranks(second).T, strict=True)]
     )
-    rows.append(["ceiling", "", spread(np.sqrt(np.maximum(2 * halves / (1 + halves), 0)), 3)])
+    rows.append(["ceiling", "", with_error(np.sqrt(np.maximum(2 * halves / (1 + halves), 0)), 3)])
     title = (
         f"linear datamodeling score: {args.subsets} halves, {args.seeds} seeds each, "
         f"{args.queries} test digits"
@@ -268,12 +268,6 @@ def datamodeling(data: Data, test: Data, training: Training, args: argparse.Name
         ("method", "one network (± over networks)", f"mean of {args.networks} (± over digits)"),
         rows,
     )
-
-
-def spread(values: Any, digits: int) -> str:
-    values = np.asarray(values)
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-    return f"{values.mean():.{digits}f} ± {error:.{digits}f}"
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import print_table
+from _common import print_table, with_error
 from jax.scipy.special import logsumexp
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -198,10 +198,8 @@ def sampling_table(args: argparse.Namespace) -> dict[str, jax.Array]:
     plain, rows = np.array(distances["plain"]), []
     for name, values in distances.items():
         x = np.array(values)
-        error = lambda x: x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0
-        row = [name, f"{x.mean():.4f} ± {error(x):.4f}"]
-        row.append("" if name == "plain" else f"{(x - plain).mean():+.4f} ± {error(x - plain):.4f}")
-        rows.append(row)
+        difference = "" if name == "plain" else with_error(x - plain, 4, "+")
+        rows.append([name, with_error(x, 4), difference])
     title = f"sliced Wasserstein distance after {args.steps} steps, {args.seeds} seeds"
     print_table(title, ("sampler", "distance", "against plain, by seed"), rows)
     best = min(list(settings)[1:], key=lambda name: np.mean(distances[name]))

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import load_split, print_table
+from _common import load_split, print_table, with_error
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -178,8 +178,7 @@ def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def report(results: dict[str, list[list[float]]]) -> None:
     table = []
     for name, values in results.items():
-        cells = zip(*mean_and_error(np.asarray(values)), strict=True)
-        table.append([name, *(f"{mean:.2f} ± {error:.2f}" for mean, error in cells)])
+        table.append([name, *map(with_error, np.transpose(values))])
     count = len(results["average"])
     print_table(
         f"test accuracy in percent, {count} pair(s) of networks",

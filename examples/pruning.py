@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import load_split, print_table
+from _common import load_split, print_table, with_error
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -173,13 +173,9 @@ def report(
     tuned: np.ndarray,
 ) -> None:
     print(f"accuracy before pruning: {np.mean(dense):.2f} %, of {len(dense)} network(s)")
-    error = lambda x: x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else 0.0
     header = ("method", *(f"{100 * s:g} % gone" for s in sparsities))
     for title, values in (("one-shot", pruned), ("fine-tuned", tuned)):
-        rows = [
-            [name, *(f"{x.mean():.2f} ± {error(x):.2f}" for x in values[i])]
-            for i, name in enumerate(names)
-        ]
+        rows = [[name, *map(with_error, values[i])] for i, name in enumerate(names)]
         print_table(f"test accuracy, {title}", header, rows)
 
 

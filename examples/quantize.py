@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import load_split, print_table
+from _common import load_split, print_table, with_error
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from tqdm import tqdm
@@ -288,16 +288,10 @@ def main() -> None:
     plot(first, allocations(first, widths, averages, 0), args.out / "quantize.png")
 
 
-def cell(x: np.ndarray, digits: int) -> str:
-    """Mean and standard error."""
-    error = f" ± {x.std(ddof=1) / np.sqrt(len(x)):.{digits}f}" if len(x) > 1 else ""
-    return f"{x.mean():.{digits}f}{error}"
-
-
 def report(results: dict[str, list[list[float]]]) -> None:
     header = ("widths", "weights, kB", "accuracy, %", "loss", "fine-tuned, %", "fine-tuned loss")
     columns = {name: np.array(values).T for name, values in results.items()}
-    rows = [[name, *map(cell, values, (2, 2, 3, 2, 3))] for name, values in columns.items()]
+    rows = [[name, *map(with_error, values, (2, 2, 3, 2, 3))] for name, values in columns.items()]
     print_table("test images, after quantization and after fine-tuning", header, rows)
 
 
@@ -307,8 +301,8 @@ def report_roundings(rounded: dict[str, list[list[float]]]) -> None:
     for name, (accuracy, loss) in columns.items():
         # Of the same network with the same scale: the spread of networks cancels.
         nearest = columns[f"{name.partition(':')[0]}: nearest"][1]
-        difference = "" if loss is nearest else cell(loss - nearest, 4)
-        rows.append([name, cell(accuracy, 2), cell(loss, 4), difference])
+        difference = "" if loss is nearest else with_error(loss - nearest, 4)
+        rows.append([name, with_error(accuracy, 2), with_error(loss, 4), difference])
     header = ("rounding", "accuracy, %", "loss", "loss against nearest, by network")
     print_table("test images, all layers at 3 bits, without fine-tuning", header, rows)
 
@@ -316,7 +310,7 @@ def report_roundings(rounded: dict[str, list[list[float]]]) -> None:
 def report_models(correlations: list[list[float]], largest: list[Any], bits: int) -> None:
     names = ("HAWQ-V2's Omega", "exact terms of layers", "with interactions of layers")
     rows = [
-        [name, *(f"{x:.3f}" for x in column), cell(np.array(column), 3)]
+        [name, *(f"{x:.3f}" for x in column), with_error(np.array(column), 3)]
         for name, column in zip(names, zip(*correlations, strict=True), strict=True)
     ]
     header = ("model", *(f"network {k}" for k in range(len(correlations))), "mean")

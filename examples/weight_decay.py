@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import load_split, print_table
+from _common import load_split, print_table, with_error
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -249,7 +249,7 @@ def report(rows: dict[str, Scores]) -> None:
         )
         pairs = ((row.test, grid.test, 3), (row.accuracy, grid.accuracy, 2))
         own = [
-            form(x, digits, sign)
+            with_error(x, digits, sign)
             for ours, base, digits in pairs
             for x, sign in ((ours, ""), (ours - base, "+"))
         ]
@@ -264,11 +264,6 @@ def report(rows: dict[str, Scores]) -> None:
         "difference",
     )
     print_table("softmax regression: loss by rows, and test accuracy in percent", header, table)
-
-
-def form(x: np.ndarray, digits: int, sign: str) -> str:
-    error = x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else 0.0
-    return f"{x.mean():{sign}.{digits}f} ± {error:.{digits}f}"
 
 
 def plot(run: Scores, stop: np.ndarray, decays: np.ndarray, path: Path) -> None:
