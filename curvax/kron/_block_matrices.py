@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from curvax._checks import describe
 from curvax._types import Params, at_least_float32, tree_at_least_float32
 from curvax.kron._layout import Block, Layout, named_leaves, present
-from curvax.kron._operator import block_matrix, scatter
+from curvax.kron._operator import scatter
 
 
 def block_matrices(layout: Layout, tree: Params) -> dict[str, Float[Array, "s i o"]]:
@@ -79,7 +79,7 @@ def with_block_matrices(
 
 def _read(blocks: Sequence[Block], leaves: Mapping[str, Array]) -> dict[str, Array]:
     """Return the matrices of blocks; linear in the leaves."""
-    return {block.name: block_matrix(block, leaves) for block in blocks}
+    return {block.name: block.matrix(leaves) for block in blocks}
 
 
 def _put_back(

@@ -7,12 +7,11 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from curvax._types import Scalar
-from curvax.kron._kron_factor import KronFactor, Matrices, matmul
+from curvax.kron._kron_factor import KronFactor, Matrices, PerSlice, matmul
 
 
 class BlockSpectrum(NamedTuple):
-    """What is known of a block's curvature; of a stack, over all slices.
+    """What is known of the curvature of every slice of a block, `[stack]` each.
 
     Attributes:
       trace: sum of the eigenvalues of the undamped block; of one over time, of its lag 0 alone.
@@ -20,9 +19,9 @@ class BlockSpectrum(NamedTuple):
       smallest: smallest eigenvalue of the damped block; an upper bound likewise.
     """
 
-    trace: Scalar
-    largest: Scalar
-    smallest: Scalar
+    trace: PerSlice
+    largest: PerSlice
+    smallest: PerSlice
 
 
 class FactoredOperator(NamedTuple):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
-from jaxtyping import Bool
+from jaxtyping import Array, Bool, Float
 
 from curvax._checks import check_choice, is_masked
 from curvax._types import Params
@@ -93,6 +94,20 @@ class Block:
         stack, rows, columns = self.kernel.shape
         # A bias is the weight of one more input, 1: Martens and Grosse (2015), section 2.
         return stack, rows + (self.bias is not None), columns
+
+    @property
+    def fill(self) -> Float[np.ndarray, " s"]:
+        """Which share of the entries of every slice there is: all, but where slices are padded."""
+        return np.ones(self.shape[0])
+
+    def matrix(self, leaves: Mapping[str, Any]) -> Float[Array, "s i o"]:
+        """Read the kernel, with its bias as a last row, out of leaves by path."""
+        kernel: Array = self.kernel.read(leaves)
+        if self.bias is None:
+            return kernel
+        # V = [kernel; bias], as inputs are [a; 1]: Martens and Grosse (2015), section 2.
+        bias = self.bias.read(leaves)[:, None]
+        return jnp.concatenate([kernel, bias], axis=1)
 
     @property
     def structures(self) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvax._checks import is_masked
-from curvax._types import Params, Scalar, at_least_float32
+from curvax._types import Params, at_least_float32
 from curvax.kron._block_operators import (
     BlockOperator,
     BlockSpectrum,
@@ -26,6 +26,7 @@ from curvax.kron._kron_factor import (
     Inverted,
     KronFactor,
     Matrices,
+    PerSlice,
     eigh_all,
     invert_all,
     lower_bound_of_largest,
@@ -143,7 +144,7 @@ def apply(layout: Layout, operator: KronOperator, v: Params) -> Params:
         if not all(path in present for path in block.leaves):
             continue
         of_block = {path: present[path] for path in block.leaves}
-        product = _times(operator.blocks[block.name], block_matrix(block, of_block))
+        product = _times(operator.blocks[block.name], block.matrix(of_block))
         for path, x in scatter(block, product, of_block).items():
             results[path] = results[path] + x if path in results else x
     # Back into the tree of v, in its dtypes, with masks where they were.
@@ -154,23 +155,14 @@ def apply(layout: Layout, operator: KronOperator, v: Params) -> Params:
     return jax.tree.unflatten(structure, ordered)
 
 
-def block_matrix(block: Block, leaves: Mapping[str, Array]) -> Float[Array, "s i o"]:
-    """Read a block's kernel, with its bias as a last row, out of leaves by path."""
-    kernel: Array = block.kernel.read(leaves)
-    if block.bias is None:
-        return kernel
-    # V = [kernel; bias], as inputs are [a; 1]: Martens and Grosse (2015), section 2.
-    return jnp.concatenate([kernel, block.bias.read(leaves)[:, None]], axis=1)
-
-
 def scatter(
     block: Block, matrix: Float[Array, "s i o"], leaves: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Put a block's entries back to where `block_matrix` reads them; zeros elsewhere.
+    """Put a block's entries back to where `Block.matrix` reads them; zeros elsewhere.
 
     A view moves entries without changing them, so that its transpose is its inverse.
     """
-    write = jax.linear_transpose(partial(block_matrix, block), dict(leaves))
+    write = jax.linear_transpose(block.matrix, dict(leaves))
     written: dict[str, Array]
     (written,) = write(matrix.astype(jnp.result_type(*leaves.values())))
     return written
@@ -225,20 +217,18 @@ def _factored_blocks(
 @partial(jax.jit, static_argnums=0)
 def _damp(
     structures: tuple[str, str], factors: BlockFactors, damping: Any
-) -> tuple[KronFactor, KronFactor, Scalar]:
+) -> tuple[KronFactor, KronFactor, PerSlice]:
     """Return both damped factors of a block, and the trace of the undamped block."""
     a, g = combined_factors(structures, factors)
-    trace = jnp.sum(a.trace() * g.trace())  # tr(A x G) = tr A tr G, slice by slice
+    trace = a.trace() * g.trace()  # tr(A x G) = tr A tr G
     damped_a, damped_g = damped_factors(a, g, damping)
     return damped_a, damped_g, trace
 
 
 @jax.jit
-def _factored_spectrum(trace: Scalar, a: Inverted, g: Inverted) -> BlockSpectrum:
+def _factored_spectrum(trace: PerSlice, a: Inverted, g: Inverted) -> BlockSpectrum:
     """Combine what is known of both factors: eigenvalues of `A x G` are products of theirs."""
-    largest = jnp.max(a.largest * g.largest)
-    smallest = jnp.min(a.smallest * g.smallest)
-    return BlockSpectrum(trace, largest, smallest)
+    return BlockSpectrum(trace, a.largest * g.largest, a.smallest * g.smallest)
 
 
 def _eigen_blocks(blocks: Sequence[Block], factors: Factors, damping: Any, power: float) -> Built:
@@ -268,9 +258,9 @@ def eigen_spectrum(a: Eigen, g: Eigen, damping: Any) -> BlockSpectrum:
     trace_g = jnp.sum(g.values, axis=1)
     damped = outer(a.values, g.values) + _by_slice(damping)
     return BlockSpectrum(
-        trace=jnp.sum(trace_a * trace_g),
-        largest=jnp.max(damped),
-        smallest=jnp.min(damped),
+        trace=trace_a * trace_g,
+        largest=jnp.max(damped, axis=(1, 2)),
+        smallest=jnp.min(damped, axis=(1, 2)),
     )
 
 
@@ -331,9 +321,9 @@ def _invert_sum(
     trace1 = a1.trace() * g1.trace()
     trace2 = a2.trace() * g2.trace()
     spectrum = BlockSpectrum(
-        trace=jnp.sum(trace1 + trace2),
-        largest=jnp.max(largest),
-        smallest=jnp.min(1 / largest_of_inverse),
+        trace=trace1 + trace2,
+        largest=largest,
+        smallest=1 / largest_of_inverse,
     )
     return inverse, spectrum
 

@@ -219,9 +219,9 @@ def _spectrum(
     a, g = pair
     largest_of_inverse = lower_bound_of_largest(inverse.times, inverse.diagonal())
     return BlockSpectrum(
-        trace=jnp.sum(a.trace() * g.trace()),
-        largest=jnp.max(largest),
-        smallest=jnp.min(1 / largest_of_inverse),
+        trace=a.trace() * g.trace(),
+        largest=largest,
+        smallest=1 / largest_of_inverse,
     )
 
 

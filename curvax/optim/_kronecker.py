@@ -268,11 +268,12 @@ def _refresh(
         block_states = {name: record.block_state for name, record in records.items()}
         fresh, spectra = method.refresh(layout, factors, block_states, damping)
         chosen = {}
-        for name, old in records.items():
+        for block in layout.blocks:
+            name, old = block.name, records[block.name]
             # The one selection of these arrays: a failure and a gradient that is not finite
             # together.
             is_good = all_finite(fresh[name])
-            new = fresh[name], _info_of_block(spectra[name], old.info)
+            new = fresh[name], _info_of_block(block, spectra[name], old.info)
             block_state, info = keep_changed(is_usable & is_good, new, (old.block_state, old.info))
             num_failures = old.num_failures + (is_usable & ~is_good)
             chosen[name] = _BlockRecord(block_state, info, num_failures)
@@ -301,14 +302,18 @@ def _keep_records(
     return records
 
 
-def _info_of_block(spectrum: BlockSpectrum, old: BlockInfo) -> BlockInfo:
-    """Return the diagnostics of a fresh block, in the dtypes of the old ones."""
+def _info_of_block(block: Block, spectrum: BlockSpectrum, old: BlockInfo) -> BlockInfo:
+    """Return the diagnostics of a fresh block over all slices, in the dtypes of the old ones."""
+    # Slices that a placement leaves empty have no eigenvalues, and what it pads has no trace.
+    is_slice = block.fill > 0
+    largest = jnp.max(spectrum.largest, where=is_slice, initial=0)
+    smallest = jnp.min(spectrum.smallest, where=is_slice, initial=jnp.inf)
     # The damped block has no eigenvalue of zero, which its condition is divided by.
     fresh = BlockInfo(
-        trace=spectrum.trace,
-        largest=spectrum.largest,
-        smallest=spectrum.smallest,
-        condition=spectrum.largest / spectrum.smallest,
+        trace=jnp.sum(block.fill * spectrum.trace),
+        largest=largest,
+        smallest=smallest,
+        condition=largest / smallest,
         age=jnp.zeros([], jnp.int32),
     )
     info: BlockInfo = jax.tree.map(lambda new, old: new.astype(old.dtype), fresh, old)

@@ -74,15 +74,15 @@ def absolute_damping(damping: RelativeDamping | Scalar, layout: Layout, factors:
         return jnp.asarray(damping, jnp.result_type(float))
     trace, dimension = jnp.zeros([], jnp.result_type(float)), 0
     for block in layout.blocks:
-        stack, inputs, outputs = block.shape
+        _, inputs, outputs = block.shape
         a, g = combined_factors(block.structures, factors.blocks[block.name])
         # tr(A x G) = tr A tr G, slice by slice
-        trace += jnp.sum(a.trace() * g.trace())
+        trace += jnp.sum(block.fill * a.trace() * g.trace())
         # A penalty adds c to every eigenvalue of a slice.
         shift = factors.blocks[block.name].shift
         if shift is not None:
-            trace += inputs * outputs * jnp.sum(shift.mean)
-        dimension += stack * inputs * outputs
+            trace += inputs * outputs * jnp.sum(block.fill * shift.mean)
+        dimension += inputs * outputs * block.fill.sum()
     for path, entries in factors.diagonal.items():
         # A leaf's diagonal has all its entries; those in blocks have been counted there.
         uncovered = layout.uncovered(path)

@@ -30,7 +30,7 @@ from curvax.apps.influence._methods import (
 )
 from curvax.kron._gradient_products import LowRank, Vectors
 from curvax.kron._layout import Block, Layout, check_layout, named_leaves
-from curvax.kron._operator import block_matrix, kron_operator
+from curvax.kron._operator import kron_operator
 from curvax.objective import Objective
 from curvax.solve import SolveInfo, Window
 
@@ -400,7 +400,7 @@ def _cut(
 
     def matrices(block: Block) -> Float[Array, "q s i o"]:
         leaves_of_block = {path: leaves[path] for path in block.leaves}
-        return jax.vmap(partial(block_matrix, block))(leaves_of_block)
+        return jax.vmap(block.matrix)(leaves_of_block)
 
     blocks: dict[str, Vectors] = {block.name: matrices(block) for block in layout.blocks}
     outside = {}
