@@ -36,6 +36,7 @@ from curvax.kron._moments import (
     kron_moments,
 )
 from curvax.kron._operator import KronOperator, apply, kron_operator
+from curvax.kron._placement import Placement, kron_placement
 from curvax.kron._storage import Saving
 from curvax.kron._vector_layout import vector_layout
 
@@ -59,6 +60,7 @@ __all__ = [
     "Layout",
     "Leaf",
     "MeanVectors",
+    "Placement",
     "Saving",
     "WeightedMean",
     "apply",
@@ -75,6 +77,7 @@ __all__ = [
     "kron_layout",
     "kron_moments",
     "kron_operator",
+    "kron_placement",
     "matrix_layout",
     "mean_vectors",
     "merge",

@@ -147,11 +147,17 @@ def _init_block(block: Block, leaves: dict[str, Array]) -> BlockFactors:
         second = zeros(a_shape, ()), zeros(g_shape, (stack,))
     elif block.has_second_product:
         second = zeros(a_shape, (stack,)), zeros(g_shape, ())
-    shift = zeros((stack,), ()) if block.is_penalized else None
+    # Slices that a placement has joined have each the weight of its own block.
+    g_weight = (stack,) if block.is_joined else ()
+    shift = zeros((stack,), g_weight) if block.is_penalized else None
     lags = None
     if block.is_over_time:
         length = zeros((stack,), (stack,))
         lags = LagFactors(zeros(a_shape, (stack,)), zeros(g_shape, ()), length)
     return BlockFactors(
-        a=zeros(a_shape, (stack,)), g=zeros(g_shape, ()), second=second, shift=shift, lags=lags
+        a=zeros(a_shape, (stack,)),
+        g=zeros(g_shape, g_weight),
+        second=second,
+        shift=shift,
+        lags=lags,
     )

@@ -97,6 +97,11 @@ class KronFactor(Protocol):
         """Append a coordinate that is 0 in all data."""
         ...
 
+    @staticmethod
+    def padded_moment(moment: Array, size: int) -> Array:
+        """Enlarge a moment to `size` rows, by its mean eigenvalue."""
+        ...
+
     @classmethod
     def from_moment(cls: type[F], mean: Array) -> F:
         """Make a factor of a mean second moment."""
@@ -199,6 +204,11 @@ class Full:
     def with_zero_row(moment: Array) -> Array:
         """See `KronFactor`."""
         return jnp.pad(moment, ((0, 0), (0, 1), (0, 1)))
+
+    @staticmethod
+    def padded_moment(moment: Array, size: int) -> Array:
+        """See `KronFactor`."""
+        return Full(moment).padded(size).matrix
 
     @classmethod
     def from_moment(cls, mean: Array) -> Full:
@@ -330,6 +340,13 @@ class Diagonal:
         """See `KronFactor`."""
         return jnp.pad(moment, ((0, 0), (0, 1)))
 
+    @staticmethod
+    def padded_moment(moment: Array, size: int) -> Array:
+        """See `KronFactor`."""
+        missing = size - moment.shape[1]
+        mean = jnp.mean(moment, axis=1, keepdims=True)
+        return jnp.concatenate([moment, jnp.repeat(mean, missing, axis=1)], axis=1)
+
     @classmethod
     def from_moment(cls, mean: Array) -> Diagonal:
         """See `KronFactor`."""
@@ -432,6 +449,11 @@ class Identity:
     def with_zero_row(moment: Array) -> Array:
         """See `KronFactor`."""
         return jnp.pad(moment, ((0, 0), (0, 1)))
+
+    @staticmethod
+    def padded_moment(moment: Array, size: int) -> Array:
+        """See `KronFactor`."""
+        return jnp.pad(moment, ((0, 0), (0, size - moment.shape[1])))
 
     @classmethod
     def from_moment(cls, mean: Array) -> Identity:

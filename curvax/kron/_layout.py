@@ -96,6 +96,11 @@ class Block:
         return stack, rows + (self.bias is not None), columns
 
     @property
+    def is_joined(self) -> bool:
+        """Whether the stack is of slices of several blocks."""
+        return False
+
+    @property
     def fill(self) -> Float[np.ndarray, " s"]:
         """Which share of the entries of every slice there is: all, but where slices are padded."""
         return np.ones(self.shape[0])

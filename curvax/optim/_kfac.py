@@ -20,6 +20,7 @@ from curvax.kron._operator import (
     diagonal_operator,
     kron_operator,
 )
+from curvax.kron._placement import Placement
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
@@ -35,6 +36,7 @@ def scale_by_kfac(
     decay: float | Float[Array, ""] = 0.95,
     damping_scheme: str = "factored",
     stagger: bool = False,
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply by the damped inverse of Kronecker-factored curvature, given as data.
 
@@ -105,7 +107,7 @@ def scale_by_kfac(
         average_block_state=None,
         power=_power,
     )
-    return scale_by_kron(layout, method, damping, inverse_every, decay, stagger)
+    return scale_by_kron(layout, method, damping, inverse_every, decay, stagger, placement)
 
 
 def kfac(
@@ -119,6 +121,7 @@ def kfac(
     max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
     fisher: str = "mc",
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC: natural gradient with Kronecker factors of the Fisher.
 
@@ -192,7 +195,7 @@ def kfac(
     check_interval(curvature_every=curvature_every, inverse_every=inverse_every)
     # Martens and Grosse (2015), section 5: by default targets are sampled from the model, for with
     # those of the data the factors are those of the empirical Fisher matrix.
-    rule = scale_by_kfac(layout, damping, growing_interval(inverse_every))
+    rule = scale_by_kfac(layout, damping, growing_interval(inverse_every), placement=placement)
     estimator = kron.estimator(objective, layout, fisher=fisher)
     estimated = estimating(rule, estimator, growing_interval(curvature_every), seed)
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)

@@ -17,6 +17,8 @@ from curvax.kron._block_operators import BlockSpectrum
 from curvax.kron._factors import Factors, init_factors, moving_average
 from curvax.kron._layout import Block, Layout, check_layout, present
 from curvax.kron._operator import KronOperator, apply
+from curvax.kron._packing import on_owners, pack_factors, spread_blocks
+from curvax.kron._placement import Placement, check_placement
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping, absolute_damping
 from curvax.optim._rule import (
@@ -119,8 +121,14 @@ def scale_by_kron(
     inverse_every: Interval,
     decay: float | Array,
     stagger: bool = False,
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Build a rule from a `KronRule`; the arguments are those of `scale_by_kfac`."""
+    if placement is not None:
+        check_placement(placement, layout)
+        # From here on owner blocks stand for the blocks whose slices they have.
+        layout = placement.layout
+        method = method._replace(refresh=on_owners(placement, method.refresh))
     check_precision(decay=decay)
     check_decay(decay=decay)
     check_interval(inverse_every=inverse_every)
@@ -134,12 +142,17 @@ def scale_by_kron(
     def init(params: Params) -> ScaleByKronState:
         check_layout(layout, params)
         unmasked = present(layout, params)
+        curvature = init_factors(unmasked, params)
+        block_state = method.init_block_state(unmasked, params)
+        if placement is not None:
+            curvature = curvature._replace(blocks=spread_blocks(placement, curvature.blocks))
+            block_state = spread_blocks(placement, block_state)
         return ScaleByKronState(
             count=zero_count(),
             num_refreshes=zero_count(),
             inverse_age=zero_count(),
-            curvature=init_factors(unmasked, params),
-            block_state=method.init_block_state(unmasked, params),
+            curvature=curvature,
+            block_state=block_state,
             info=_init_info(unmasked),
         )
 
@@ -148,7 +161,10 @@ def scale_by_kron(
     ) -> tuple[ScaleByKronState, Array]:
         del gradient
         # Martens and Grosse (2015), section 5: A <- decay A + (1 - decay) A_new, and likewise G.
-        factors = _matching(method.factors(curvature), state.curvature)
+        factors = method.factors(curvature)
+        if placement is not None:
+            factors = pack_factors(placement, factors)
+        factors = _matching(factors, state.curvature)
         averages = moving_average(state.curvature, factors, decay)
         return state._replace(curvature=averages), _factors_are_finite(factors)
 

@@ -1,0 +1,146 @@
+"""Factors and work between the named blocks of a layout and the owner blocks of a placement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from curvax.kron._factors import BlockFactors, Factors, WeightedMean
+from curvax.kron._kron_factor import STRUCTURES
+from curvax.kron._layout import Layout
+from curvax.kron._placement import Member, OwnerBlock, Placement, others_of
+
+
+def pack_factors(placement: Placement, factors: Factors) -> Factors:
+    """Turn the factors of the named blocks into those of owner blocks, on their owners."""
+    blocks = {block.name: factors.blocks[block.name] for block in others_of(placement)}
+    for block in placement.blocks:
+        blocks[block.name] = placement.owners.spread(join_factors(block, factors))
+    return Factors(blocks, factors.diagonal)
+
+
+def join_factors(block: OwnerBlock, factors: Factors) -> BlockFactors:
+    """Join the factors of an owner block's members into stacks, padded by the mean eigenvalue.
+
+    The inverse of `blockdiag(F, c I)` is `blockdiag(F^-1, I / c)`. With the mean eigenvalue for c
+    the mean eigenvalue stays, by which damping is divided between A and G. Padding is linear in F,
+    so that averages of padded factors are padded averages.
+    """
+    pairs = []
+    for member in block.members:
+        of_block = factors.blocks[member.block.name]
+        pairs.append(member.oriented((of_block.a, of_block.g)))
+    a = _joined_means(block, [pair[0] for pair in pairs], side=1)
+    g = _joined_means(block, [pair[1] for pair in pairs], side=2)
+    shift = None
+    if block.is_penalized:
+        shifts = [factors.blocks[member.block.name].shift for member in block.members]
+        shift = _joined_means(block, [x for x in shifts if x is not None], side=None)
+    return BlockFactors(a=a, g=g, second=None, shift=shift)
+
+
+def _joined_means(
+    block: OwnerBlock, means: Sequence[WeightedMean], side: int | None
+) -> WeightedMean:
+    """Join means of the members into one stack; of empty slices the weight is 0."""
+    stack = block.shape[0]
+    totals, weights = [], []
+    for member, mean in zip(block.members, means, strict=True):
+        total = mean.total
+        if side is not None:
+            structure = STRUCTURES[block.structures[side - 1]]
+            total = structure.padded_moment(total, block.shape[side])
+        totals.append(total)
+        weights.append(jnp.broadcast_to(mean.weight, member.block.shape[:1]))
+    return WeightedMean(_stack(totals, stack), _stack(weights, stack))
+
+
+def _stack(parts: Sequence[Array], stack: int) -> Array:
+    """Join stacks, and fill up with zeros."""
+    joined = jnp.concatenate(parts)
+    return jnp.pad(joined, ((0, stack - len(joined)), *[(0, 0)] * (joined.ndim - 1)))
+
+
+def spread_blocks(placement: Placement, by_block: dict[str, Any]) -> dict[str, Any]:
+    """Place the arrays of owner blocks, in a mapping by name, on their owners."""
+    placed = dict(by_block)
+    for block in placement.blocks:
+        if block.name in placed:
+            placed[block.name] = placement.owners.spread(placed[block.name])
+    return placed
+
+
+def unpack_factors(placement: Placement, factors: Factors) -> Factors:
+    """Turn the factors of owner blocks into those of the named blocks; `pack_factors` undone."""
+    blocks = {block.name: factors.blocks[block.name] for block in others_of(placement)}
+    for block in placement.blocks:
+        of_owners = factors.blocks[block.name]
+        start = 0
+        for member in block.members:
+            stop = start + member.block.shape[0]
+            of_member = jax.tree.map(lambda x, i=start, j=stop: x[i:j], of_owners)
+            blocks[member.block.name] = _cut(member, of_member)
+            start = stop
+    return Factors(blocks, factors.diagonal)
+
+
+def _cut(member: Member, of_owners: BlockFactors) -> BlockFactors:
+    """Cut off what padding has added to the factors of a block."""
+    a, g = member.oriented((of_owners.a, of_owners.g))
+    a_shape, g_shape = member.block.factor_shapes
+
+    def cut(x: Array, shape: tuple[int, ...]) -> Array:
+        return x[tuple(map(slice, shape))]
+
+    a = a._replace(total=cut(a.total, a_shape))
+    g = g._replace(total=cut(g.total, g_shape))
+    return of_owners._replace(a=a, g=g)
+
+
+def on_owners(placement: Placement, refresh: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `refresh(layout, factors, block_state, damping)`, by every owner for its own slices.
+
+    It returns for each block a state and a spectrum, of arrays whose leading axis is the stack.
+    """
+    owners = placement.owners
+
+    def placed_refresh(layout: Layout, factors: Factors, block_state: Any, damping: Any) -> Any:
+        blocks = [block for block in layout.blocks if isinstance(block, OwnerBlock)]
+        others = [block for block in layout.blocks if not isinstance(block, OwnerBlock)]
+        states, spectra = refresh(
+            Layout(tuple(others), layout.leaves), factors, block_state, damping
+        )
+        if not blocks:
+            return states, spectra
+        local = Layout(tuple(block.of_owner() for block in blocks), ())
+
+        def of_owner(factors: Factors, block_state: Any, damping: Any) -> Any:
+            return refresh(local, factors, block_state, damping)
+
+        names = [block.name for block in blocks]
+        operands = (
+            Factors({name: factors.blocks[name] for name in names}, {}),
+            {name: block_state[name] for name in names},
+        )
+        placed = jax.shard_map(
+            of_owner,
+            mesh=owners.mesh_here,
+            in_specs=(owners.spec, owners.spec, PartitionSpec()),
+            out_specs=owners.spec,
+            axis_names=set(owners.axes),
+            check_vma=False,
+        )
+        placed_states, placed_spectra = placed(*operands, damping)
+        placed_spectra = owners.everywhere(placed_spectra)
+        for block in blocks:
+            if block.precondition == "everyone":
+                state = placed_states[block.name]
+                placed_states[block.name] = owners.everywhere(state)
+        return states | placed_states, spectra | placed_spectra
+
+    return placed_refresh
