@@ -35,10 +35,14 @@ from curvax.capture._cotangents import (
 )
 from curvax.kron._factors import BlockFactors, Factors, LagFactors, WeightedMean
 from curvax.kron._lags import input_lags, output_lags
-from curvax.kron._layout import Layout, check_layout
+from curvax.kron._layout import Block, Layout, check_layout
+from curvax.kron._packing import pack_factors
 from curvax.kron._parts import by_part, penalties_by_path, sum_of_factors
+from curvax.kron._placement import Placement, check_placement
 from curvax.kron._plan import layout_plan
+from curvax.kron._row_sums import RowSums, by_device, collect_factors, together
 from curvax.kron._statistics import (
+    Chunks,
     counted_positions,
     diagonal_sums,
     input_moments,
@@ -122,6 +126,7 @@ def kron_factors(
     fisher: str = "mc",
     num_samples: int = 1,
     microbatch: int | None = None,
+    placement: Placement | None = None,
 ) -> Factors:
     """Estimate the Kronecker factors of the Fisher (or Gauss-Newton) matrix of the mean loss.
 
@@ -162,9 +167,11 @@ def kron_factors(
       num_samples: number of samples for each term, with "mc" and "empirical_by_term".
       microbatch: rows worked on at a time; A and exact G are the same as without it, in bounded
         memory.
+      placement: a `curvax.kron_placement` of the layout: every device sums over its rows, and owner
+        blocks get the sums on their owners. None means that the compiler says where.
 
     Returns:
-      `Factors`, in at least float32.
+      `Factors`, in at least float32; with a placement they are of its owner blocks.
 
     Raises:
       ValueError: the layout belongs to other params or to another model; `fisher` is unknown; the
@@ -201,7 +208,9 @@ def kron_factors(
             kron_factors, fisher=fisher, num_samples=num_samples, microbatch=microbatch
         )
         results = by_part(estimate, objective, layout, params, batch, key)
-        return sum_of_factors(layout, results, penalties_by_path(objective, layout, params))
+        penalties = penalties_by_path(objective, layout, params)
+        total = sum_of_factors(layout, results, penalties)
+        return total if placement is None else pack_factors(placement, total)
     # Reduce pools the positions of one example and lags are between them, and only "mc" draws for a
     # whole batch at once.
     needs_examples = any(block.sharing != "expand" for block in layout.blocks)
@@ -209,14 +218,25 @@ def kron_factors(
     options = PassOptions(
         fisher=fisher, num_samples=num_samples, microbatch=microbatch, by_example=by_example
     )
+    over_rows = together
+    if placement is not None:
+        check_placement(placement, layout)
+        over_rows = by_device(placement.batch, by_example)
+    reduction = factor_sums(layout, over_rows)
     (inputs, outputs, squares), terms = accumulate(
-        objective, layout, params, batch, key, reduction=factor_sums(layout), options=options
+        objective, layout, params, batch, key, reduction=reduction, options=options
     )
-    return make_factors(inputs, outputs, squares, terms)
+    factors = make_factors(inputs, outputs, squares, terms)
+    return factors if placement is None else collect_factors(placement, factors)
 
 
-def factor_sums(layout: Layout) -> Reduction:
-    """Build the reduction whose sums `make_factors` turns into `Factors`."""
+def factor_sums(layout: Layout, over_rows: RowSums = together) -> Reduction:
+    """Build the reduction whose sums `make_factors` turns into `Factors`.
+
+    Args:
+      layout: the layout.
+      over_rows: where sums over rows are taken.
+    """
 
     def contribution(capture: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
         del capture
@@ -224,14 +244,15 @@ def factor_sums(layout: Layout) -> Reduction:
         for block in layout.blocks:
             # G = sum g h': u and v pulled back to the block's outputs, with h = g for v None.
             g, h = u.blocks[block.name], None if v is None else v.blocks[block.name]
-            lag = output_lags(g, h) if block.is_over_time else None
-            outputs[block.name] = output_moments(block, g, h), lag
+            outputs[block.name] = over_rows(partial(_output_sums, block), (g, h))
         # With exact, u is a unit vector for every example alike: only v = S u is 0 at masked terms.
         blocks = (u if v is None else v).blocks
         counted = {
             block.name: counted_positions(block, blocks[block.name]) for block in layout.blocks
         }
-        return outputs, diagonal_sums(u, v), counted
+        others = None if v is None else v.outside
+        squares = over_rows(diagonal_sums, (), (u.outside, others))
+        return outputs, squares, counted
 
     def finish(capture: Capture, sums: PyTree[Array]) -> PyTree[Array]:
         outputs, squares, rounds_counted = sums
@@ -239,13 +260,36 @@ def factor_sums(layout: Layout) -> Reduction:
         counted = jax.tree.map(lambda n: jnp.minimum(n, 1), rounds_counted)
         inputs = {}
         for block in layout.blocks:
-            a, m = capture.inputs[block.name], counted[block.name]
-            moments = input_moments(block, a, capture.chunks[block.name], m)
-            lags = input_lags(block, a, m) if block.is_over_time else None
-            inputs[block.name] = *moments, lags
+            chunks = capture.chunks[block.name]
+            # A use in chunks has its inputs there.
+            a = [
+                x if c is None else None
+                for x, c in zip(capture.inputs[block.name], chunks, strict=True)
+            ]
+            rows = [None if c is None else c.rows for c in chunks]
+            of_block = partial(_input_sums, block, chunks)
+            inputs[block.name] = over_rows(of_block, (a, counted[block.name]), rows)
         return inputs, outputs, squares
 
     return Reduction(Partial(contribution), Partial(finish))
+
+
+def _output_sums(block: Block, of_uses: Any, by_row: Any) -> Any:
+    """Return the sums of `g h'` of a block, and those of neighbors in time."""
+    del by_row
+    g, h = of_uses
+    lag = output_lags(g, h) if block.is_over_time else None
+    return output_moments(block, g, h), lag
+
+
+def _input_sums(block: Block, chunks: Chunks, of_uses: Any, by_row: Any) -> Any:
+    """Return A of a block, as `input_moments` does, and the sums of neighbors in time."""
+    a, m = of_uses
+    here = [
+        c if c is None else c._replace(rows=rows) for c, rows in zip(chunks, by_row, strict=True)
+    ]
+    lags = input_lags(block, a, m) if block.is_over_time else None
+    return *input_moments(block, a, here, m), lags
 
 
 def make_factors(inputs: Any, outputs: Any, squares: Any, terms: TermCounts) -> Factors:

@@ -233,7 +233,8 @@ def moment_sums(layout: Layout, basis: dict[str, Basis]) -> Reduction:
             moments[name] = block_moments(
                 block, basis[name], capture.inputs[name], u.blocks[name], h
             )
-        return moments, diagonal_sums(u, v)
+        others = None if v is None else v.outside
+        return moments, diagonal_sums((), (u.outside, others))
 
     def finish(capture: Capture, sums: PyTree[Array]) -> PyTree[Array]:
         # No mean over positions is taken, unlike for A: the sums are final as they are.

@@ -16,6 +16,11 @@ from curvax.kron._layout import Layout
 from curvax.kron._placement import Member, OwnerBlock, Placement, others_of
 
 
+def is_packed(placement: Placement, factors: Factors) -> bool:
+    """Tell whether factors are those of the owner blocks."""
+    return all(block.name in factors.blocks for block in placement.blocks)
+
+
 def pack_factors(placement: Placement, factors: Factors) -> Factors:
     """Turn the factors of the named blocks into those of owner blocks, on their owners."""
     blocks = {block.name: factors.blocks[block.name] for block in others_of(placement)}

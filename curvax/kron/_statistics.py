@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from curvax._batch import map_chunks, sum_over_chunks
 from curvax._trees import out_of_range_if_negative
 from curvax._types import at_least_float32
-from curvax.capture import ChunkedInputs, PerUseArray, UseCotangents, UseKind
+from curvax.capture import ChunkedInputs, PerUseArray, UseKind
 from curvax.kron._factors import WeightedMean
 from curvax.kron._kron_factor import STRUCTURES
 from curvax.kron._layout import Block
@@ -61,15 +61,20 @@ def output_moments(block: Block, g: PerUse, h: PerUse | None) -> list[Array]:
     return moments
 
 
-def diagonal_sums(u: UseCotangents, v: UseCotangents | None) -> dict[str, Array]:
+def diagonal_sums(of_uses: tuple[()], by_row: Any) -> dict[str, Array]:
     """Sum `u v` over examples for the leaves with entries in no block: the diagonal of the Fisher.
 
     They are widened before the product: in bfloat16 its rounding would show in the third digit.
+
+    Args:
+      of_uses: nothing, see `curvax.kron._row_sums`.
+      by_row: gradients of examples `[b, *leaf]` by path, of u and of v; None where those are equal.
     """
-    others = u.outside if v is None else v.outside
+    del of_uses
+    gradients, others = by_row
     sums = {}
-    for path, x in u.outside.items():
-        wide, other = at_least_float32(x), at_least_float32(others[path])
+    for path, x in gradients.items():
+        wide, other = at_least_float32(x), at_least_float32((others or gradients)[path])
         sums[path] = jnp.sum(wide * other, axis=0)
     return sums
 

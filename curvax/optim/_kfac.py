@@ -196,7 +196,7 @@ def kfac(
     # Martens and Grosse (2015), section 5: by default targets are sampled from the model, for with
     # those of the data the factors are those of the empirical Fisher matrix.
     rule = scale_by_kfac(layout, damping, growing_interval(inverse_every), placement=placement)
-    estimator = kron.estimator(objective, layout, fisher=fisher)
+    estimator = kron.estimator(objective, layout, fisher=fisher, placement=placement)
     estimated = estimating(rule, estimator, growing_interval(curvature_every), seed)
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
 

@@ -1,0 +1,118 @@
+"""Where sums over the rows of a batch are taken: in one place, or by each device for its rows.
+
+`fn(of_uses, by_row)` sums over rows, in arrays of uses `[b, s, t, ...]` and arrays by row
+`[b, ...]`. What takes such sums is written once, and told where by one of the two functions here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, PyTree
+
+from curvax.kron._factors import BlockFactors, Factors
+from curvax.kron._packing import join_factors
+from curvax.kron._placement import Owners, Placement, others_of
+
+T = TypeVar("T")
+RowSums: TypeAlias = Callable[..., Any]
+"""`(fn, of_uses, by_row) -> sums`."""
+
+
+def together(fn: Callable[..., T], of_uses: PyTree[Array], by_row: PyTree[Array] = ()) -> T:
+    """Sum over all rows; where they are sharded, the compiler says how."""
+    return fn(of_uses, by_row)
+
+
+def by_device(batch: Owners, by_example: bool) -> RowSums:
+    """Return the function by which every device sums over the rows that it has.
+
+    The sums get an axis of the devices in front, over which they are still to be summed; it is
+    spread, so that no device has more of them than before, and none is sent.
+
+    Args:
+      batch: the axes over which the batch is sharded.
+      by_example: whether examples are told apart. Otherwise all rows are the positions of one.
+    """
+    # Sums over examples and positions are the same for any partition of the positions, too.
+    use_axis = 0 if by_example else 2
+
+    def sums(fn: Callable[..., T], of_uses: PyTree[Array], by_row: PyTree[Array] = ()) -> T:
+        def of_device(of_uses: PyTree[Array], by_row: PyTree[Array]) -> T:
+            partial_sums: T = jax.tree.map(lambda x: x[None], fn(of_uses, by_row))
+            return partial_sums
+
+        lengths = [x.shape[use_axis] for x in jax.tree.leaves(of_uses)]
+        lengths += [len(x) for x in jax.tree.leaves(by_row)]
+        if any(length % batch.number for length in lengths):
+            # A query without rows, say, is the same on all devices: only the first one's counts.
+            return jax.tree.map(lambda x: _pad_devices(x, batch.number), of_device(of_uses, by_row))
+        in_specs = PartitionSpec(*[None] * use_axis, batch.axes), batch.spec
+        placed = jax.shard_map(
+            of_device,
+            mesh=batch.mesh_here,
+            in_specs=in_specs,
+            out_specs=batch.spec,
+            axis_names=set(batch.axes),
+            check_vma=False,
+        )
+        result: T = placed(of_uses, by_row)
+        return result
+
+    return sums
+
+
+def _pad_devices(x: Array, number: int) -> Array:
+    return jnp.pad(x, ((0, number - 1), *[(0, 0)] * (x.ndim - 1)))
+
+
+def collect_factors(placement: Placement, factors: Factors) -> Factors:
+    """Sum factors `by_device` over the devices, those of owner blocks by their owners."""
+
+    def of_device(factors: Factors) -> tuple[Factors, dict[str, BlockFactors]]:
+        # Numbers are of the whole batch. As the rest of a mean they are divided among devices.
+        share = jax.tree.map(lambda x: x[0] if x.ndim else x / placement.batch.number, factors)
+        others = {block.name: share.blocks[block.name] for block in others_of(placement)}
+        everywhere = lax.psum(Factors(others, share.diagonal), placement.batch.axes)
+        joined = {block.name: join_factors(block, share) for block in placement.blocks}
+        return everywhere, scatter_sums(placement, joined)
+
+    devices = placement.batch.spec
+    in_specs = jax.tree.map(lambda x: devices if x.ndim else PartitionSpec(), factors)
+    placed = jax.shard_map(
+        of_device,
+        mesh=placement.batch.mesh_here,
+        in_specs=(in_specs,),
+        out_specs=(PartitionSpec(), scattered_spec(placement)),
+        axis_names=set(placement.batch.axes),
+        check_vma=False,
+    )
+    others, on_owners = placed(factors)
+    return others._replace(blocks=others.blocks | placement.owners.spread(on_owners))
+
+
+def scatter_sums(placement: Placement, stacks: T) -> T:
+    """Sum stacks over the devices of the batch, inside a `shard_map`, and keep only a part each."""
+    batch = placement.batch.axes
+    # A reduction to the owners sends half of what one to everyone does.
+    if _owners_split_batch(placement):
+        scatter = lambda x: lax.psum_scatter(x, batch, scatter_dimension=0, tiled=True)
+        scattered: T = jax.tree.map(scatter, stacks)
+        return scattered
+    return lax.psum(stacks, batch)
+
+
+def scattered_spec(placement: Placement) -> PartitionSpec:
+    """Return how the results of `scatter_sums` are sharded."""
+    return placement.batch.spec if _owners_split_batch(placement) else PartitionSpec()
+
+
+def _owners_split_batch(placement: Placement) -> bool:
+    """Tell whether owners are the devices of the batch, or parts of each of them."""
+    batch, owners = placement.batch.axes, placement.owners.axes
+    return owners[: len(batch)] == batch
