@@ -97,6 +97,34 @@ def trace_model(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     return traced.jaxpr, traced.out_info
 
 
+def placed_results(fn: Callable[..., Any], *args: Any) -> tuple[Any, list[Any]]:
+    """Return the shapes of what `fn` returns, and for each array the sharding that `fn` gives it.
+
+    That is the sharding of a constraint, or of a type that states one; None where `fn` leaves the
+    array to the compiler.
+    """
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    return shapes, _placed_outputs(closed.jaxpr)
+
+
+def _placed_outputs(jaxpr: Any) -> list[Any]:
+    """Return the shardings of a program's results, see `placed_results`."""
+    producers = {id(var): (eqn, k) for eqn in jaxpr.eqns for k, var in enumerate(eqn.outvars)}
+    shardings = []
+    for var in jaxpr.outvars:
+        eqn, k = producers.get(id(var), (None, 0))
+        typed = var.aval.sharding
+        sharding = None
+        if any(typed.spec):
+            sharding = typed
+        elif eqn is not None and eqn.primitive.name == "sharding_constraint":
+            sharding = eqn.params["sharding"]
+        elif eqn is not None and eqn.primitive.name in ("jit", "pjit"):
+            sharding = _placed_outputs(eqn.params["jaxpr"].jaxpr)[k]
+        shardings.append(sharding)
+    return shardings
+
+
 def is_constant(atom: Any) -> bool:
     """Tell whether an operand is written into the program as a number."""
     return isinstance(atom, core.Literal)

@@ -141,7 +141,8 @@ class OwnerBlock(Block):
         assert self.owners is not None
         if self.precondition == "everyone":
             return joined
-        return self.owners.spread(joined)
+        # Joined everywhere first: to join parts that are elsewhere each would send more.
+        return self.owners.spread(self.owners.everywhere(joined))
 
     def joined(self, parts: Sequence[Array]) -> Array:
         """Pad `[stack, rows, columns]` of every member with zeros, and join them into one stack."""

@@ -8,6 +8,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from curvax._jaxpr import placed_results
 from curvax._types import Params
 
 Path = tuple[Any, ...]
@@ -21,7 +22,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> optax.O
 
     An array that mirrors a parameter (a momentum, a diagonal of curvature) is sharded as the
     parameter is; where it has more axes in front, as the gradients of M-FAC's window have, these
-    are whole on each device. Everything else is replicated.
+    are whole on each device. What a `curvax.kron_placement` spreads over owners is there. Everything
+    else is replicated.
 
     Args:
       tx: any optimizer of this library or of optax, chains and wrappers of them.
@@ -54,8 +56,15 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> optax.O
     """
     by_path = dict(jax.tree.leaves_with_path(params))
     elsewhere = _shared_sharding(by_path)
+    shapes, placed = placed_results(tx.init, params)
+    by_init = iter(placed)
 
     def sharding(path: Path, leaf: jax.ShapeDtypeStruct) -> Sharding:
+        # 1. Where `init` says itself: the stacks of owners.
+        stated = next(by_init)
+        if stated is not None and isinstance(elsewhere, NamedSharding):
+            return NamedSharding(elsewhere.mesh, stated.spec)
+        # 2. Where the parameter is that it mirrors.
         # The path of a mirror ends with the path of its parameter, whatever holds it: a chain, a
         # mask, a group of `optax.partition`.
         for start in range(len(path) + 1):
@@ -64,7 +73,6 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> optax.O
                 return _behind_leading_axes(param.sharding, leaf.ndim - param.ndim)
         return elsewhere
 
-    shapes = jax.eval_shape(tx.init, params)
     result: optax.OptState = jax.tree.map_with_path(sharding, shapes)
     return result
 
