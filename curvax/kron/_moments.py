@@ -26,6 +26,7 @@ from curvax.kron._factors import Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis, block_moments
 from curvax.kron._kron_factor import Eigen, KronFactor, eigh_all, matmul
 from curvax.kron._layout import Block, Layout
+from curvax.kron._packing import pack_factors
 from curvax.kron._parts import (
     by_part,
     join_rows,
@@ -35,6 +36,8 @@ from curvax.kron._parts import (
     sum_of_diagonals,
     sum_of_factors,
 )
+from curvax.kron._placement import Placement, check_placement
+from curvax.kron._row_sums import by_device, collect_factors, together
 from curvax.kron._statistics import diagonal_sums
 from curvax.kron._two_products import combined_factors
 from curvax.objective import Objective, Part
@@ -283,6 +286,7 @@ def eigen_curvature(
     key: PRNGKey,
     *,
     fisher: str = "mc",
+    placement: Placement | None = None,
 ) -> EigenCurvature:
     """Estimate what EK-FAC needs of a batch.
 
@@ -295,6 +299,7 @@ def eigen_curvature(
       batch: `(inputs, targets)`.
       key: JAX key, for "mc".
       fisher: "mc", "exact" or "empirical", as in `kron_factors`.
+      placement: as in `kron_factors`.
 
     Raises:
       As `kron_moments`.
@@ -305,9 +310,16 @@ def eigen_curvature(
     if objective.parts:
         estimate = partial(eigen_curvature, fisher=fisher)
         results = by_part(estimate, objective, layout, params, batch, key)
-        return _joined(layout, results, penalties_by_path(objective, layout, params))
+        joined = _joined(layout, results, penalties_by_path(objective, layout, params))
+        if placement is None:
+            return joined
+        return joined._replace(factors=pack_factors(placement, joined.factors))
     _check_examples(objective)
-    of_factors = factor_sums(layout)
+    over_rows = together
+    if placement is not None:
+        check_placement(placement, layout)
+        over_rows = by_device(placement.batch, by_example=True)
+    of_factors = factor_sums(layout, over_rows)
 
     def contribution(capture: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
         return of_factors.contribution(capture, u, v), (u.blocks, None if v is None else v.blocks)
@@ -340,6 +352,8 @@ def eigen_curvature(
     )
     a, g, squares = factor_parts
     factors = make_factors(a, g, squares, terms)
+    if placement is not None:
+        factors = collect_factors(placement, factors)
     return EigenCurvature(
         factors=factors,
         inputs=inputs,

@@ -11,14 +11,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
+from curvax.kron._gradient_pairs import Basis
 from curvax.kron._kron_factor import STRUCTURES
 from curvax.kron._layout import Layout
 from curvax.kron._placement import Member, OwnerBlock, Placement, others_of
 
 
-def is_packed(placement: Placement, factors: Factors) -> bool:
-    """Tell whether factors are those of the owner blocks."""
-    return all(block.name in factors.blocks for block in placement.blocks)
+def packed(placement: Placement, factors: Factors) -> Factors:
+    """Turn the factors of the named blocks into those of owner blocks, which may be so already."""
+    if all(block.name in factors.blocks for block in placement.blocks):
+        return factors
+    return pack_factors(placement, factors)
 
 
 def pack_factors(placement: Placement, factors: Factors) -> Factors:
@@ -105,6 +108,24 @@ def _cut(member: Member, of_owners: BlockFactors) -> BlockFactors:
     a = a._replace(total=cut(a.total, a_shape))
     g = g._replace(total=cut(g.total, g_shape))
     return of_owners._replace(a=a, g=g)
+
+
+def member_bases(block: OwnerBlock, basis: Basis) -> list[Basis]:
+    """Return the eigenbasis of every member, in the order of its own sides.
+
+    Of the eigenvectors of a padded factor the rows are cut that belong to no entry. The columns all
+    stay: those of padding become 0, and moments in their direction too.
+    """
+    bases = []
+    start = 0
+    for member in block.members:
+        stop = start + member.block.shape[0]
+        sides = []
+        for vectors, size in zip(basis, member.sides, strict=True):
+            sides.append(None if vectors is None else vectors[start:stop, :size])
+        bases.append(Basis(*member.oriented((sides[0], sides[1]))))
+        start = stop
+    return bases
 
 
 def on_owners(placement: Placement, refresh: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,6 +33,8 @@ from curvax.kron._operator import (
     kron_operator,
     shifted_damping,
 )
+from curvax.kron._owner_moments import owner_moments
+from curvax.kron._placement import OwnerBlock, Placement
 from curvax.objective import Objective
 from curvax.optim._estimating import estimating
 from curvax.optim._finish import finish
@@ -61,6 +63,7 @@ def scale_by_ekfac(
     stagger: bool = False,
     basis: str = "eigh",
     tolerance: float = 0.0,
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide by damped second moments in the eigenbasis of Kronecker factors, given as data.
 
@@ -132,10 +135,10 @@ def scale_by_ekfac(
         factors=_factors_of,
         init_block_state=_init_eigen,
         refresh=refresh,
-        average_block_state=partial(_average_moments, decay),
+        average_block_state=partial(_average_moments, decay, placement),
         power=_power,
     )
-    return scale_by_kron(layout, method, damping, inverse_every, decay, stagger)
+    return scale_by_kron(layout, method, damping, inverse_every, decay, stagger, placement)
 
 
 def ekfac(
@@ -149,6 +152,7 @@ def ekfac(
     max_kl: float | None = 1e-3,
     seed: int | Int[Array, ""] = 0,
     fisher: str = "mc",
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """EK-FAC: natural gradient, diagonal in the eigenbasis of Kronecker factors of the Fisher.
 
@@ -210,8 +214,10 @@ def ekfac(
     """
     check_interval(curvature_every=curvature_every, inverse_every=inverse_every)
     # Moments need the gradients of single examples, so this curvature keeps inputs and cotangents.
-    estimator = kron.estimator(objective, layout, kron.eigen_curvature, fisher=fisher)
-    rule = scale_by_ekfac(layout, damping, growing_interval(inverse_every))
+    estimator = kron.estimator(
+        objective, layout, kron.eigen_curvature, fisher=fisher, placement=placement
+    )
+    rule = scale_by_ekfac(layout, damping, growing_interval(inverse_every), placement=placement)
     estimated = estimating(rule, estimator, growing_interval(curvature_every), seed)
     return finish(estimated, learning_rate, max_kl=max_kl, momentum=momentum)
 
@@ -221,16 +227,24 @@ def _factors_of(curvature: EigenCurvature) -> Factors:
 
 
 def _average_moments(
-    decay: float | Array, layout: Layout, block_state: BlockStates, curvature: EigenCurvature
+    decay: float | Array,
+    placement: Placement | None,
+    layout: Layout,
+    block_state: BlockStates,
+    curvature: EigenCurvature,
 ) -> BlockStates:
     """Average second moments in the basis in use: `M <- decay M + (1 - decay) M_new`."""
     averages = dict(block_state)
     for block in layout.blocks:
         basis, moments = block_state[block.name]
         # George et al. (2018), algorithm 1: M_new = sum_b (Q_A' D_b Q_G)^2, with D_b = a_b g_b'.
-        of_batch = moments_in(block, basis, curvature)
+        if isinstance(block, OwnerBlock) and placement is not None:
+            of_batch = owner_moments(placement, block, basis, curvature)
+        else:
+            of_batch = moments_in(block, basis, curvature)
         # Sum and weight decay alike and M is their ratio, which makes it free of bias.
-        new = WeightedMean(curvature.terms * of_batch, curvature.terms)
+        weight = jnp.broadcast_to(curvature.terms, moments.weight.shape)
+        new = WeightedMean(curvature.terms * of_batch, weight)
         averages[block.name] = EigenBlockState(basis, moving_average(moments, new, decay))
     return averages
 
@@ -248,7 +262,8 @@ def _init_eigen(layout: Layout, params: Params) -> BlockStates:
         dtype = factors.blocks[block.name].g.total.dtype
         vectors = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), basis[block.name])
         # With weight 0, so that the first curvature's moments are the whole average.
-        moments = WeightedMean(jnp.zeros(block.shape, dtype), jnp.zeros([], dtype))
+        weight_shape = block.shape[:1] if block.is_joined else ()
+        moments = WeightedMean(jnp.zeros(block.shape, dtype), jnp.zeros(weight_shape, dtype))
         states[block.name] = EigenBlockState(vectors, moments)
     return states
 

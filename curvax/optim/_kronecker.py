@@ -17,7 +17,7 @@ from curvax.kron._block_operators import BlockSpectrum
 from curvax.kron._factors import Factors, init_factors, moving_average
 from curvax.kron._layout import Block, Layout, check_layout, present
 from curvax.kron._operator import KronOperator, apply
-from curvax.kron._packing import is_packed, on_owners, pack_factors, spread_blocks
+from curvax.kron._packing import on_owners, packed, spread_blocks
 from curvax.kron._placement import Placement, check_placement
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping, absolute_damping
@@ -162,8 +162,8 @@ def scale_by_kron(
         del gradient
         # Martens and Grosse (2015), section 5: A <- decay A + (1 - decay) A_new, and likewise G.
         factors = method.factors(curvature)
-        if placement is not None and not is_packed(placement, factors):
-            factors = pack_factors(placement, factors)
+        if placement is not None:
+            factors = packed(placement, factors)
         factors = _matching(factors, state.curvature)
         averages = moving_average(state.curvature, factors, decay)
         return state._replace(curvature=averages), _factors_are_finite(factors)

@@ -22,8 +22,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> optax.O
 
     An array that mirrors a parameter (a momentum, a diagonal of curvature) is sharded as the
     parameter is; where it has more axes in front, as the gradients of M-FAC's window have, these
-    are whole on each device. What a `curvax.kron_placement` spreads over owners is there. Everything
-    else is replicated.
+    are whole on each device. What a `curvax.kron_placement` spreads over owners is sharded so.
+    Everything else is replicated.
 
     Args:
       tx: any optimizer of this library or of optax, chains and wrappers of them.

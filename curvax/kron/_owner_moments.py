@@ -1,0 +1,60 @@
+"""Second moments of EK-FAC for owner blocks: of rows that are anywhere, in bases of owners."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from curvax.kron._gradient_pairs import Basis, block_moments
+from curvax.kron._moments import EigenCurvature
+from curvax.kron._packing import member_bases, packed
+from curvax.kron._placement import Member, OwnerBlock, Placement
+from curvax.kron._row_sums import by_device, scatter_sums, scattered_spec
+
+
+def owner_moments(
+    placement: Placement, block: OwnerBlock, basis: Basis, curvature: EigenCurvature
+) -> Float[Array, "s i o"]:
+    """Return the second moments of an owner block that the rows of a curvature have in its basis.
+
+    As `curvax.kron._moments.moments_in`, with every device at work on its own rows: the basis is
+    sent to all, and the moments to their owners.
+    """
+    over_rows = by_device(placement.batch, by_example=True)
+    sent = placement.owners.everywhere(basis)
+    parts = []
+    for member, of_member in zip(block.members, member_bases(block, sent), strict=True):
+        name = member.block.name
+        paired = None if curvature.paired is None else curvature.paired[name]
+        of_uses = curvature.inputs[name], curvature.cotangents[name], paired
+        moments = over_rows(partial(_member_moments, member, of_member), of_uses)
+        parts.append(moments)
+
+    def of_device(parts: list[Array]) -> Array:
+        return scatter_sums(placement, block.joined([x[0] for x in parts]))
+
+    placed = jax.shard_map(
+        of_device,
+        mesh=placement.batch.mesh_here,
+        in_specs=placement.batch.spec,
+        out_specs=scattered_spec(placement),
+        axis_names=set(placement.batch.axes),
+        check_vma=False,
+    )
+    moments = placement.owners.spread(placed(parts))
+    if not block.is_penalized:
+        return moments
+    factors = packed(placement, curvature.factors).blocks[block.name]
+    assert factors.shift is not None
+    # The c I of a penalty is c I in every basis.
+    return moments + factors.shift.mean[:, None, None]
+
+
+def _member_moments(member: Member, basis: Basis, of_uses: Any, by_row: Any) -> Array:
+    """Sum the moments of a member's rows, with its sides as in the owner block."""
+    del by_row
+    moments = block_moments(member.block, basis, *of_uses)
+    return moments.swapaxes(1, 2) if member.is_swapped else moments
