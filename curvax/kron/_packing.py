@@ -74,12 +74,23 @@ def _stack(parts: Sequence[Array], stack: int) -> Array:
     return jnp.pad(joined, ((0, stack - len(joined)), *[(0, 0)] * (joined.ndim - 1)))
 
 
-def spread_blocks(placement: Placement, by_block: dict[str, Any]) -> dict[str, Any]:
-    """Place the arrays of owner blocks, in a mapping by name, on their owners."""
-    placed = dict(by_block)
+def place_factors(placement: Placement, factors: Factors) -> Factors:
+    """Place the factors of owner blocks on their owners."""
+    blocks = dict(factors.blocks)
     for block in placement.blocks:
-        if block.name in placed:
-            placed[block.name] = placement.owners.spread(placed[block.name])
+        blocks[block.name] = placement.owners.spread(blocks[block.name])
+    return factors._replace(blocks=blocks)
+
+
+def place_states(placement: Placement, states: dict[str, Any]) -> dict[str, Any]:
+    """Place what is held of owner blocks, by name: inverses, bases, moments."""
+    placed = dict(states)
+    for block in placement.blocks:
+        if block.name not in states:  # a part of the blocks, whose turn it is
+            continue
+        is_spread = block.precondition == "owners"
+        place = placement.owners.spread if is_spread else placement.owners.everywhere
+        placed[block.name] = place(states[block.name])
     return placed
 
 
@@ -162,11 +173,6 @@ def on_owners(placement: Placement, refresh: Callable[..., Any]) -> Callable[...
             check_vma=False,
         )
         placed_states, placed_spectra = placed(*operands, damping)
-        placed_spectra = owners.everywhere(placed_spectra)
-        for block in blocks:
-            if block.precondition == "everyone":
-                state = placed_states[block.name]
-                placed_states[block.name] = owners.everywhere(state)
-        return states | placed_states, spectra | placed_spectra
+        return states | placed_states, spectra | owners.everywhere(placed_spectra)
 
     return placed_refresh

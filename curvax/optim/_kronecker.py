@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
@@ -17,7 +18,7 @@ from curvax.kron._block_operators import BlockSpectrum
 from curvax.kron._factors import Factors, init_factors, moving_average
 from curvax.kron._layout import Block, Layout, check_layout, present
 from curvax.kron._operator import KronOperator, apply
-from curvax.kron._packing import on_owners, packed, spread_blocks
+from curvax.kron._packing import on_owners, packed, place_factors, place_states
 from curvax.kron._placement import Placement, check_placement
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping, absolute_damping
@@ -49,6 +50,7 @@ class KronRule(NamedTuple):
       average_block_state: `(layout, block_state, curvature) -> block_state`, with every curvature,
         after the refresh; or None.
       power: `(layout, factors, block_state, damping) -> KronOperator`, the inverse to apply.
+      place: `block_state -> block_state` where it belongs; the rule puts in what a placement says.
     """
 
     factors: Callable[[Any], Factors]
@@ -56,6 +58,7 @@ class KronRule(NamedTuple):
     refresh: Callable[[Layout, Factors, BlockStates, Scalar], Refreshed]
     average_block_state: Callable[[Layout, BlockStates, Any], BlockStates] | None
     power: Callable[[Layout, Factors, BlockStates, Scalar], KronOperator]
+    place: Callable[[BlockStates], BlockStates] = lambda block_state: block_state
 
 
 class BlockInfo(NamedTuple):
@@ -128,7 +131,9 @@ def scale_by_kron(
         check_placement(placement, layout)
         # From here on owner blocks stand for the blocks whose slices they have.
         layout = placement.layout
-        method = method._replace(refresh=on_owners(placement, method.refresh))
+        method = method._replace(
+            refresh=on_owners(placement, method.refresh), place=partial(place_states, placement)
+        )
     check_precision(decay=decay)
     check_decay(decay=decay)
     check_interval(inverse_every=inverse_every)
@@ -145,14 +150,13 @@ def scale_by_kron(
         curvature = init_factors(unmasked, params)
         block_state = method.init_block_state(unmasked, params)
         if placement is not None:
-            curvature = curvature._replace(blocks=spread_blocks(placement, curvature.blocks))
-            block_state = spread_blocks(placement, block_state)
+            curvature = place_factors(placement, curvature)
         return ScaleByKronState(
             count=zero_count(),
             num_refreshes=zero_count(),
             inverse_age=zero_count(),
             curvature=curvature,
-            block_state=block_state,
+            block_state=method.place(block_state),
             info=_init_info(unmasked),
         )
 
@@ -166,6 +170,8 @@ def scale_by_kron(
             factors = packed(placement, factors)
         factors = _matching(factors, state.curvature)
         averages = moving_average(state.curvature, factors, decay)
+        if placement is not None:
+            averages = place_factors(placement, averages)
         return state._replace(curvature=averages), _factors_are_finite(factors)
 
     def step(state: ScaleByKronState, gradient: PyTree[Array], context: StepContext) -> StepResult:
@@ -186,7 +192,7 @@ def scale_by_kron(
             moments_are_finite = all_finite(averages)
             is_usable = context.curvature_is_new & moments_are_finite
             averages = keep_changed(is_usable, averages, state.block_state)
-            state = state._replace(block_state=averages)
+            state = state._replace(block_state=method.place(averages))
 
         # 3. The step itself: A^-1 V G^-1 for each block V of the gradient.
         inverse = method.power(unmasked, state.curvature, state.block_state, damping)
@@ -307,7 +313,7 @@ def _refresh(
         block_state[name], blocks[name] = record.block_state, record.info
         num_failures[name] = record.num_failures
     info = state.info._replace(blocks=blocks, num_failures=num_failures)
-    return state._replace(block_state=block_state, info=info)
+    return state._replace(block_state=method.place(block_state), info=info)
 
 
 def _keep_records(
