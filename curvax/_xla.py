@@ -137,12 +137,18 @@ def pin_to_iteration(closure: T, index: Array) -> T:
     return pinned
 
 
-def with_auto_sharding(fn: Callable[..., T], *args: Any, like: PyTree | None = None) -> T:
+def with_auto_sharding(
+    fn: Callable[..., T],
+    *args: Any,
+    like: PyTree | None = None,
+    specs: PyTree[PartitionSpec] | None = None,
+) -> T:
     """Return `fn(*args)` under the compiler's own placement of sharded arguments.
 
     Sums over a batch that is sharded explicitly would each have to say how their result is
-    sharded. What comes back is replicated, or with `like`, a tree of the result's structure, is
-    sharded as the arrays in that are.
+    sharded. What comes back is replicated; or with `like`, a tree of the result's structure, is
+    sharded as the arrays in that are; or as `specs` say, a tree of which each leaf is for all that
+    is there in the result.
     """
     leaves = [x for x in jax.tree.leaves((args, like)) if isinstance(x, jax.Array)]
     meshes = [s.mesh for s in map(_explicit_sharding, leaves) if s is not None]
@@ -152,8 +158,19 @@ def with_auto_sharding(fn: Callable[..., T], *args: Any, like: PyTree | None = N
     shardings = replicated
     if like is not None:
         shardings = jax.tree.map(lambda x: _explicit_sharding(x) or replicated, like)
+    if specs is not None:
+        shardings = jax.tree.map(lambda spec: NamedSharding(meshes[0], spec), specs)
     result: T = auto_axes(fn, out_sharding=shardings)(*args)
     return result
+
+
+def row_spec(batch: PyTree[Array]) -> PartitionSpec:
+    """Return how the rows of a batch are sharded, as far as its type states it."""
+    for x in jax.tree.leaves(batch):
+        sharding = _explicit_sharding(x)
+        if sharding is not None:
+            return PartitionSpec(sharding.spec[0])
+    return PartitionSpec()
 
 
 def _explicit_sharding(x: Any) -> NamedSharding | None:

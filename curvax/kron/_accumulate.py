@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
@@ -40,7 +41,7 @@ from curvax.kron._packing import pack_factors
 from curvax.kron._parts import by_part, penalties_by_path, sum_of_factors
 from curvax.kron._placement import Placement, check_placement
 from curvax.kron._plan import layout_plan
-from curvax.kron._row_sums import RowSums, by_device, collect_factors, together
+from curvax.kron._row_sums import RowSums, by_device, collect_factors, factor_specs, together
 from curvax.kron._statistics import (
     Chunks,
     counted_positions,
@@ -218,16 +219,21 @@ def kron_factors(
     options = PassOptions(
         fisher=fisher, num_samples=num_samples, microbatch=microbatch, by_example=by_example
     )
-    over_rows = together
     if placement is not None:
         check_placement(placement, layout)
-        over_rows = by_device(placement.batch, by_example)
-    reduction = factor_sums(layout, over_rows)
-    (inputs, outputs, squares), terms = accumulate(
-        objective, layout, params, batch, key, reduction=reduction, options=options
-    )
-    factors = make_factors(inputs, outputs, squares, terms)
-    return factors if placement is None else collect_factors(placement, factors)
+
+    def factors(params: Params, batch: Batch, key: PRNGKey) -> Factors:
+        over_rows = together if placement is None else by_device(placement.batch, by_example)
+        reduction = factor_sums(layout, over_rows)
+        sums, terms = accumulate(
+            objective, layout, params, batch, key, reduction=reduction, options=options
+        )
+        result = make_factors(*sums, terms)
+        return result if placement is None else collect_factors(placement, result)
+
+    # One passage out of the compiler's placement: sums by device do not leave it.
+    specs = PartitionSpec() if placement is None else factor_specs(placement)
+    return with_auto_sharding(factors, params, batch, key, specs=specs)
 
 
 def factor_sums(layout: Layout, over_rows: RowSums = together) -> Reduction:

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
 from curvax._types import Batch, Params, PRNGKey
+from curvax._xla import row_spec, with_auto_sharding
 from curvax.capture import Capture, PerUseArray, UseCotangents
 from curvax.kron._accumulate import (
     PassOptions,
@@ -37,7 +39,7 @@ from curvax.kron._parts import (
     sum_of_factors,
 )
 from curvax.kron._placement import Placement, check_placement
-from curvax.kron._row_sums import by_device, collect_factors, together
+from curvax.kron._row_sums import RowSums, by_device, collect_factors, factor_specs, together
 from curvax.kron._statistics import diagonal_sums
 from curvax.kron._two_products import combined_factors
 from curvax.objective import Objective, Part
@@ -315,10 +317,43 @@ def eigen_curvature(
             return joined
         return joined._replace(factors=pack_factors(placement, joined.factors))
     _check_examples(objective)
-    over_rows = together
     if placement is not None:
         check_placement(placement, layout)
-        over_rows = by_device(placement.batch, by_example=True)
+    # No microbatch: chunks add up, which rows must not.
+    options = PassOptions(
+        fisher=fisher, num_samples=1, microbatch=None, by_example=True, stack_rounds=True
+    )
+
+    def curvature(params: Params, batch: Batch, key: PRNGKey) -> EigenCurvature:
+        over_rows = together if placement is None else by_device(placement.batch, True)
+        reduction = _sums_and_rows(layout, over_rows)
+        (sums, inputs, (cotangents, paired)), terms = accumulate(
+            objective, layout, params, batch, key, reduction=reduction, options=options
+        )
+        factors = make_factors(*sums, terms)
+        return EigenCurvature(
+            factors=factors if placement is None else collect_factors(placement, factors),
+            inputs=inputs,
+            cotangents=cotangents,
+            terms=terms.of_batch,
+            paired=paired,
+        )
+
+    # Rows stay where those of the batch are.
+    rows: Any = row_spec(batch)
+    everywhere: Any = PartitionSpec()
+    specs = EigenCurvature(
+        factors=everywhere if placement is None else factor_specs(placement),
+        inputs=rows,
+        cotangents=rows,
+        terms=everywhere,
+        paired=rows,
+    )
+    return with_auto_sharding(curvature, params, batch, key, specs=specs)
+
+
+def _sums_and_rows(layout: Layout, over_rows: RowSums) -> Reduction:
+    """Build the reduction that gives the sums of `factor_sums`, inputs, and cotangents (u, v)."""
     of_factors = factor_sums(layout, over_rows)
 
     def contribution(capture: Capture, u: UseCotangents, v: UseCotangents | None) -> PyTree[Array]:
@@ -328,39 +363,21 @@ def eigen_curvature(
     def finish(capture: Capture, by_round: PyTree[Array]) -> PyTree[Array]:
         factor_parts, cotangents = by_round
         sums = jax.tree.map(lambda x: x.sum(axis=0), factor_parts)
-        # A round is to moments what more examples are: [k, b, ...] to [k b, ...].
-        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cotangents)
         num_rounds = jax.tree.leaves(cotangents)[0].shape[0]
 
-        def for_every_round(x: Array) -> Array:
-            return jnp.tile(x, (num_rounds, *(1,) * (x.ndim - 1)))
+        # A round is to moments what more examples are: [k, b, ...] to [b k, ...]. Those of one
+        # example stay together, on the device that has it.
+        def joined(x: Array) -> Array:
+            return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
+        def for_every_round(x: Array) -> Array:
+            return jnp.repeat(x, num_rounds, axis=0)
+
+        rows = jax.tree.map(joined, cotangents)
         inputs = jax.tree.map(for_every_round, capture.inputs)
         return of_factors.finish(capture, sums), inputs, rows
 
-    # No microbatch: chunks add up, which rows must not.
-    (factor_parts, inputs, (cotangents, paired)), terms = accumulate(
-        objective,
-        layout,
-        params,
-        batch,
-        key,
-        reduction=Reduction(Partial(contribution), Partial(finish)),
-        options=PassOptions(
-            fisher=fisher, num_samples=1, microbatch=None, by_example=True, stack_rounds=True
-        ),
-    )
-    a, g, squares = factor_parts
-    factors = make_factors(a, g, squares, terms)
-    if placement is not None:
-        factors = collect_factors(placement, factors)
-    return EigenCurvature(
-        factors=factors,
-        inputs=inputs,
-        cotangents=cotangents,
-        terms=terms.of_batch,
-        paired=paired,
-    )
+    return Reduction(Partial(contribution), Partial(finish))
 
 
 def _check_examples(objective: Objective) -> None:

@@ -96,6 +96,15 @@ def collect_factors(placement: Placement, factors: Factors) -> Factors:
     return others._replace(blocks=others.blocks | placement.owners.spread(on_owners))
 
 
+def factor_specs(placement: Placement) -> Factors:
+    """Return how the factors of a placement are sharded: a tree with one entry for each block."""
+    blocks: dict[str, Any] = {block.name: PartitionSpec() for block in placement.layout.blocks}
+    for block in placement.blocks:
+        blocks[block.name] = placement.owners.spec
+    everywhere: Any = PartitionSpec()
+    return Factors(blocks, everywhere)
+
+
 def scatter_sums(placement: Placement, stacks: T) -> T:
     """Sum stacks over the devices of the batch, inside a `shard_map`, and keep only a part each."""
     batch = placement.batch.axes

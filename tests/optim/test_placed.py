@@ -1,0 +1,159 @@
+"""K-FAC and EK-FAC whose factors and inverses are spread over devices: the steps of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import curvax
+
+WIDTH, DEPTH, TOKENS, EXAMPLES, TIMES = 8, 3, 24, 16, 8
+
+
+def model(params, tokens):
+    """A table that is the head too, a kernel with a bias, a scanned stack, one up and one down."""
+    if AxisType.Explicit in jax.typeof(tokens).sharding.mesh.axis_types:
+        params = jax.tree.map(lambda p: jax.sharding.reshard(p, P()), params)
+        x = params["table"].at[tokens].get(out_sharding=P("data"))
+    else:
+        x = params["table"][tokens]
+    x = jnp.tanh(x @ params["first"]["w"] + params["first"]["b"])
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w["w"] + w["b"]), None), x, params["stack"])
+    x = x + jnp.tanh(x @ params["up"]) @ params["down"]
+    return x * params["scale"] @ params["table"].T
+
+
+OBJECTIVE = curvax.Objective(model, curvax.losses.softmax_cross_entropy())
+SHAPES = {
+    "table": (TOKENS, WIDTH),
+    "first": {"w": (WIDTH, WIDTH), "b": (WIDTH,)},
+    "stack": {"w": (DEPTH, WIDTH, WIDTH), "b": (DEPTH, WIDTH)},
+    "up": (WIDTH, 2 * WIDTH),
+    "down": (2 * WIDTH, WIDTH),
+    "scale": (WIDTH,),
+}
+MESHES = {"data": ((8,), ("data",)), "both": ((4, 2), ("data", "model"))}
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Params, a batch, and the layout, with one factor that is diagonal."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        draw = lambda shape: jnp.asarray(rng.standard_normal(shape) / 2)
+        params = jax.tree.map(draw, SHAPES, is_leaf=is_shape)
+        tokens = jnp.asarray(rng.integers(TOKENS, size=(EXAMPLES, TIMES)))
+        targets = jnp.asarray(rng.integers(TOKENS, size=(EXAMPLES, TIMES)))
+        batch = tokens, targets
+        layout = curvax.kron_layout(OBJECTIVE, params, batch)
+    layout = layout.edit("['up']", g_structure="diagonal").edit("['scale']", kind="diagonal")
+    return params, batch, layout
+
+
+def optimizer(name, layout, placement):
+    """Build one of the optimizers, with a placement or without."""
+    rules = {
+        "factored": curvax.scale_by_kfac,
+        "exact": functools.partial(curvax.scale_by_kfac, damping_scheme="exact"),
+        "relative": curvax.scale_by_kfac,
+        "ekfac": curvax.scale_by_ekfac,
+        "tracked": functools.partial(curvax.scale_by_ekfac, basis="qr"),
+        "stagger": functools.partial(curvax.scale_by_kfac, inverse_every=2, stagger=True),
+    }
+    is_ekfac = name in ("ekfac", "tracked")
+    estimate = curvax.kron.eigen_curvature if is_ekfac else curvax.kron_factors
+    estimator = curvax.kron.estimator(OBJECTIVE, layout, estimate, placement=placement)
+    damping = curvax.optim.RelativeDamping(0.1) if name == "relative" else 0.1
+    rule = rules[name](layout, damping, placement=placement)
+    return optax.chain(curvax.estimating(rule, estimator), optax.sgd(0.1, momentum=0.9))
+
+
+def three_steps(tx):
+    @jax.jit
+    def run(params, state, batch):
+        for _ in range(3):
+            gradient = jax.grad(OBJECTIVE)(params, batch)
+            updates, state = tx.update(gradient, state, params, batch=batch)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    return run
+
+
+@functools.cache
+def on_one_device(name, problem_id):
+    params, batch, layout = PROBLEMS[problem_id]
+    tx = optimizer(name, layout, None)
+    return three_steps(tx)(params, tx.init(params), batch)
+
+
+PROBLEMS = {}
+
+
+def expected(name, problem):
+    PROBLEMS[id(problem)] = problem
+    return on_one_device(name, id(problem))
+
+
+def sharded(mesh, params, batch, is_full):
+    """Place params whole or sharded by their largest axis, and the batch by its rows."""
+
+    def spec(x):
+        axes = [None] * x.ndim
+        sizes = [size if size % 8 == 0 else 0 for size in x.shape]
+        if is_full and max(sizes):
+            axes[int(np.argmax(sizes))] = mesh.axis_names
+        return P(*axes)
+
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    params = jax.tree.map(lambda x: put(x, spec(x)), params)
+    return params, jax.tree.map(lambda x: put(x, P("data")), batch)
+
+
+CASES = [
+    ("factored", "data", AxisType.Auto, False, "owners"),
+    ("exact", "data", AxisType.Auto, False, "everyone"),
+    ("relative", "both", AxisType.Auto, True, "owners"),
+    ("stagger", "data", AxisType.Auto, True, "owners"),
+    ("ekfac", "both", AxisType.Auto, False, "owners"),
+    ("ekfac", "data", AxisType.Explicit, True, "owners"),
+    ("tracked", "data", AxisType.Auto, True, "everyone"),
+    ("factored", "both", AxisType.Explicit, True, "owners"),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh_name", "axis_type", "is_full", "precondition"), CASES)
+def test_placed_steps_are_those_of_one_device(
+    problem, name, mesh_name, axis_type, is_full, precondition
+):
+    params, batch, layout = problem
+    sizes, axes = MESHES[mesh_name]
+    mesh = jax.make_mesh(sizes, axes, (axis_type,) * len(axes))
+    placement = curvax.kron.kron_placement(
+        layout, mesh, axes, batch_axes=("data",), precondition=precondition, min_size=4
+    )
+    with jax.enable_x64(True):
+        tx = optimizer(name, layout, placement)
+        reference, _ = expected(name, problem)
+        params, batch = sharded(mesh, params, batch, is_full)
+        with jax.set_mesh(mesh):
+            init = jax.jit(tx.init, out_shardings=curvax.state_shardings(tx, params))
+            stepped, state = three_steps(tx)(params, init(params), batch)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13), stepped, reference)
+    curvature, block_state = (optax.tree.get(state, name) for name in ("curvature", "block_state"))
+    for block in placement.blocks:
+        arrays = jax.tree.leaves(curvature.blocks[block.name])
+        if precondition == "owners":
+            arrays += jax.tree.leaves(block_state[block.name])
+        for x in arrays:
+            shard = x.addressable_shards[0].data
+            assert shard.shape == (x.shape[0] // 8, *x.shape[1:])
