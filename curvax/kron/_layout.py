@@ -404,3 +404,19 @@ def present(layout: Layout, tree: Any) -> Layout:
                 f'of blocks: layout.edit("{here[0]}", kind="diagonal").'
             )
     return Layout(blocks, tuple(leaf for leaf in layout.leaves if leaf.path not in removed))
+
+
+def parts_of_equal_work(layout: Layout, number: int) -> list[Layout]:
+    """Divide the blocks into parts of equal work: the next largest goes to the smallest part."""
+    # Graham (1969): by this rule the largest part is at most 4/3 of what is possible.
+    parts: list[list[Block]] = [[] for _ in range(number)]
+    for block in sorted(layout.blocks, key=_work, reverse=True):
+        least = min(parts, key=lambda part: sum(map(_work, part)))
+        least.append(block)
+    return [Layout(tuple(part), layout.leaves) for part in parts if part]
+
+
+def _work(block: Block) -> int:
+    """Return the multiplications of an inversion, `s (i^3 + o^3)`."""
+    stack, inputs, outputs = block.shape
+    return stack * (inputs**3 + outputs**3)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from curvax._checks import check_choice, check_count, describe
 from curvax.capture import View
-from curvax.kron._layout import Block, Layout
+from curvax.kron._layout import Block, Layout, parts_of_equal_work
 
 T = TypeVar("T")
 
@@ -201,6 +201,7 @@ def kron_placement(
     batch_axes: Sequence[str] | None = None,
     precondition: str = "owners",
     min_size: int = 64,
+    turns: int = 1,
 ) -> Placement:
     """Spread Kronecker factors, inverses and their work over the devices of a mesh.
 
@@ -218,6 +219,8 @@ def kron_placement(
       precondition: "owners", who send steps, or "everyone": then inverses are sent when they are
         new, and held by all.
       min_size: blocks whose larger side is below this stay on every device.
+      turns: for a rule with `stagger=True` its `inverse_every`: blocks that have their turns at
+        different steps are not joined.
 
     Returns:
       A `Placement`, for `placement=` of `curvax.kfac`, `curvax.ekfac`, their rules and
@@ -255,9 +258,12 @@ def kron_placement(
     check_choice("precondition", precondition, dict.fromkeys(PRECONDITION))
     check_count(1, min_size=min_size)
     owners = Owners(mesh, axes)
+    check_count(1, turns=turns)
+    parts = parts_of_equal_work(layout, turns)
     groups: dict[Shape, list[Member]] = {}
     for block in _placeable(layout, min_size):
-        shape, member = _oriented(block)
+        (turn,) = (k for k, part in enumerate(parts) if block in part.blocks)
+        shape, member = _oriented(block, turn)
         groups.setdefault(shape, []).append(member)
     joined = _join(groups, owners.number)
     blocks: list[Block] = []
@@ -298,12 +304,37 @@ def check_placement(placement: Placement, layout: Layout) -> None:
         )
 
 
+def parts_of_placement(placement: Placement, unmasked: Layout, number: int) -> list[Layout]:
+    """Divide the blocks of a placement as `parts_of_equal_work` divides those of its source.
+
+    Args:
+      placement: the placement.
+      unmasked: its layout, without what a mask has removed.
+      number: how many turns there are.
+    """
+    turns: dict[str, int] = {}
+    for turn, part in enumerate(parts_of_equal_work(placement.source, number)):
+        turns |= {block.name: turn for block in part.blocks}
+    parts: list[list[Block]] = [[] for _ in range(number)]
+    for block in unmasked.blocks:
+        members = [m.block for m in block.members] if isinstance(block, OwnerBlock) else [block]
+        of_members = {turns[member.name] for member in members}
+        if len(of_members) > 1:
+            raise ValueError(
+                f"the placement joins blocks that are refreshed in different turns: {block.name}. "
+                f"Make it with curvax.kron_placement(..., turns={number})."
+            )
+        parts[of_members.pop()].append(block)
+    return [Layout(tuple(part), unmasked.leaves) for part in parts]
+
+
 class Shape(NamedTuple):
     """What slices of one owner block have in common."""
 
     a_structure: str
     g_structure: str
     is_penalized: bool
+    turn: int
     rows: int
     columns: int
 
@@ -337,11 +368,11 @@ def _placeable(layout: Layout, min_size: int) -> list[Block]:
     return candidates
 
 
-def _oriented(block: Block) -> tuple[Shape, Member]:
+def _oriented(block: Block, turn: int) -> tuple[Shape, Member]:
     """Return the shape of a block's slices with the smaller side first, and whether it was not."""
     sides = tuple(zip(block.shape[1:], block.structures, strict=True))
     first, second = sorted(sides)
-    shape = Shape(first[1], second[1], block.is_penalized, first[0], second[0])
+    shape = Shape(first[1], second[1], block.is_penalized, turn, first[0], second[0])
     return shape, Member(block, is_swapped=(first, second) != sides)
 
 
@@ -373,7 +404,7 @@ def _join(groups: dict[Shape, list[Member]], num_owners: int) -> dict[Shape, lis
 
 def _padded_to(x: Shape, y: Shape) -> Shape | None:
     """Return the shape to which slices of two shapes can be padded; None if there is none."""
-    if x[:3] != y[:3]:
+    if x[:4] != y[:4]:
         return None
     # A side of 1 is a multiple of the identity, which damping treats in a way of its own.
     if min(x.rows, y.rows) == 1 and x.rows != y.rows:

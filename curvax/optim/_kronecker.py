@@ -16,10 +16,10 @@ from curvax._trees import all_finite
 from curvax._types import Count, Params, Scalar
 from curvax.kron._block_operators import BlockSpectrum
 from curvax.kron._factors import Factors, init_factors, moving_average
-from curvax.kron._layout import Block, Layout, check_layout, present
+from curvax.kron._layout import Block, Layout, check_layout, parts_of_equal_work, present
 from curvax.kron._operator import KronOperator, apply
 from curvax.kron._packing import on_owners, packed, place_factors, place_states
-from curvax.kron._placement import Placement, check_placement
+from curvax.kron._placement import Placement, check_placement, parts_of_placement
 from curvax.optim._refresh import Interval, check_interval, refresh_if
 from curvax.optim._relative_damping import RelativeDamping, absolute_damping
 from curvax.optim._rule import (
@@ -214,7 +214,11 @@ def scale_by_kron(
         is_ready = is_finite & (state.num_refreshes > 0)
         if stagger:
             period = cast(int, inverse_every)
-            for turn, part in enumerate(_parts_of_equal_work(unmasked, period)):
+            if placement is None:
+                parts = parts_of_equal_work(unmasked, period)
+            else:
+                parts = parts_of_placement(placement, unmasked, period)
+            for turn, part in enumerate(parts):
                 is_due = is_ready & (is_first | (state.count % period == turn))
                 state = _refresh(method, part, is_due, is_finite, state, damping)
             return state
@@ -340,22 +344,6 @@ def _info_of_block(block: Block, spectrum: BlockSpectrum, old: BlockInfo) -> Blo
     )
     info: BlockInfo = jax.tree.map(lambda new, old: new.astype(old.dtype), fresh, old)
     return info
-
-
-def _parts_of_equal_work(layout: Layout, number: int) -> list[Layout]:
-    """Divide the blocks into parts of equal work: the next largest goes to the smallest part."""
-    # Graham (1969): by this rule the largest part is at most 4/3 of what is possible.
-    parts: list[list[Block]] = [[] for _ in range(number)]
-    for block in sorted(layout.blocks, key=_work, reverse=True):
-        least = min(parts, key=lambda part: sum(map(_work, part)))
-        least.append(block)
-    return [Layout(tuple(part), layout.leaves) for part in parts if part]
-
-
-def _work(block: Block) -> int:
-    """Return the multiplications of an inversion, `s (i^3 + o^3)`."""
-    stack, inputs, outputs = block.shape
-    return stack * (inputs**3 + outputs**3)
 
 
 def _factors_are_finite(factors: Factors) -> Bool[Array, ""]:
