@@ -16,7 +16,7 @@ from curvax.estimate import (
     hutchinson_trace,
     per_example_grads,
 )
-from curvax.kron import kron_factors, kron_inverse, kron_layout, matrix_layout
+from curvax.kron import kron_factors, kron_inverse, kron_layout, kron_placement, matrix_layout
 from curvax.objective import Objective, penalty, total
 from curvax.optim import (
     adahessian,
@@ -45,6 +45,7 @@ from curvax.optim import (
     oasis,
     oasis_auto,
     on_fraction,
+    pack_state,
     psgd,
     quadratic_model,
     saddle_free_newton,
@@ -78,6 +79,7 @@ from curvax.optim import (
     ssbfgs,
     ssbroyden,
     state_shardings,
+    unpack_state,
     until_plateau,
 )
 from curvax.products import empirical_fishervp, fishervp, ggnvp, hvp, streamed, to_dense
@@ -175,8 +177,11 @@ __all__ = [
     "until_plateau",
     # Their state on many devices
     "state_shardings",
+    "pack_state",
+    "unpack_state",
     # Kronecker-factored curvature
     "kron_layout",
+    "kron_placement",
     "matrix_layout",
     "kron_factors",
     "kron_inverse",

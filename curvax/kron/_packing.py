@@ -65,10 +65,10 @@ def _joined_means(
             total = structure.padded_moment(total, block.shape[side])
         totals.append(total)
         weights.append(jnp.broadcast_to(mean.weight, member.block.shape[:1]))
-    return WeightedMean(_stack(totals, stack), _stack(weights, stack))
+    return WeightedMean(stacked(totals, stack), stacked(weights, stack))
 
 
-def _stack(parts: Sequence[Array], stack: int) -> Array:
+def stacked(parts: Sequence[Array], stack: int) -> Array:
     """Join stacks, and fill up with zeros."""
     joined = jnp.concatenate(parts)
     return jnp.pad(joined, ((0, stack - len(joined)), *[(0, 0)] * (joined.ndim - 1)))
@@ -116,9 +116,14 @@ def _cut(member: Member, of_owners: BlockFactors) -> BlockFactors:
     def cut(x: Array, shape: tuple[int, ...]) -> Array:
         return x[tuple(map(slice, shape))]
 
-    a = a._replace(total=cut(a.total, a_shape))
-    g = g._replace(total=cut(g.total, g_shape))
-    return of_owners._replace(a=a, g=g)
+    # G and a penalty have one weight for all slices.
+    shift = of_owners.shift
+    return BlockFactors(
+        a=WeightedMean(cut(a.total, a_shape), a.weight),
+        g=WeightedMean(cut(g.total, g_shape), g.weight[0]),
+        second=None,
+        shift=None if shift is None else WeightedMean(shift.total, shift.weight[0]),
+    )
 
 
 def member_bases(block: OwnerBlock, basis: Basis) -> list[Basis]:

@@ -85,6 +85,7 @@ from curvax.optim._oasis_auto import (
     oasis_auto,
     scale_by_oasis_auto,
 )
+from curvax.optim._placed_state import pack_state, unpack_state
 from curvax.optim._plateau import LossAverages, UntilPlateauState, until_plateau
 from curvax.optim._polar import exact_polar, newton_schulz, polar_express
 from curvax.optim._psgd import (
@@ -263,6 +264,8 @@ __all__ = [
     "ssbfgs",
     "ssbroyden",
     "state_shardings",
+    "pack_state",
+    "unpack_state",
     "unscaled",
     "until_plateau",
     "zero_count",

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import curvax
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 WIDTH, DEPTH, TOKENS, EXAMPLES, TIMES = 8, 3, 24, 16, 8
 
 
@@ -147,13 +149,12 @@ def test_placed_steps_are_those_of_one_device(
         min_size=4,
         turns=2 if name == "stagger" else 1,
     )
-    with jax.enable_x64(True):
-        tx = optimizer(name, layout, placement)
-        reference, _ = expected(name, problem)
-        params, batch = sharded(mesh, params, batch, is_full)
-        with jax.set_mesh(mesh):
-            init = jax.jit(tx.init, out_shardings=curvax.state_shardings(tx, params))
-            stepped, state = three_steps(tx)(params, init(params), batch)
+    tx = optimizer(name, layout, placement)
+    reference, _ = expected(name, problem)
+    params, batch = sharded(mesh, params, batch, is_full)
+    with jax.set_mesh(mesh):
+        init = jax.jit(tx.init, out_shardings=curvax.state_shardings(tx, params))
+        stepped, state = three_steps(tx)(params, init(params), batch)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13), stepped, reference
     )
@@ -165,3 +166,37 @@ def test_placed_steps_are_those_of_one_device(
         for x in arrays:
             shard = x.addressable_shards[0].data
             assert shard.shape == (x.shape[0] // 8, *x.shape[1:])
+
+
+def test_a_state_goes_on_with_another_number_of_devices(problem):
+    """Eight, four, and eight again: between them it is the state of the rule by itself."""
+    params, batch, layout = problem
+    for name in ("factored", "exact", "ekfac"):
+        _, state = expected(name, problem)
+        back = state
+        for number in (8, 4, 8):
+            mesh = jax.make_mesh((number,), ("data",), devices=jax.devices()[:number])
+            placement = curvax.kron_placement(layout, mesh, min_size=4)
+            with jax.set_mesh(mesh):
+                pack = jax.jit(functools.partial(curvax.pack_state, placement))
+                unpack = jax.jit(functools.partial(curvax.unpack_state, placement))
+                packed = pack(jax.tree.map(np.asarray, back))
+                back = unpack(packed)
+        # Bases have lost nothing but the order in which padding came.
+        assert jax.tree.structure(back) == jax.tree.structure(state)
+        arrays = lambda state: [
+            optax.tree.get(state, "curvature"),
+            optax.tree.get(state, "block_state"),
+        ]
+        jax.tree.map(np.testing.assert_array_equal, arrays(back), arrays(state))
+
+
+def test_a_packed_state_of_other_blocks_is_refused(problem):
+    _, _, layout = problem
+    mesh = jax.make_mesh((1,), ("data",))
+    placement = curvax.kron_placement(layout, mesh, min_size=4)
+    _, state = expected("factored", problem)
+    with jax.set_mesh(mesh):
+        packed = curvax.pack_state(placement, state)
+        with pytest.raises(ValueError, match="packed for a placement already"):
+            curvax.pack_state(placement, packed)
