@@ -164,6 +164,13 @@ def with_auto_sharding(
     return result
 
 
+def is_on_one_device() -> bool:
+    """Tell whether what is being computed is on one device: there is one, or it is `shard_map`'s."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_manual = not mesh.empty and set(mesh.axis_types) == {AxisType.Manual}
+    return is_manual or jax.device_count() == 1
+
+
 def row_spec(batch: PyTree[Array]) -> PartitionSpec:
     """Return how the rows of a batch are sharded, as far as its type states it."""
     for x in jax.tree.leaves(batch):

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from curvax._batch import ENTRIES_AT_A_TIME
-from curvax._xla import one_after_another
+from curvax._xla import is_on_one_device, one_after_another
 from curvax.kron._host_eigh import eigh_on_host, is_traced
 
 F = TypeVar("F", bound="KronFactor")
@@ -797,7 +797,8 @@ def _gram(x: Rows) -> Squares:
     (There, leaving out half of the product by strips of rows costs more in copies than it saves in
     arithmetic.)
     """
-    if jax.default_backend() == "gpu":
+    # XLA cannot divide that call among devices: each would gather all rows.
+    if jax.default_backend() == "gpu" and is_on_one_device():
         stack, _, n = x.shape
         zeros = jnp.zeros((stack, n, n), x.dtype)
         product = lax.linalg.symmetric_product(_t(x), zeros, symmetrize_output=True)
