@@ -165,7 +165,7 @@ def with_auto_sharding(
 
 
 def is_on_one_device() -> bool:
-    """Tell whether what is being computed is on one device: there is one, or it is `shard_map`'s."""
+    """Tell whether arrays are on one device: there is no other, or a `shard_map` is around."""
     mesh = jax.sharding.get_abstract_mesh()
     is_manual = not mesh.empty and set(mesh.axis_types) == {AxisType.Manual}
     return is_manual or jax.device_count() == 1

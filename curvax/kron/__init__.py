@@ -9,6 +9,7 @@ from curvax.kron._block_operators import (
     FactoredOperator,
 )
 from curvax.kron._build_layout import kron_layout
+from curvax.kron._build_placement import kron_placement
 from curvax.kron._estimator import estimator
 from curvax.kron._factors import (
     BlockFactors,
@@ -36,7 +37,7 @@ from curvax.kron._moments import (
     kron_moments,
 )
 from curvax.kron._operator import KronOperator, apply, kron_operator
-from curvax.kron._placement import Placement, kron_placement
+from curvax.kron._placement import Placement
 from curvax.kron._storage import Saving
 from curvax.kron._vector_layout import vector_layout
 

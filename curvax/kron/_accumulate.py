@@ -228,7 +228,8 @@ def kron_factors(
         sums, terms = accumulate(
             objective, layout, params, batch, key, reduction=reduction, options=options
         )
-        result = make_factors(*sums, terms)
+        inputs, outputs, squares = sums
+        result = make_factors(inputs, outputs, squares, terms)
         return result if placement is None else collect_factors(placement, result)
 
     # One passage out of the compiler's placement: sums by device do not leave it.

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 # The layout prints itself by this module, so that an import back is for types only.
 if TYPE_CHECKING:
     from curvax.kron._layout import Block, Layout, Leaf
+    from curvax.kron._placement import Placement
 
 LOW_SHARE = 0.5
 """Below this share of parameters in blocks the table warns."""
 
 HEAD = ("leaf", "shape", "block", "A x G", "stack", "uses", "factors", "note")
+PLACEMENT_HEAD = ("shape", "slices", "on a device", "full", "of blocks")
 
 
 def layout_table(layout: Layout) -> str:
     """Write one line for each leaf, what the factors take, and how much is in blocks."""
-    rows = [HEAD, *(_row(layout, leaf) for leaf in layout.leaves)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
+    lines = _aligned([HEAD, *(_row(layout, leaf) for leaf in layout.leaves)])
     # What factors and diagonals take.
     floats = sum(_floats(block) for block in layout.blocks)
     for leaf in layout.leaves:
@@ -33,6 +30,36 @@ def layout_table(layout: Layout) -> str:
     lines.append(f"{count}, factors of {_memory(floats)} in float32")
     lines.append(_share_in_blocks(layout))
     return "\n".join(lines)
+
+
+def placement_table(placement: Placement) -> str:
+    """Write one line for each stack of owners, and what a device has of the factors."""
+    rows = [PLACEMENT_HEAD]
+    number = placement.owners.number
+    for block in placement.blocks:
+        stack, inputs, outputs = block.shape
+        num_slices = sum(member.block.shape[0] for member in block.members)
+        names = " + ".join(member.block.name for member in block.members)
+        counts = str(num_slices), str(stack // number)
+        rows.append((f"{inputs}x{outputs}", *counts, f"{block.fill.mean():.0%}", names))
+    lines = _aligned(rows)
+    of_owner = sum(map(_floats, placement.blocks)) // number
+    of_others = sum(map(_floats, placement.everywhere))
+    others = ", ".join(block.name for block in placement.everywhere)
+    lines.append(f"on every device: {others or 'no other block'}")
+    total = sum(map(_floats, placement.source.blocks))
+    lines.append(f"a device has {_memory(of_owner + of_others)} of {_memory(total)} of factors")
+    return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Write rows of cells as lines, the columns flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def _share_in_blocks(layout: Layout) -> str:

@@ -330,7 +330,7 @@ def eigen_curvature(
         (sums, inputs, (cotangents, paired)), terms = accumulate(
             objective, layout, params, batch, key, reduction=reduction, options=options
         )
-        factors = make_factors(*sums, terms)
+        factors = make_factors(sums[0], sums[1], sums[2], terms)
         return EigenCurvature(
             factors=factors if placement is None else collect_factors(placement, factors),
             inputs=inputs,

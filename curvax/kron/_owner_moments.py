@@ -9,9 +9,10 @@ import jax
 from jaxtyping import Array, Float
 
 from curvax.kron._gradient_pairs import Basis, block_moments
+from curvax.kron._layout import Block
 from curvax.kron._moments import EigenCurvature
 from curvax.kron._packing import member_bases, packed
-from curvax.kron._placement import Member, OwnerBlock, Placement
+from curvax.kron._placement import OwnerBlock, Placement
 from curvax.kron._row_sums import by_device, scatter_sums, scattered_spec
 
 
@@ -24,19 +25,21 @@ def owner_moments(
     sent to all, and the moments to their owners.
     """
     over_rows = by_device(placement.batch, by_example=True)
-    sent = placement.owners.everywhere(basis)
+    # 1. To all devices the bases, one block at a time.
+    bases = member_bases(block, placement.owners.everywhere(basis))
     parts = []
-    for member, of_member in zip(block.members, member_bases(block, sent), strict=True):
+    for member, of_member in zip(block.members, bases, strict=True):
         name = member.block.name
         paired = None if curvature.paired is None else curvature.paired[name]
         of_uses = curvature.inputs[name], curvature.cotangents[name], paired
-        moments = over_rows(partial(_member_moments, member, of_member), of_uses)
-        parts.append(moments)
+        # 2. On every device (Q_A' D_b Q_G)^2 of its own rows.
+        parts.append(over_rows(partial(_member_moments, member.block, of_member), of_uses))
 
+    # 3. The sums over devices to the owners.
     def of_device(parts: list[Array]) -> Array:
         return scatter_sums(placement, block.joined([x[0] for x in parts]))
 
-    placed = jax.shard_map(
+    scatter = jax.shard_map(
         of_device,
         mesh=placement.batch.mesh_here,
         in_specs=placement.batch.spec,
@@ -44,7 +47,7 @@ def owner_moments(
         axis_names=set(placement.batch.axes),
         check_vma=False,
     )
-    moments = placement.owners.spread(placed(parts))
+    moments = placement.owners.spread(scatter(parts))
     if not block.is_penalized:
         return moments
     factors = packed(placement, curvature.factors).blocks[block.name]
@@ -53,8 +56,7 @@ def owner_moments(
     return moments + factors.shift.mean[:, None, None]
 
 
-def _member_moments(member: Member, basis: Basis, of_uses: Any, by_row: Any) -> Array:
-    """Sum the moments of a member's rows, with its sides as in the owner block."""
+def _member_moments(block: Block, basis: Basis, of_uses: Any, by_row: Any) -> Array:
+    """Sum the moments of a block's rows, in a basis with columns for the padding too."""
     del by_row
-    moments = block_moments(member.block, basis, *of_uses)
-    return moments.swapaxes(1, 2) if member.is_swapped else moments
+    return block_moments(block, basis, *of_uses)

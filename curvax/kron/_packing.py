@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from curvax.kron._factors import BlockFactors, Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis
 from curvax.kron._kron_factor import STRUCTURES
 from curvax.kron._layout import Layout
-from curvax.kron._placement import Member, OwnerBlock, Placement, others_of
+from curvax.kron._placement import Member, OwnerBlock, Placement, pad_to
 
 
 def packed(placement: Placement, factors: Factors) -> Factors:
@@ -26,7 +27,7 @@ def packed(placement: Placement, factors: Factors) -> Factors:
 
 def pack_factors(placement: Placement, factors: Factors) -> Factors:
     """Turn the factors of the named blocks into those of owner blocks, on their owners."""
-    blocks = {block.name: factors.blocks[block.name] for block in others_of(placement)}
+    blocks = {block.name: factors.blocks[block.name] for block in placement.everywhere}
     for block in placement.blocks:
         blocks[block.name] = placement.owners.spread(join_factors(block, factors))
     return Factors(blocks, factors.diagonal)
@@ -71,7 +72,7 @@ def _joined_means(
 def stacked(parts: Sequence[Array], stack: int) -> Array:
     """Join stacks, and fill up with zeros."""
     joined = jnp.concatenate(parts)
-    return jnp.pad(joined, ((0, stack - len(joined)), *[(0, 0)] * (joined.ndim - 1)))
+    return pad_to(joined, stack, *joined.shape[1:])
 
 
 def place_factors(placement: Placement, factors: Factors) -> Factors:
@@ -96,15 +97,12 @@ def place_states(placement: Placement, states: dict[str, Any]) -> dict[str, Any]
 
 def unpack_factors(placement: Placement, factors: Factors) -> Factors:
     """Turn the factors of owner blocks into those of the named blocks; `pack_factors` undone."""
-    blocks = {block.name: factors.blocks[block.name] for block in others_of(placement)}
+    blocks = {block.name: factors.blocks[block.name] for block in placement.everywhere}
     for block in placement.blocks:
-        of_owners = factors.blocks[block.name]
-        start = 0
-        for member in block.members:
-            stop = start + member.block.shape[0]
-            of_member = jax.tree.map(lambda x, i=start, j=stop: x[i:j], of_owners)
+        joined = factors.blocks[block.name]
+        for member, slices in block.slices():
+            of_member = jax.tree.map(lambda x, slices=slices: x[slices], joined)
             blocks[member.block.name] = _cut(member, of_member)
-            start = stop
     return Factors(blocks, factors.diagonal)
 
 
@@ -133,14 +131,12 @@ def member_bases(block: OwnerBlock, basis: Basis) -> list[Basis]:
     stay: those of padding become 0, and moments in their direction too.
     """
     bases = []
-    start = 0
-    for member in block.members:
-        stop = start + member.block.shape[0]
+    for member, slices in block.slices():
         sides = []
         for vectors, size in zip(basis, member.sides, strict=True):
-            sides.append(None if vectors is None else vectors[start:stop, :size])
-        bases.append(Basis(*member.oriented((sides[0], sides[1]))))
-        start = stop
+            sides.append(None if vectors is None else vectors[slices, :size])
+        first, second = sides
+        bases.append(Basis(*member.oriented((first, second))))
     return bases
 
 
@@ -152,32 +148,26 @@ def on_owners(placement: Placement, refresh: Callable[..., Any]) -> Callable[...
     owners = placement.owners
 
     def placed_refresh(layout: Layout, factors: Factors, block_state: Any, damping: Any) -> Any:
+        # 1. Blocks that every device has, as without a placement.
+        others = Layout(tuple(b for b in layout.blocks if not b.is_joined), layout.leaves)
+        states, spectra = refresh(others, factors, block_state, damping)
+
+        # 2. Owner blocks: inside `shard_map` a loop over slices, or a batch of several blocks, is
+        # over those of one device. The compiler would send all slices to all devices for them.
         blocks = [block for block in layout.blocks if isinstance(block, OwnerBlock)]
-        others = [block for block in layout.blocks if not isinstance(block, OwnerBlock)]
-        states, spectra = refresh(
-            Layout(tuple(others), layout.leaves), factors, block_state, damping
-        )
-        if not blocks:
-            return states, spectra
         local = Layout(tuple(block.of_owner() for block in blocks), ())
-
-        def of_owner(factors: Factors, block_state: Any, damping: Any) -> Any:
-            return refresh(local, factors, block_state, damping)
-
-        names = [block.name for block in blocks]
-        operands = (
-            Factors({name: factors.blocks[name] for name in names}, {}),
-            {name: block_state[name] for name in names},
-        )
-        placed = jax.shard_map(
-            of_owner,
+        by_owner = jax.shard_map(
+            partial(refresh, local),
             mesh=owners.mesh_here,
             in_specs=(owners.spec, owners.spec, PartitionSpec()),
             out_specs=owners.spec,
             axis_names=set(owners.axes),
             check_vma=False,
         )
-        placed_states, placed_spectra = placed(*operands, damping)
-        return states | placed_states, spectra | owners.everywhere(placed_spectra)
+        placed_factors = Factors({block.name: factors.blocks[block.name] for block in blocks}, {})
+        placed_states = {block.name: block_state[block.name] for block in blocks}
+        new_states, new_spectra = by_owner(placed_factors, placed_states, damping)
+        # Numbers of each slice: diagnostics are made of them on every device.
+        return states | new_states, spectra | owners.everywhere(new_spectra)
 
     return placed_refresh

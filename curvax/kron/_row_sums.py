@@ -7,17 +7,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from curvax.kron._factors import BlockFactors, Factors
+from curvax.kron._owners import Owners
 from curvax.kron._packing import join_factors
-from curvax.kron._placement import Owners, Placement, others_of
+from curvax.kron._placement import Placement, pad_to
 
 T = TypeVar("T")
 RowSums: TypeAlias = Callable[..., Any]
@@ -51,7 +52,9 @@ def by_device(batch: Owners, by_example: bool) -> RowSums:
         lengths += [len(x) for x in jax.tree.leaves(by_row)]
         if any(length % batch.number for length in lengths):
             # A query without rows, say, is the same on all devices: only the first one's counts.
-            return jax.tree.map(lambda x: _pad_devices(x, batch.number), of_device(of_uses, by_row))
+            first = of_device(of_uses, by_row)
+            alone: T = jax.tree.map(lambda x: pad_to(x, batch.number, *x.shape[1:]), first)
+            return alone
         in_specs = PartitionSpec(*[None] * use_axis, batch.axes), batch.spec
         placed = jax.shard_map(
             of_device,
@@ -67,17 +70,13 @@ def by_device(batch: Owners, by_example: bool) -> RowSums:
     return sums
 
 
-def _pad_devices(x: Array, number: int) -> Array:
-    return jnp.pad(x, ((0, number - 1), *[(0, 0)] * (x.ndim - 1)))
-
-
 def collect_factors(placement: Placement, factors: Factors) -> Factors:
     """Sum factors `by_device` over the devices, those of owner blocks by their owners."""
 
     def of_device(factors: Factors) -> tuple[Factors, dict[str, BlockFactors]]:
         # Numbers are of the whole batch. As the rest of a mean they are divided among devices.
         share = jax.tree.map(lambda x: x[0] if x.ndim else x / placement.batch.number, factors)
-        others = {block.name: share.blocks[block.name] for block in others_of(placement)}
+        others = {block.name: share.blocks[block.name] for block in placement.everywhere}
         everywhere = lax.psum(Factors(others, share.diagonal), placement.batch.axes)
         joined = {block.name: join_factors(block, share) for block in placement.blocks}
         return everywhere, scatter_sums(placement, joined)
@@ -110,10 +109,11 @@ def scatter_sums(placement: Placement, stacks: T) -> T:
     batch = placement.batch.axes
     # A reduction to the owners sends half of what one to everyone does.
     if _owners_split_batch(placement):
-        scatter = lambda x: lax.psum_scatter(x, batch, scatter_dimension=0, tiled=True)
+        scatter = partial(lax.psum_scatter, axis_name=batch, scatter_dimension=0, tiled=True)
         scattered: T = jax.tree.map(scatter, stacks)
         return scattered
-    return lax.psum(stacks, batch)
+    everywhere: T = lax.psum(stacks, batch)
+    return everywhere
 
 
 def scattered_spec(placement: Placement) -> PartitionSpec:

@@ -55,6 +55,9 @@ def scale_by_kfac(
       damping_scheme: "factored" or "exact" damping, see `curvax.kron_inverse`.
       stagger: True spreads the inversions of blocks over the `inverse_every` steps, for an even
         time per step; they then do not wait.
+      placement: a `curvax.kron_placement` of the layout: factors, inverses and the work on them are
+        spread over the devices of a mesh. Diagnostics are of its owner blocks. None leaves all that
+        to the compiler, which does it on every device.
 
     Returns:
       `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *,
@@ -65,10 +68,11 @@ def scale_by_kfac(
 
     Raises:
       ValueError: The damping is not positive, the scheme is unknown, `inverse_every` is below 1, or
-        updates or curvature are of another layout.
+        updates, curvature or placement are of another layout.
 
     Cost: `in out (in + out)` multiplications a block and step; `in^3 + out^3` every `inverse_every`
-      steps. Memory: `2 (in^2 + out^2)` floats a block.
+      steps. Memory: `2 (in^2 + out^2)` floats a block. With a placement each device has its share
+      of both, in padded slices, and sends the steps of its own.
 
     Example: Kronecker blocks by K-FAC, everything else by Adam (a fallback); factors from a quarter
       of the batch.
@@ -147,6 +151,7 @@ def kfac(
       fisher: "mc", targets sampled from the model, for losses that can sample; "exact", their
         expectation, for models with few outputs; "empirical", the batch's own targets, for losses
         that have no other Fisher (log densities). See `curvax.kron_factors`.
+      placement: as in `scale_by_kfac`; estimates are made for it.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.

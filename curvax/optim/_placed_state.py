@@ -66,11 +66,9 @@ def unpack_state(placement: Placement, state: optax.OptState) -> optax.OptState:
         for block in placement.blocks:
             joined, info = block_state.pop(block.name), infos.pop(block.name)
             num_failures = failures.pop(block.name)
-            start = 0
-            for member in block.members:
-                stop = start + member.block.shape[0]
-                of_member = jax.tree.map(lambda y, i=start, j=stop: y[i:j], joined)
-                name, start = member.block.name, stop
+            for member, slices in block.slices():
+                name = member.block.name
+                of_member = jax.tree.map(lambda y, slices=slices: y[slices], joined)
                 block_state[name] = _cut_state(member, of_member)
                 infos[name], failures[name] = info, num_failures
         return x._replace(
@@ -79,7 +77,8 @@ def unpack_state(placement: Placement, state: optax.OptState) -> optax.OptState:
             info=x.info._replace(blocks=infos, num_failures=failures),
         )
 
-    return jax.tree.map(unpacked, state, is_leaf=_is_kron_state)
+    result: optax.OptState = jax.tree.map(unpacked, state, is_leaf=_is_kron_state)
+    return result
 
 
 def pack_state(placement: Placement, state: optax.OptState) -> optax.OptState:
@@ -113,7 +112,8 @@ def pack_state(placement: Placement, state: optax.OptState) -> optax.OptState:
             info=KronInfo(infos, x.info.damping, x.info.num_nonfinite, failures),
         )
 
-    return jax.tree.map(packed, state, is_leaf=_is_kron_state)
+    result: optax.OptState = jax.tree.map(packed, state, is_leaf=_is_kron_state)
+    return result
 
 
 def _is_kron_state(x: Any) -> bool:
@@ -158,14 +158,14 @@ def _cut_factor(factor: KronFactor, size: int) -> KronFactor:
     """Cut off what padding has added to an inverse, `blockdiag(F^-1, I / c)`."""
     if isinstance(factor, Full):
         return Full(factor.matrix[:, :size, :size])
-    if isinstance(factor, Diagonal):
-        return Diagonal(factor.entries[:, :size])
-    return Identity(factor.scale, size)
+    if isinstance(factor, Identity):
+        return Identity(factor.scale, size)
+    return Diagonal(factor.diagonal()[:, :size])
 
 
 def _cut_basis(member: Member, basis: Basis, middle: Array) -> tuple[Basis, Array]:
     """Drop the eigenvectors of padding, and what belongs to them in the middle `[s, i, o]`."""
-    sides = []
+    sides: list[Array | None] = []
     for axis, (vectors, size) in enumerate(zip(basis, member.sides, strict=True), start=1):
         if vectors is None:
             sides.append(None)
@@ -204,9 +204,9 @@ def _join_states(block: OwnerBlock, states: Sequence[Any]) -> Any:
     if isinstance(first, EigenOperator):
         pairs = [(state.left, state.right) for state in states]
         basis = _join_bases(block, pairs)
-        return EigenOperator(*basis, _join_middles(block, [state.scale for state in states]))
+        return EigenOperator(*basis, block.joined([state.scale for state in states]))
     basis = _join_bases(block, [tuple(state.basis) for state in states])
-    moments = _join_middles(block, [state.moments.total for state in states])
+    moments = block.joined([state.moments.total for state in states])
     weights = []
     for member, state in zip(block.members, states, strict=True):
         weights.append(jnp.broadcast_to(state.moments.weight, member.block.shape[:1]))
@@ -227,9 +227,12 @@ def _join_factors(block: OwnerBlock, factors: Sequence[KronFactor], size: int) -
     """Join factors of one structure into a stack."""
     stack = block.shape[0]
     if isinstance(factors[0], Identity):
-        return Identity(stacked([factor.scale for factor in factors], stack), size)
+        return Identity(stacked([factor.mean_eigenvalue() for factor in factors], stack), size)
     kind = type(factors[0])
-    arrays = [kind.padded_moment(*jax.tree.leaves(factor), size) for factor in factors]
+    arrays = []
+    for factor in factors:
+        (array,) = jax.tree.leaves(factor)
+        arrays.append(kind.padded_moment(array, size))
     return kind.from_moment(stacked(arrays, stack))
 
 
@@ -251,14 +254,6 @@ def _with_identity(vectors: Squares, size: int) -> Squares:
     padded = jnp.pad(vectors, ((0, 0), (0, missing), (0, missing)))
     is_new = jnp.arange(size) >= size - missing
     return padded + jnp.diag(is_new.astype(vectors.dtype))
-
-
-def _join_middles(block: OwnerBlock, middles: Sequence[Array]) -> Array:
-    """Join what the members have `[s, i, o]`."""
-    parts = []
-    for member, x in zip(block.members, middles, strict=True):
-        parts.append(x.swapaxes(1, 2) if member.is_swapped else x)
-    return block.joined(parts)
 
 
 def _join_infos(infos: Sequence[BlockInfo]) -> BlockInfo:

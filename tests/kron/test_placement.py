@@ -48,7 +48,7 @@ def test_shapes_that_are_transposes_of_each_other_are_joined(layout):
     # One device gains nothing by padding.
     assert sorted(block.shape for block in alone.blocks) == [(2, 6, 24), (2, 12, 24)]
     assert hash(placement) == hash(curvax.kron_placement(layout, mesh_of(8), min_size=2))
-    assert str(placement).splitlines()[1].split()[-5:] == ["4", "1", "[12,", "24]", "38%"]
+    assert str(placement).splitlines()[1].split()[:4] == ["12x24", "4", "1", "38%"]
 
 
 def test_devices_that_are_not_there_can_be_planned_for(layout):
@@ -139,11 +139,9 @@ def test_what_a_device_does_and_sends(layout):
 
     # Every device has an eighth before and after.
     _, after = program.output_shardings
-    for before, now, x in zip(
-        *map(jax.tree.leaves, (jax.tree.map(lambda x: x.sharding, state), after, state)),
-        strict=True,
-    ):
-        assert before.is_equivalent_to(now, x.ndim)
+    before = jax.tree.map(lambda x: x.sharding, state)
+    is_same = lambda x, sharding, now: sharding.is_equivalent_to(now, x.ndim)
+    assert jax.tree.all(jax.tree.map(is_same, state, before, after))
 
 
 def test_the_symmetric_product_of_gpus_is_called_on_one_device_only(layout, monkeypatch):

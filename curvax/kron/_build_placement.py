@@ -1,0 +1,198 @@
+"""Building a placement: blocks of about equal shape are joined, while that saves work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jax.sharding import AbstractMesh, Mesh
+
+from curvax._checks import check_choice, check_count, describe
+from curvax.kron._layout import Block, Layout, parts_of_equal_work
+from curvax.kron._owners import Owners
+from curvax.kron._placement import Member, OwnerBlock, Placement, virtual_kernel
+
+PRECONDITION = ("owners", "everyone")
+
+
+def kron_placement(
+    layout: Layout,
+    mesh: Mesh | AbstractMesh,
+    axes: Sequence[str] = ("data",),
+    *,
+    batch_axes: Sequence[str] | None = None,
+    precondition: str = "owners",
+    min_size: int = 64,
+    turns: int = 1,
+) -> Placement:
+    """Spread Kronecker factors, inverses and their work over the devices of a mesh.
+
+    Every slice of a block, with its factors A and G, belongs to one device. Blocks of about equal
+    shape are joined into one stack, sharded over the axes by its leading axis: the smaller are
+    padded, and a kernel may lie in it transposed, so that `[n, 4n]` and `[4n, n]` are one shape.
+    Stacks are joined for as long as that lessens the work of a device.
+
+    Args:
+      layout: the `Layout` returned by `curvax.kron_layout(objective, params, batch)`.
+      mesh: the mesh of the parameters.
+      axes: axes of the mesh over whose devices the slices are spread.
+      batch_axes: axes over which the batch is sharded; by default `axes`. Factors are summed where
+        their rows are, and sent to the owners.
+      precondition: "owners", who send steps, or "everyone": then inverses are sent when they are
+        new, and held by all.
+      min_size: blocks whose larger side is below this stay on every device.
+      turns: for a rule with `stagger=True` its `inverse_every`: blocks that have their turns at
+        different steps are not joined.
+
+    Returns:
+      A `Placement`, for `placement=` of `curvax.kfac`, `curvax.ekfac`, their rules and
+      `curvax.kron_factors`. Blocks with two products, over time, or that share a leaf with such,
+      stay on every device.
+
+    Raises:
+      ValueError: an axis is not one of the mesh's; `precondition` is unknown.
+
+    Cost: a few milliseconds, once; no arrays are touched.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> objective = curvax.Objective(
+      ...     lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], curvax.losses.squared_error())
+      >>> params = {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 8))}
+      >>> batch = jnp.ones((4, 8)), jnp.zeros((4, 8))
+      >>> layout = curvax.kron_layout(objective, params, batch)
+      >>> placement = curvax.kron_placement(layout, mesh, min_size=16)
+      >>> print(placement)
+      shape  slices  on a device  full  of blocks
+      8x32   2       2            100%  ['up'] + ['down']
+      on every device: no other block
+      a device has 8.7 kB of 8.7 kB of factors
+
+    References: Osawa et al. (2019), Large-scale distributed second-order optimization using
+      Kronecker-factored approximate curvature, https://arxiv.org/abs/1811.12019 (owners of layers);
+      Pauloski et al. (2021), KAISA, https://arxiv.org/abs/2107.01739 (owners precondition, or all).
+
+    Deviates: all devices run one program, so that what counts is the number of padded slices on
+      each, which is the same for all, and not the sum of costs of the blocks that they own.
+    """
+    axes = _checked(mesh, axes, "axes")
+    batch_axes = axes if batch_axes is None else _checked(mesh, batch_axes, "batch_axes")
+    check_choice("precondition", precondition, dict.fromkeys(PRECONDITION))
+    check_count(1, min_size=min_size)
+    owners = Owners(mesh, axes)
+    check_count(1, turns=turns)
+    parts = parts_of_equal_work(layout, turns)
+    groups: dict[Shape, list[Member]] = {}
+    for block in _placeable(layout, min_size):
+        (turn,) = (k for k, part in enumerate(parts) if block in part.blocks)
+        shape, member = _oriented(block, turn)
+        groups.setdefault(shape, []).append(member)
+    joined = _join(groups, owners.number)
+    blocks: list[Block] = []
+    for shape, members in joined.items():
+        slots = _slots(members, owners.number)
+        name = " + ".join(member.block.name for member in members)
+        blocks.append(
+            OwnerBlock(
+                name=name,
+                kernel=virtual_kernel(name, (slots * owners.number, shape.rows, shape.columns)),
+                bias=None,
+                uses=(),
+                a_structure=shape.a_structure,
+                g_structure=shape.g_structure,
+                sharing="expand",
+                is_penalized=shape.is_penalized,
+                members=tuple(members),
+                owners=owners,
+                precondition=precondition,
+            )
+        )
+    placed = {member.block.name for members in joined.values() for member in members}
+    others = [block for block in layout.blocks if block.name not in placed]
+    packed = Layout((*blocks, *others), layout.leaves)
+    return Placement(layout, packed, owners, Owners(mesh, batch_axes))
+
+
+class Shape(NamedTuple):
+    """What slices of one owner block have in common."""
+
+    a_structure: str
+    g_structure: str
+    is_penalized: bool
+    turn: int
+    rows: int
+    columns: int
+
+    @property
+    def work(self) -> int:
+        """Multiplications of an inversion, of full sides."""
+        sides = ((self.a_structure, self.rows), (self.g_structure, self.columns))
+        return sum(size**3 for structure, size in sides if structure == "full")
+
+
+def _checked(mesh: Mesh | AbstractMesh, axes: Sequence[str], name: str) -> tuple[str, ...]:
+    """Return axes of a mesh, and raise if it has one of them not."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {describe(mesh)}.")
+    if isinstance(axes, str):
+        axes = (axes,)
+    for axis in axes:
+        check_choice(f"an axis of {name}", axis, mesh.shape)
+    return tuple(axes)
+
+
+def _placeable(layout: Layout, min_size: int) -> list[Block]:
+    """Return the blocks that can be read and written whole, and whose factors are one product."""
+    partly = {leaf.path for leaf in layout.leaves if leaf.kind == "kron" and leaf.outside}
+    candidates = []
+    for block in layout.blocks:
+        is_plain = block.is_one_product and not block.has_transposed_uses
+        is_large = max(block.shape[1:]) >= min_size and "full" in block.structures
+        if is_plain and is_large and not partly.intersection(block.leaves):
+            candidates.append(block)
+    return candidates
+
+
+def _oriented(block: Block, turn: int) -> tuple[Shape, Member]:
+    """Return the shape of a block's slices with the smaller side first, and whether it was not."""
+    sides = tuple(zip(block.shape[1:], block.structures, strict=True))
+    first, second = sorted(sides)
+    shape = Shape(first[1], second[1], block.is_penalized, turn, first[0], second[0])
+    return shape, Member(block, is_swapped=(first, second) != sides)
+
+
+def _slots(members: Sequence[Member], num_owners: int) -> int:
+    """Return how many slices each owner has of a stack of these blocks."""
+    return -(-sum(member.block.shape[0] for member in members) // num_owners)
+
+
+def _join(groups: dict[Shape, list[Member]], num_owners: int) -> dict[Shape, list[Member]]:
+    """Join groups pair by pair, the best first, while that lessens the work of a device."""
+    groups = dict(groups)
+    while True:
+        best, gain = None, 0
+        for x in groups:
+            for y in groups:
+                joined = _padded_to(x, y)
+                if x >= y or joined is None:
+                    continue
+                apart = sum(shape.work * _slots(groups[shape], num_owners) for shape in (x, y))
+                together = joined.work * _slots([*groups[x], *groups[y]], num_owners)
+                if apart - together > gain:
+                    best, gain = (x, y, joined), apart - together
+        if best is None:
+            return groups
+        x, y, joined = best
+        members = [*groups.pop(x), *groups.pop(y)]
+        groups[joined] = [*groups.get(joined, []), *members]
+
+
+def _padded_to(x: Shape, y: Shape) -> Shape | None:
+    """Return the shape to which slices of two shapes can be padded; None if there is none."""
+    if x[:4] != y[:4]:
+        return None
+    # A side of 1 is a multiple of the identity, which damping treats in a way of its own.
+    if min(x.rows, y.rows) == 1 and x.rows != y.rows:
+        return None
+    return x._replace(rows=max(x.rows, y.rows), columns=max(x.columns, y.columns))
