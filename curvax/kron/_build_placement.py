@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -79,67 +81,60 @@ def kron_placement(
     axes = _checked(mesh, axes, "axes")
     batch_axes = axes if batch_axes is None else _checked(mesh, batch_axes, "batch_axes")
     check_choice("precondition", precondition, dict.fromkeys(PRECONDITION))
-    check_count(1, min_size=min_size)
+    check_count(1, min_size=min_size, turns=turns)
     owners = Owners(mesh, axes)
-    check_count(1, turns=turns)
-    parts = parts_of_equal_work(layout, turns)
+    # 1. Blocks of one shape and one turn together.
     groups: dict[Shape, list[Member]] = {}
-    for block in _placeable(layout, min_size):
-        (turn,) = (k for k, part in enumerate(parts) if block in part.blocks)
-        shape, member = _oriented(block, turn)
-        groups.setdefault(shape, []).append(member)
-    joined = _join(groups, owners.number)
+    for turn, part in enumerate(parts_of_equal_work(layout, turns)):
+        for block in _placeable(part, min_size):
+            shape, member = _oriented(block, turn)
+            groups.setdefault(shape, []).append(member)
+    # 2. Shapes that are padded to one.
+    groups = _join(groups, owners.number)
+    # 3. What is not placed stays as it is.
+    placed = {member.block.name for members in groups.values() for member in members}
     blocks: list[Block] = []
-    for shape, members in joined.items():
-        slots = _slots(members, owners.number)
-        name = " + ".join(member.block.name for member in members)
-        blocks.append(
-            OwnerBlock(
-                name=name,
-                kernel=virtual_kernel(name, (slots * owners.number, shape.rows, shape.columns)),
-                bias=None,
-                uses=(),
-                a_structure=shape.a_structure,
-                g_structure=shape.g_structure,
-                sharing="expand",
-                is_penalized=shape.is_penalized,
-                members=tuple(members),
-                owners=owners,
-                precondition=precondition,
-            )
-        )
-    placed = {member.block.name for members in joined.values() for member in members}
-    others = [block for block in layout.blocks if block.name not in placed]
-    packed = Layout((*blocks, *others), layout.leaves)
+    for shape, members in groups.items():
+        blocks.append(_owner_block(shape, members, owners, precondition))
+    blocks += [block for block in layout.blocks if block.name not in placed]
+    packed = Layout(tuple(blocks), layout.leaves)
     return Placement(layout, packed, owners, Owners(mesh, batch_axes))
 
 
 class Shape(NamedTuple):
-    """What slices of one owner block have in common."""
+    """What slices of one owner block have in common.
 
-    a_structure: str
-    g_structure: str
-    is_penalized: bool
-    turn: int
+    Attributes:
+      kind: structures of both factors, whether a penalty adds to them, and their turn.
+      rows: the smaller side.
+      columns: the larger side.
+    """
+
+    kind: tuple[str, str, bool, int]
     rows: int
     columns: int
 
     @property
     def work(self) -> int:
         """Multiplications of an inversion, of full sides."""
-        sides = ((self.a_structure, self.rows), (self.g_structure, self.columns))
-        return sum(size**3 for structure, size in sides if structure == "full")
+        a_structure, g_structure, _, _ = self.kind
+        work = 0
+        if a_structure == "full":
+            work += self.rows**3
+        if g_structure == "full":
+            work += self.columns**3
+        return work
 
 
 def _checked(mesh: Mesh | AbstractMesh, axes: Sequence[str], name: str) -> tuple[str, ...]:
     """Return axes of a mesh, and raise if it has one of them not."""
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {describe(mesh)}.")
-    if isinstance(axes, str):
-        axes = (axes,)
-    for axis in axes:
+    # One name is a sequence of letters, too.
+    names = (axes,) if isinstance(axes, str) else tuple(axes)
+    for axis in names:
         check_choice(f"an axis of {name}", axis, mesh.shape)
-    return tuple(axes)
+    return names
 
 
 def _placeable(layout: Layout, min_size: int) -> list[Block]:
@@ -148,51 +143,79 @@ def _placeable(layout: Layout, min_size: int) -> list[Block]:
     candidates = []
     for block in layout.blocks:
         is_plain = block.is_one_product and not block.has_transposed_uses
+        # Diagonal factors cost nothing that would be worth sending.
         is_large = max(block.shape[1:]) >= min_size and "full" in block.structures
-        if is_plain and is_large and not partly.intersection(block.leaves):
+        is_all = not partly.intersection(block.leaves)
+        if is_plain and is_large and is_all:
             candidates.append(block)
     return candidates
 
 
 def _oriented(block: Block, turn: int) -> tuple[Shape, Member]:
     """Return the shape of a block's slices with the smaller side first, and whether it was not."""
-    sides = tuple(zip(block.shape[1:], block.structures, strict=True))
+    _, inputs, outputs = block.shape
+    sides = (inputs, block.a_structure), (outputs, block.g_structure)
+    # Of a square the structures decide, so that equal blocks have equal shapes.
     first, second = sorted(sides)
-    shape = Shape(first[1], second[1], block.is_penalized, turn, first[0], second[0])
-    return shape, Member(block, is_swapped=(first, second) != sides)
+    kind = first[1], second[1], block.is_penalized, turn
+    return Shape(kind, first[0], second[0]), Member(block, is_swapped=(first, second) != sides)
+
+
+def _owner_block(
+    shape: Shape, members: Sequence[Member], owners: Owners, precondition: str
+) -> OwnerBlock:
+    """Join the slices of the members into a stack of as many for each owner."""
+    a_structure, g_structure, is_penalized, _ = shape.kind
+    name = " + ".join(member.block.name for member in members)
+    stack = owners.number * _slots(members, owners.number)
+    return OwnerBlock(
+        name=name,
+        kernel=virtual_kernel(name, (stack, shape.rows, shape.columns)),
+        bias=None,
+        uses=(),
+        a_structure=a_structure,
+        g_structure=g_structure,
+        sharing="expand",
+        is_penalized=is_penalized,
+        members=tuple(members),
+        owners=owners,
+        precondition=precondition,
+    )
 
 
 def _slots(members: Sequence[Member], num_owners: int) -> int:
     """Return how many slices each owner has of a stack of these blocks."""
-    return -(-sum(member.block.shape[0] for member in members) // num_owners)
+    num_slices = sum(member.block.shape[0] for member in members)
+    return math.ceil(num_slices / num_owners)
 
 
 def _join(groups: dict[Shape, list[Member]], num_owners: int) -> dict[Shape, list[Member]]:
     """Join groups pair by pair, the best first, while that lessens the work of a device."""
-    groups = dict(groups)
-    while True:
-        best, gain = None, 0
-        for x in groups:
-            for y in groups:
-                joined = _padded_to(x, y)
-                if x >= y or joined is None:
-                    continue
-                apart = sum(shape.work * _slots(groups[shape], num_owners) for shape in (x, y))
-                together = joined.work * _slots([*groups[x], *groups[y]], num_owners)
-                if apart - together > gain:
-                    best, gain = (x, y, joined), apart - together
-        if best is None:
-            return groups
-        x, y, joined = best
-        members = [*groups.pop(x), *groups.pop(y)]
-        groups[joined] = [*groups.get(joined, []), *members]
+    # All devices run one program: the work of each is that of the slices it has room for.
+    work = {shape: shape.work * _slots(groups[shape], num_owners) for shape in groups}
+    best, least = None, 0
+    for x, y in itertools.combinations(sorted(groups), 2):
+        joined = _padded_to(x, y)
+        if joined is None:
+            continue
+        work_together = joined.work * _slots([*groups[x], *groups[y]], num_owners)
+        change = work_together - work[x] - work[y]
+        if change < least:
+            best, least = (x, y, joined), change
+    if best is None:
+        return groups
+    x, y, joined = best
+    others = {shape: members for shape, members in groups.items() if shape not in (x, y)}
+    # A third group may have that shape already.
+    together = [*groups[x], *groups[y], *others.get(joined, [])]
+    return _join({**others, joined: together}, num_owners)
 
 
 def _padded_to(x: Shape, y: Shape) -> Shape | None:
     """Return the shape to which slices of two shapes can be padded; None if there is none."""
-    if x[:4] != y[:4]:
+    if x.kind != y.kind:
         return None
     # A side of 1 is a multiple of the identity, which damping treats in a way of its own.
     if min(x.rows, y.rows) == 1 and x.rows != y.rows:
         return None
-    return x._replace(rows=max(x.rows, y.rows), columns=max(x.columns, y.columns))
+    return Shape(x.kind, max(x.rows, y.rows), max(x.columns, y.columns))

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis
 from curvax.kron._kron_factor import STRUCTURES
-from curvax.kron._layout import Layout
+from curvax.kron._layout import Block, Layout
 from curvax.kron._placement import Member, OwnerBlock, Placement, pad_to
 
 
@@ -40,17 +40,20 @@ def join_factors(block: OwnerBlock, factors: Factors) -> BlockFactors:
     the mean eigenvalue stays, by which damping is divided between A and G. Padding is linear in F,
     so that averages of padded factors are padded averages.
     """
-    pairs = []
+    of_a, of_g, shifts = [], [], []
     for member in block.members:
         of_block = factors.blocks[member.block.name]
-        pairs.append(member.oriented((of_block.a, of_block.g)))
-    a = _joined_means(block, [pair[0] for pair in pairs], side=1)
-    g = _joined_means(block, [pair[1] for pair in pairs], side=2)
-    shift = None
-    if block.is_penalized:
-        shifts = [factors.blocks[member.block.name].shift for member in block.members]
-        shift = _joined_means(block, [x for x in shifts if x is not None], side=None)
-    return BlockFactors(a=a, g=g, second=None, shift=shift)
+        a, g = member.oriented((of_block.a, of_block.g))
+        of_a.append(a)
+        of_g.append(g)
+        if of_block.shift is not None:
+            shifts.append(of_block.shift)
+    return BlockFactors(
+        a=_joined_means(block, of_a, side=1),
+        g=_joined_means(block, of_g, side=2),
+        second=None,
+        shift=_joined_means(block, shifts, side=None) if block.is_penalized else None,
+    )
 
 
 def _joined_means(
@@ -65,6 +68,7 @@ def _joined_means(
             structure = STRUCTURES[block.structures[side - 1]]
             total = structure.padded_moment(total, block.shape[side])
         totals.append(total)
+        # G has one weight for a block; here every slice has its own.
         weights.append(jnp.broadcast_to(mean.weight, member.block.shape[:1]))
     return WeightedMean(stacked(totals, stack), stacked(weights, stack))
 
@@ -110,17 +114,16 @@ def _cut(member: Member, of_owners: BlockFactors) -> BlockFactors:
     """Cut off what padding has added to the factors of a block."""
     a, g = member.oriented((of_owners.a, of_owners.g))
     a_shape, g_shape = member.block.factor_shapes
-
-    def cut(x: Array, shape: tuple[int, ...]) -> Array:
-        return x[tuple(map(slice, shape))]
-
+    a_corner, g_corner = tuple(map(slice, a_shape)), tuple(map(slice, g_shape))
     # G and a penalty have one weight for all slices.
     shift = of_owners.shift
+    if shift is not None:
+        shift = WeightedMean(shift.total, shift.weight[0])
     return BlockFactors(
-        a=WeightedMean(cut(a.total, a_shape), a.weight),
-        g=WeightedMean(cut(g.total, g_shape), g.weight[0]),
+        a=WeightedMean(a.total[a_corner], a.weight),
+        g=WeightedMean(g.total[g_corner], g.weight[0]),
         second=None,
-        shift=None if shift is None else WeightedMean(shift.total, shift.weight[0]),
+        shift=shift,
     )
 
 
@@ -149,12 +152,18 @@ def on_owners(placement: Placement, refresh: Callable[..., Any]) -> Callable[...
 
     def placed_refresh(layout: Layout, factors: Factors, block_state: Any, damping: Any) -> Any:
         # 1. Blocks that every device has, as without a placement.
-        others = Layout(tuple(b for b in layout.blocks if not b.is_joined), layout.leaves)
-        states, spectra = refresh(others, factors, block_state, damping)
+        blocks: list[OwnerBlock] = []
+        others: list[Block] = []
+        for block in layout.blocks:
+            if isinstance(block, OwnerBlock):
+                blocks.append(block)
+            else:
+                others.append(block)
+        everywhere = Layout(tuple(others), layout.leaves)
+        states, spectra = refresh(everywhere, factors, block_state, damping)
 
         # 2. Owner blocks: inside `shard_map` a loop over slices, or a batch of several blocks, is
         # over those of one device. The compiler would send all slices to all devices for them.
-        blocks = [block for block in layout.blocks if isinstance(block, OwnerBlock)]
         local = Layout(tuple(block.of_owner() for block in blocks), ())
         by_owner = jax.shard_map(
             partial(refresh, local),
@@ -164,8 +173,9 @@ def on_owners(placement: Placement, refresh: Callable[..., Any]) -> Callable[...
             axis_names=set(owners.axes),
             check_vma=False,
         )
-        placed_factors = Factors({block.name: factors.blocks[block.name] for block in blocks}, {})
-        placed_states = {block.name: block_state[block.name] for block in blocks}
+        names = [block.name for block in blocks]
+        placed_factors = Factors({name: factors.blocks[name] for name in names}, {})
+        placed_states = {name: block_state[name] for name in names}
         new_states, new_spectra = by_owner(placed_factors, placed_states, damping)
         # Numbers of each slice: diagnostics are made of them on every device.
         return states | new_states, spectra | owners.everywhere(new_spectra)

@@ -48,9 +48,10 @@ def by_device(batch: Owners, by_example: bool) -> RowSums:
             partial_sums: T = jax.tree.map(lambda x: x[None], fn(of_uses, by_row))
             return partial_sums
 
-        lengths = [x.shape[use_axis] for x in jax.tree.leaves(of_uses)]
-        lengths += [len(x) for x in jax.tree.leaves(by_row)]
-        if any(length % batch.number for length in lengths):
+        lengths = {x.shape[use_axis] for x in jax.tree.leaves(of_uses)}
+        lengths |= {len(x) for x in jax.tree.leaves(by_row)}
+        remainders = {length % batch.number for length in lengths}
+        if any(remainders):
             # A query without rows, say, is the same on all devices: only the first one's counts.
             first = of_device(of_uses, by_row)
             alone: T = jax.tree.map(lambda x: pad_to(x, batch.number, *x.shape[1:]), first)
@@ -72,23 +73,29 @@ def by_device(batch: Owners, by_example: bool) -> RowSums:
 
 def collect_factors(placement: Placement, factors: Factors) -> Factors:
     """Sum factors `by_device` over the devices, those of owner blocks by their owners."""
+    batch = placement.batch
+
+    def share(x: Array) -> Array:
+        # Sums have the axis of devices; a number, such as the weight of G, is of the whole batch.
+        return x[0] if x.ndim else x / batch.number
 
     def of_device(factors: Factors) -> tuple[Factors, dict[str, BlockFactors]]:
-        # Numbers are of the whole batch. As the rest of a mean they are divided among devices.
-        share = jax.tree.map(lambda x: x[0] if x.ndim else x / placement.batch.number, factors)
-        others = {block.name: share.blocks[block.name] for block in placement.everywhere}
-        everywhere = lax.psum(Factors(others, share.diagonal), placement.batch.axes)
-        joined = {block.name: join_factors(block, share) for block in placement.blocks}
+        of_rows = jax.tree.map(share, factors)
+        others = {block.name: of_rows.blocks[block.name] for block in placement.everywhere}
+        everywhere = lax.psum(Factors(others, of_rows.diagonal), batch.axes)
+        # Joined before they are sent: what is padded here need not be gathered there.
+        joined = {block.name: join_factors(block, of_rows) for block in placement.blocks}
         return everywhere, scatter_sums(placement, joined)
 
-    devices = placement.batch.spec
-    in_specs = jax.tree.map(lambda x: devices if x.ndim else PartitionSpec(), factors)
+    def spec(x: Array) -> PartitionSpec:
+        return batch.spec if x.ndim else PartitionSpec()
+
     placed = jax.shard_map(
         of_device,
-        mesh=placement.batch.mesh_here,
-        in_specs=(in_specs,),
+        mesh=batch.mesh_here,
+        in_specs=(jax.tree.map(spec, factors),),
         out_specs=(PartitionSpec(), scattered_spec(placement)),
-        axis_names=set(placement.batch.axes),
+        axis_names=set(batch.axes),
         check_vma=False,
     )
     others, on_owners = placed(factors)
