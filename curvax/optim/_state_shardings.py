@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from curvax._jaxpr import placed_results
 from curvax._types import Params
+from curvax.solve._window import Window
 
 Path = tuple[Any, ...]
 
@@ -21,9 +23,10 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> optax.O
     params. With these it is made where it belongs, and restored there from a checkpoint.
 
     An array that mirrors a parameter (a momentum, a diagonal of curvature) is sharded as the
-    parameter is; where it has more axes in front, as the gradients of M-FAC's window have, these
-    are whole on each device. What a `curvax.kron_placement` spreads over owners is sharded so.
-    Everything else is replicated.
+    parameter is; where it has more axes in front, these are whole on each device. The gradients of
+    M-FAC's window are spread over the axes of the mesh on which the parameter is whole, where their
+    number is a multiple of those devices: under data parallelism each has some. What a
+    `curvax.kron_placement` spreads over owners is sharded so. Everything else is replicated.
 
     Args:
       tx: any optimizer of this library or of optax, chains and wrappers of them.
@@ -58,19 +61,21 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> optax.O
     elsewhere = _shared_sharding(by_path)
     shapes, placed = placed_results(tx.init, params)
     by_init = iter(placed)
+    rows = {id(leaf) for leaf in _rows_of_windows(shapes)}
 
     def sharding(path: Path, leaf: jax.ShapeDtypeStruct) -> Sharding:
-        # 1. Where `init` says itself: the stacks of owners.
         stated = next(by_init)
-        if stated is not None and isinstance(elsewhere, NamedSharding):
-            return NamedSharding(elsewhere.mesh, stated.spec)
-        # 2. Where the parameter is that it mirrors.
-        # The path of a mirror ends with the path of its parameter, whatever holds it: a chain, a
-        # mask, a group of `optax.partition`.
+        # 1. Where the parameter is that it mirrors. The path of a mirror ends with the path of its
+        # parameter, whatever holds it: a chain, a mask, a group of `optax.partition`.
         for start in range(len(path) + 1):
             param = by_path.get(path[start:])
             if param is not None and _mirrors(leaf, param):
+                if id(leaf) in rows:
+                    return _with_rows_spread(param.sharding, leaf.shape[0])
                 return _behind_leading_axes(param.sharding, leaf.ndim - param.ndim)
+        # 2. Where `init` says itself: the stacks of owners.
+        if stated is not None and isinstance(elsewhere, NamedSharding):
+            return NamedSharding(elsewhere.mesh, stated.spec)
         return elsewhere
 
     result: optax.OptState = jax.tree.map_with_path(sharding, shapes)
@@ -114,3 +119,24 @@ def _behind_leading_axes(sharding: Sharding, num_axes: int) -> Sharding:
         return sharding
     spec = PartitionSpec(*[None] * num_axes, *sharding.spec)
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def _rows_of_windows(state: Any) -> list[Any]:
+    """Return the arrays that hold the gradients of windows, anywhere in a state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Window))
+    windows = [node for node in nodes if isinstance(node, Window)]
+    return jax.tree.leaves([window.rows for window in windows])
+
+
+def _with_rows_spread(sharding: Sharding, num_rows: int) -> Sharding:
+    """Return a parameter's sharding for rows like it, some on each device if that can be."""
+    behind = _behind_leading_axes(sharding, 1)
+    if not isinstance(behind, NamedSharding):
+        return behind
+    used = jax.tree.leaves(tuple(behind.spec))
+    free = tuple(axis for axis in behind.mesh.axis_names if axis not in used)
+    number = math.prod(behind.mesh.shape[axis] for axis in free)
+    if not free or num_rows % number:
+        return behind
+    spec = PartitionSpec(free, *behind.spec[1:])
+    return NamedSharding(behind.mesh, spec, memory_kind=behind.memory_kind)

@@ -223,14 +223,13 @@ def _with_row(
     pred: Bool[Array, ""],
 ) -> Window:
     """Return `after` with the gradient's row written, where `pred` holds; else `window`."""
-    slot = _next_slot(window)
+    # A row beyond the last is dropped. Written so, and not as a slice, a window whose rows are
+    # spread over devices is written by the one that has the row, and none is sent.
+    slot = jnp.where(pred, _next_slot(window), window.gram.shape[-1])
 
     def write(rows: Array, g: Array) -> Array:
-        # Only one row is selected and written, as bits: the buffer of the window is reused.
-        stored_bits = bits(rows)
-        oldest = lax.dynamic_index_in_dim(stored_bits, slot, axis=0, keepdims=False)
-        row = jnp.where(pred, bits(g), oldest)
-        stored_bits = lax.dynamic_update_index_in_dim(stored_bits, row, slot, axis=0)
+        # Only one row is written, as bits: the buffer of the window is reused.
+        stored_bits = bits(rows).at[slot].set(bits(g), mode="drop")
         return lax.bitcast_convert_type(stored_bits, rows.dtype)
 
     gram, count = keep_unless(pred, (after.gram, after.count), (window.gram, window.count))

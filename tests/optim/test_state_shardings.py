@@ -1,5 +1,7 @@
 """The state of an optimizer, made and restored where the parameters say."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,32 @@ def test_what_mirrors_a_parameter_is_where_it_is_and_the_rest_everywhere(axis_ty
     assert mu.spec == P(None, "model")
     gradients = optax.tree.get(curvax.state_shardings(multi_steps, params), "acc_grads")
     assert jax.tree.map(lambda s: s.spec, gradients) == SPECS
+
+
+def test_rows_of_a_window_are_written_where_they_are():
+    """Under data parallelism every device has some of the gradients, and none is sent."""
+    mesh = mesh_of(8)
+    params = jax.device_put(VALUES, NamedSharding(mesh, P()))
+    tx = curvax.scale_by_mfac(16, 0.1)
+    shardings = curvax.state_shardings(tx, params)
+    assert {s.spec for s in jax.tree.leaves(shardings.curvature.rows)} == {P("model")}
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    update = jax.jit(tx.update, out_shardings=(None, shardings))
+    program = update.lower(params, state).compile().as_text()
+    gathered = re.findall(r"\[([\d,]*)\]\S* all-gather\(", program)
+    assert gathered and not {"16,4,8", "16,8,16", "16,8"}.intersection(gathered)
+
+    # The same steps as on one device, past the end of the window.
+    alone = tx.init(VALUES)
+    for k in range(18):
+        gradient = jax.tree.map(
+            lambda x, k=k: jnp.sin(x + k + jnp.arange(x.size).reshape(x.shape)), VALUES
+        )
+        step, state = update(jax.device_put(gradient, NamedSharding(mesh, P())), state)
+        expected, alone = tx.update(gradient, alone)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), step, expected
+    )
 
 
 def test_a_state_is_made_there_and_restored_on_other_devices(tmp_path):
