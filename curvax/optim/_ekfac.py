@@ -88,6 +88,8 @@ def scale_by_ekfac(
         at most this much, `|B - diag B| <= tolerance |B|` with `B = Q'AQ`. That costs a product, a
         third of the decomposition on CPUs. 0 never skips. (`age` in the Info counts from the latest
         check.)
+      placement: a `curvax.kron_placement` of the layout, as in `scale_by_kfac`. With every
+        curvature bases are sent to all devices, where the rows are, and moments to their owners.
 
     Returns:
       `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *,
@@ -181,6 +183,7 @@ def ekfac(
       fisher: "mc", targets sampled from the model, for losses that can sample; "exact", their
         expectation, for models with few outputs; "empirical", the batch's own targets, for losses
         that have no other Fisher (log densities). See `curvax.kron.eigen_curvature`.
+      placement: as in `scale_by_ekfac`; estimates are made for it.
 
     Returns:
       `optax.GradientTransformationExtraArgs`; call `update(grads, state, params, batch=batch)`.

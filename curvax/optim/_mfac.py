@@ -14,7 +14,14 @@ from curvax._trees import all_finite, inner_product
 from curvax._types import Count, Params, Scalar
 from curvax.optim._diagonal import select_unmasked
 from curvax.optim._finish import finish
-from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
+from curvax.optim._rule import (
+    StepContext,
+    StepResult,
+    curvature_rule,
+    placed_by_compiler,
+    zero_count,
+    zero_number,
+)
 from curvax.solve._window import (
     DIVISORS,
     Window,
@@ -164,7 +171,8 @@ def scale_by_mfac(
             is_ready=is_ready,
         )
 
-    return curvature_rule(init, step, take_in=take_in, damping=damping)
+    rule = curvature_rule(init, step, take_in=take_in, damping=damping)
+    return placed_by_compiler(rule)
 
 
 def mfac(
