@@ -798,17 +798,21 @@ def test_apply_if_finite(row):
     chex.assert_trees_all_equal(rejected.inner_state, state.inner_state)
 
 
-@rows_that("keeps")  # the others have no refresh that could be conditional
-def test_vmap_over_members_with_their_own_seeds(row):
-    members = jnp.arange(3, dtype=jnp.uint32)
+@functools.cache
+def three_members(row):
+    """Params and states of members with seeds of their own, and their compiled step."""
+    seeds = jnp.arange(3, dtype=jnp.uint32)
     build = lambda seed: row.build(0.02, OBJECTIVE, curvature_every=3, seed=seed)
     params = jax.tree.map(lambda p: p + 0.1 * jnp.arange(3.0).reshape(-1, *(1,) * p.ndim), PARAMS)
-    state = jax.vmap(lambda seed, p: build(seed).init(p))(members, params)
-    step = (
-        jax.jit(jax.vmap(step_with(build(0)), in_axes=(0, 0, None)))
-        .lower(params, state, BATCH)
-        .compile()
-    )
+    state = jax.vmap(lambda seed, p: build(seed).init(p))(seeds, params)
+    step = jax.jit(jax.vmap(step_with(compiled(row, 3)[0]), in_axes=(0, 0, None)))
+    return params, state, step.lower(params, state, BATCH).compile()
+
+
+@rows_that("keeps")  # the others have no refresh that could be conditional
+def test_vmap_over_members_with_their_own_seeds(row):
+    build = lambda seed: row.build(0.02, OBJECTIVE, curvature_every=3, seed=seed)
+    params, state, step = three_members(row)
     assert "conditional(" in step.as_text()
     carry = params, state
     for _ in range(5):
@@ -831,10 +835,10 @@ def test_vmap_over_members_with_their_own_seeds(row):
 def test_vmapped_members_out_of_step_refresh_each_in_its_own_time(row):
     tx, step = compiled(row, 3)
     states = [optax.tree.set(train(step, tx, 1)[1], count=jnp.int32(n)) for n in range(3)]
-    update = jax.jit(lambda state: tx.update(gradient(), state, PARAMS, batch=BATCH))
-    got = jax.jit(jax.vmap(update))(jax.tree.map(lambda *x: jnp.stack(x), *states))
-    for i, state in enumerate(states):
-        same(jax.tree.map(lambda x, i=i: x[i], got), update(state))
+    carries = [(PARAMS, state) for state in states]
+    got = three_members(row)[2](*jax.tree.map(lambda *x: jnp.stack(x), *carries), BATCH)
+    for i, carry in enumerate(carries):
+        same(jax.tree.map(lambda x, i=i: x[i], got), step(*carry, BATCH))
     refreshes = optax.tree.get(got[1], "num_refreshes")
     assert refreshes.tolist() == [2, 1, 1]
 
