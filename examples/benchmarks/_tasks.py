@@ -247,7 +247,7 @@ TASKS = {
 
 
 class Run(NamedTuple):
-    """Losses of members trained side by side; each axis is `[member, ...]`.
+    """Losses of members, of which each has a rate and a seed; each axis is `[member, ...]`.
 
     Attributes:
       before: on data fixed for all, before the first step.
