@@ -62,6 +62,16 @@ def safe_divide(x: Any, y: Array) -> Array:
     return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
 
 
+def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return a power of two within a factor of 2 of `|x|`, or 1 where x is 0 or not finite.
+
+    As a unit it brings numbers of any size to about 1, and dividing by it rounds nothing.
+    """
+    # A float without the bits of its mantissa. It has no derivative of use.
+    rounded = lax.reduce_precision(jnp.abs(lax.stop_gradient(x)), jnp.finfo(x.dtype).nexp, 0)
+    return jnp.where((rounded > 0) & jnp.isfinite(rounded), rounded, 1)
+
+
 def select_slices(condition: Any, new: T, old: T) -> T:
     """Return `new` in the slices of a stack where the condition `[s]` holds, else `old`.
 

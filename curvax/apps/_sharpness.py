@@ -54,7 +54,7 @@ def heavy_ball(eigenvalues: Float[Array, " m"], floor: float | Array = 1e-4) -> 
         flat.
 
     Returns:
-      A `HeavyBall`. Where no eigenvalue is positive its rate is infinite.
+      A `HeavyBall`. Where no eigenvalue is positive its rate is infinite; where one is NaN, all is.
 
     Cost: none to speak of.
 
@@ -74,7 +74,8 @@ def heavy_ball(eigenvalues: Float[Array, " m"], floor: float | Array = 1e-4) -> 
     root_largest, root_smallest = (jnp.sqrt(jnp.maximum(x, 0)) for x in (largest, smallest))
     total = root_largest + root_smallest
     beta = safe_divide(root_largest - root_smallest, total) ** 2
-    rate = jnp.where(total > 0, safe_divide(2, total) ** 2, jnp.inf)
+    # Not `total > 0`, by which NaN would be without a bound too.
+    rate = jnp.where(total == 0, jnp.inf, safe_divide(2, total) ** 2)
     return HeavyBall(rate, beta, largest, smallest)
 
 
@@ -254,9 +255,9 @@ def sharpness_report(
 
 
 def _threshold(ratio_per_rate: Scalar) -> Scalar:
-    """Return the learning rate whose ratio is 1; infinity where nothing curves upwards."""
-    upwards = ratio_per_rate > 0
-    return jnp.where(upwards, 1 / jnp.where(upwards, ratio_per_rate, 1), jnp.inf)
+    """Return the learning rate whose ratio is 1: infinity where nothing curves upwards, or NaN."""
+    is_flat = ratio_per_rate <= 0
+    return jnp.where(is_flat, jnp.inf, 1 / jnp.where(is_flat, 1, ratio_per_rate))
 
 
 def _one_group(path: str) -> str:
@@ -299,4 +300,6 @@ def _ritz(matvec: Matvec, params: Params, key: PRNGKey, num_steps: int) -> Float
 
 
 def _verdict(ratio: Scalar, method: str) -> str:
+    if jnp.isnan(ratio):
+        return f"whether {method} is stable is unknown: the curvature is not a number"
     return f"{method} is {'stable' if ratio <= 1 else 'not stable'} here"

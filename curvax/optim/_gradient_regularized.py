@@ -66,9 +66,10 @@ def scale_by_gradient_regularized_newton(
     """Search for a step `s = -(|C| + |g| / gamma I)^-1 g` that lowers the loss enough.
 
     The search tries gamma, gamma / 2, gamma / 4 ... until `f(x) - f(x + s) >= gamma |g(x + s)|^2 /
-    (8 |g|)`; then gamma doubles for the next update. Every step satisfies `|s| <= gamma`. Where the
-    loss is flat to rounding (the model predicts less than its precision), the search ends, with a
-    step if gradients say that it gains; gamma stays. If no trial succeeds, the update is zero and
+    (8 |g|)`; then gamma doubles for the next update, unless rounding hides the damping already.
+    Every step satisfies `|s| <= gamma`. Where the loss is flat to rounding (the model predicts less
+    than its precision), the search ends, with a step if gradients say that it gains, which is a
+    success as any other; without one gamma stays. If no trial succeeds, the update is zero and
     the state stays bitwise what it was, except for gamma, which goes on from where the search
     ended, and for a curvature that came with the update.
 
@@ -136,11 +137,14 @@ def scale_by_gradient_regularized_newton(
         is_usable = (state.num_refreshes > 0) & jnp.isfinite(gradient_norm) & (gradient_norm > 0)
         last = search_step(start, family, state.gamma, max_trials, is_usable)
 
-        # A search that ended for rounding, or for want of a gradient, says nothing of how far the
-        # model can be trusted.
+        # A damping that rounding hides beside |C| would halve for ever at a minimum.
         gamma = last.parameter
-        after_trial = jnp.where(last.accepted, 2 * gamma, gamma / 2)
-        next_gamma = jnp.where(last.is_flat, state.gamma, after_trial)
+        hidden = jnp.finfo(gamma.dtype).eps * jnp.max(jnp.abs(state.curvature.values))
+        doubled = jnp.where(damping_of(gamma) <= hidden, gamma, 2 * gamma)
+        # A search that ended for rounding without a step, or for want of a gradient, says nothing
+        # of how far the model can be trusted.
+        after_rejection = jnp.where(last.is_flat, state.gamma, gamma / 2)
+        next_gamma = jnp.where(last.accepted, doubled, after_rejection)
         info = search_info(last, state.info.num_rejected)
         return StepResult(
             updates=last.step,

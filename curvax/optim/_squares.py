@@ -13,7 +13,14 @@ from jaxtyping import Array, Int, PyTree
 from curvax._checks import check_decay, check_params, check_positive, check_precision
 from curvax._types import Count, Params, Scalar, tree_at_least_float32
 from curvax.optim._diagonal import divide, floored, leaf_average, wide_zeros
-from curvax.optim._rule import StepContext, StepResult, curvature_rule, zero_count, zero_number
+from curvax.optim._rule import (
+    StepContext,
+    StepResult,
+    curvature_rule,
+    transformation,
+    zero_count,
+    zero_number,
+)
 
 
 class SquaresInfo(NamedTuple):
@@ -22,7 +29,7 @@ class SquaresInfo(NamedTuple):
     Attributes:
       floored_fraction: the fraction of entries of B that the floor lifts. Steps do not depend on
         the scale of params where it is 0.
-      num_nonfinite: the number of steps so far whose gradient was not finite.
+      num_nonfinite: the number of steps so far whose gradient, or its square, was not finite.
     """
 
     floored_fraction: Scalar
@@ -55,7 +62,8 @@ def scale_by_adagrad_sqr(eps: float = 0.1) -> optax.GradientTransformationExtraA
 
     Returns:
       `optax.GradientTransformationExtraArgs`; needs gradients only. `curvax.optim.curvature_rule`
-      says what happens with gradients that are not finite. The state is a `ScaleBySquaresState`.
+      says what happens with gradients that are not finite, among which is one whose squares are
+      not. The state is a `ScaleBySquaresState`.
 
     Raises:
       ValueError: The floor is not positive.
@@ -150,4 +158,21 @@ def _scale_by_squares(
         steps = jax.tree.map(divide, gradient, metric)
         return StepResult(updates=steps, state=state, info={"floored_fraction": fraction})
 
-    return curvature_rule(init, step, average=average)
+    rule = curvature_rule(init, step, average=average)
+
+    def update(
+        updates: PyTree[Array],
+        state: ScaleBySquaresState,
+        params: Params | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree[Array], Any]:
+        # An infinite square would stay in B for ever. To the rule its gradient is not finite.
+        squares = average(state, updates).nu
+        marked = jax.tree.map(_nan_unless_finite, updates, squares)
+        return rule.update(marked, state, params, **extra)
+
+    return transformation(init, update)
+
+
+def _nan_unless_finite(g: Array, square: Array) -> Array:
+    return jnp.where(jnp.isfinite(square), g, jnp.nan)

@@ -16,7 +16,7 @@ from curvax.solve._elements import (
 from curvax.solve._lineax_adapter import from_lineax, to_lineax
 from curvax.solve._minres import minres
 from curvax.solve._neumann import neumann
-from curvax.solve._polynomial import power_traces, symmetric_polynomial
+from curvax.solve._polynomial import PowerTraces, power_traces, symmetric_polynomial
 from curvax.solve._result import Result, SolveInfo, Solver
 from curvax.solve._sample_space import sample_space
 from curvax.solve._tracked import TrackedState, init_tracked, tracked, update_blocks
@@ -34,6 +34,7 @@ __all__ = [
     "CubicInfo",
     "Dense",
     "EigenDecomposition",
+    "PowerTraces",
     "Result",
     "SampleSpace",
     "SolveInfo",

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from curvax._checks import check_at_least, check_params, check_precision
-from curvax._trees import safe_divide
+from curvax._trees import power_of_two, safe_divide
 from curvax._types import Params, Scalar
 from curvax.solve._eigen import EigenDecomposition, eigen_coordinates
 
@@ -65,7 +65,9 @@ def cubic_step(
         place.
 
     Returns:
-      s, a tree like the gradient, in at least float32, and a `CubicInfo`.
+      s, a tree like the gradient, in at least float32, and a `CubicInfo`. Where M is 0 and the
+      model falls for ever (A is not positive semidefinite, or g has a part along an eigenvector
+      of eigenvalue 0) there is no minimum: s and the Info's numbers are NaN.
 
     Raises:
       ValueError: the regularization is negative.
@@ -90,8 +92,12 @@ def cubic_step(
     check_at_least(0, regularization=regularization)
     check_precision(regularization=regularization)
     c, to_tree = eigen_coordinates(eigen, gradient)
-    values = eigen.values
-    M = _resolved(regularization, values, c)
+    units = _units(regularization, eigen.values, c)
+    values = eigen.values / units.eigenvalue
+    c = c / units.eigenvalue / units.length
+    M = jnp.asarray(regularization, values.dtype) / units.eigenvalue * units.length
+    has_minimum = (M > 0) | ((values[0] >= 0) & ~jnp.any((values == 0) & (c != 0)))
+    M = _resolved(M, values, c)
 
     # The root without derivatives, for a loop has none in reverse mode.
     inputs = lax.stop_gradient((values, c, M))
@@ -111,18 +117,40 @@ def cubic_step(
     along = jnp.where(is_longer, jnp.sqrt(jnp.where(is_longer, missing, 1)), 0)
     s = s.at[0].add(along)
 
+    s = jnp.where(has_minimum, s, jnp.nan)
     length = _length(s)
-    shifted = values + M * length / 2
+    sigma = M * length / 2
     # m(0) - m(s) as a sum of what is not negative, with g's = -s'(A + sigma I) s
-    decrease = jnp.sum((equation.gaps + delta) * s * s) / 2 + M * length**3 / 12
+    decrease = jnp.sum((equation.gaps + delta) * s * s) / 2 + sigma * length * length / 6
     info = CubicInfo(
-        length=length,
-        decrease=decrease,
-        residual=_length(c + shifted * s),
+        length=units.length * length,
+        decrease=decrease * units.eigenvalue * units.length * units.length,
+        residual=_length(c + (values + sigma) * s) * units.length * units.eigenvalue,
         steps=root.steps,
         is_hard=equation.is_hard,
     )
-    return to_tree(s), info
+    return to_tree(units.length * s), info
+
+
+class _Units(NamedTuple):
+    """Powers of two by which the problem becomes one of numbers near 1, whose squares are floats.
+
+    The gradient is in units of both, `g = eigenvalue length g'`, and M in `eigenvalue / length`.
+    """
+
+    eigenvalue: Scalar
+    length: Scalar
+
+
+def _units(M: Any, values: Float[Array, " d"], c: Float[Array, " d"]) -> _Units:
+    """Return units in which eigenvalues, gradient and M are at most about 1."""
+    M, gradient = jnp.asarray(M, values.dtype), jnp.max(jnp.abs(c))
+    # sigma (lambda + sigma) = M |g| / 2 where one eigenvalue counts: sigma is at most this root.
+    root = jnp.sqrt(M) * jnp.sqrt(gradient)
+    eigenvalue = power_of_two(jnp.maximum(jnp.max(jnp.abs(values)), root))
+    # |s| is |g| / lambda as a rule, and in the hard case -2 lambda_min / M.
+    hard = safe_divide(jnp.maximum(-values[0], 0), M)
+    return _Units(eigenvalue, power_of_two(jnp.maximum(gradient / eigenvalue, hard)))
 
 
 class _Equation(NamedTuple):
@@ -232,7 +260,9 @@ def _root(equation: _Equation) -> _Root:
 
 
 def _length(x: Float[Array, " d"]) -> Scalar:
-    """Return `|x|`; its derivative at 0 is 0."""
-    square = jnp.sum(x * x)
+    """Return `|x|`, whatever its size; its derivative at 0 is 0."""
+    # Entries that are small beside the unit of the problem have squares that are no floats.
+    unit = power_of_two(jnp.max(jnp.abs(x)))
+    square = jnp.sum((x / unit) ** 2)
     is_zero = square == 0
-    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+    return unit * jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))

@@ -7,13 +7,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from curvax._checks import check_count, check_params, check_positive, describe
 from curvax._host import loops_for
-from curvax._trees import add_scaled, all_finite, cast_like, keep_unless
+from curvax._trees import (
+    add_scaled,
+    all_finite,
+    cast_like,
+    keep_unless,
+    out_of_range_if_negative,
+)
 from curvax._types import Count, Matvec, Params, Scalar, tree_at_least_float32
 from curvax._xla import fast_convs_in_loops
 from curvax.solve._cg import cg
@@ -29,7 +36,8 @@ class TrackedState(NamedTuple):
     Attributes:
       count: updates so far.
       solution: u, a tree like the right-hand side, in at least float32.
-      residual: `|v - (H + damping I) u| / |v|` with H and v of the latest update.
+      residual: `|v - (H + damping I) u| / |v|` with H and v of the update that made u: the latest,
+        or if that left u as it was, the one before.
       code: a `curvax.solve.Result` of the latest update, as int32. MAX_STEPS is the usual one: the
         residual falls over updates, not within one.
     """
@@ -75,7 +83,7 @@ def tracked(
     they are steps of conjugate gradients, which need no rate, and products without noise.
 
     An update whose result is not finite, and one of conjugate gradients that meets negative
-    curvature, leaves the solution as it was; the code tells.
+    curvature, leaves the solution and its residual as they were; the code tells.
 
     Args:
       matvec: `x -> H x` on trees like b; with gradient steps it may be that of a mini-batch.
@@ -148,14 +156,11 @@ def tracked(
 
     # The last solution is better than a step to nowhere.
     is_bad = (info.code == Result.NOT_FINITE) | (info.code == Result.NEGATIVE_CURVATURE)
-    u = keep_unless(~is_bad & all_finite(u), u, state.solution)
-    fresh = TrackedState(
-        optax.safe_increment(state.count),
-        u,
-        info.residual.astype(state.residual.dtype),
-        info.code,
-    )
-    return cast_like(u, b), fresh
+    fresh = (u, info.residual.astype(state.residual.dtype))
+    last = (state.solution, state.residual)
+    u, residual = keep_unless(~is_bad & all_finite(u), fresh, last)
+    count = optax.safe_increment(state.count)
+    return cast_like(u, b), TrackedState(count, u, residual, info.code)
 
 
 def update_blocks(
@@ -169,11 +174,16 @@ def update_blocks(
     Args:
       update: the function `(state, *args) -> (result, state)` of one block.
       states: the states of all n blocks, every array with a leading axis n.
-      index: the numbers of the k blocks, all different, `[k]`.
+      index: the numbers of the k blocks, all different, from 0 to n - 1, `[k]`. Where it is traced
+        nothing checks that: a number outside has the result of some other block, and no state
+        changes for it.
       *args: trees with a leading axis k: what belongs to the blocks of the index.
 
     Returns:
       the results, with a leading axis k, and the states of all n blocks.
+
+    Raises:
+      ValueError: a concrete index has a number outside of 0 to n - 1, or has one twice.
 
     Cost: k updates under one `vmap`.
 
@@ -185,9 +195,35 @@ def update_blocks(
       >>> before.tolist(), states.tolist()
       ([2, 0], [7, 1, 7, 3])
     """
-    chosen = jax.tree.map(lambda x: x[index], states)
+    num_blocks = len(jax.tree.leaves(states)[0])
+    _check_index(index, num_blocks)
+    # A negative number would count from the end.
+    safe_index = out_of_range_if_negative(jnp.asarray(index), num_blocks)
+    chosen = jax.tree.map(lambda x: x.at[safe_index].get(mode="clip"), states)
     results, fresh = jax.vmap(update)(chosen, *args)
-    return results, jax.tree.map(lambda x, new: x.at[index].set(new), states, fresh)
+
+    def replace(x: Array, new: Array) -> Array:
+        return x.at[safe_index].set(new, mode="drop")
+
+    return results, jax.tree.map(replace, states, fresh)
+
+
+def _check_index(index: Int[Array, " k"], num_blocks: int) -> None:
+    """Raise if the index is concrete and has a number out of range, or one twice."""
+    if isinstance(index, jax.core.Tracer):
+        return
+    numbers = np.asarray(index)
+    outside = numbers[(numbers < 0) | (numbers >= num_blocks)]
+    if outside.size:
+        raise ValueError(
+            f"index has {outside[0]}, but the states are of {num_blocks} blocks; give numbers from "
+            f"0 to {num_blocks - 1}."
+        )
+    if len(np.unique(numbers)) < numbers.size:
+        raise ValueError(
+            f"index is {numbers.tolist()}, which has a block twice; only one update of a block can "
+            "be stored. Give numbers that differ."
+        )
 
 
 def _descend(

@@ -116,6 +116,20 @@ def test_the_error_falls_with_every_step():
     assert np.all(np.diff(errors) < 0)
 
 
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_a_model_of_weight_zero_may_be_nan(method):
+    """In closed form and by iteration, params and curvature."""
+    models, _, _ = tasks()
+    layout, factors = fitted(method)
+    expected, _ = merging.merge(models[:2], factors[:2], layout, weights=[1.0, 2.0], **exactly)
+    broken = jax.tree.map(lambda x: jnp.nan * x, (models[2], factors[2]))
+    models, factors = [*models[:2], broken[0]], [*factors[:2], broken[1]]
+    merged, info = merging.merge(models, factors, layout, weights=[1.0, 2.0, 0.0], **exactly)
+    assert info.converged
+    for name, w in expected.items():
+        np.testing.assert_allclose(merged[name], w, rtol=1e-9, atol=1e-10)
+
+
 def test_what_has_no_curvature_stays_and_bad_input_is_named():
     models = [jnp.ones(2, jnp.bfloat16), jnp.full(2, 4.0, jnp.bfloat16)]
     curvature = [jnp.array([1.0, 0.0]), jnp.array([2.0, -1.0])]

@@ -187,6 +187,8 @@ def test_errors_say_what_and_where(problem):
         quantization.interactions(matvec, params, ())
     with pytest.raises(ValueError, match=r"must lie in \[2, 8\], got 9"):
         quantization.interactions(matvec, params, (9,))
+    with pytest.raises(ValueError, match=r"widths are \(4, 4\), which has one twice"):
+        quantization.interactions(matvec, params, (4, 4))
     pairs, sizes = random_programme(0, 2)
     omegas = pairs.diagonal()
     with pytest.raises(ValueError, match=r"no choice of widths fits into 1 bits"):

@@ -116,6 +116,17 @@ def test_heavy_ball_from_ritz_values_attains_its_rate(size, x64):
     assert rate < 0.77 < 0.96 < (1 - 0.02) / (1 + 0.02)
 
 
+def test_curvature_that_is_no_number_says_nothing_of_rates():
+    objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+    batch = (jnp.full((2, 2), jnp.nan), jnp.zeros(2))
+    report = curvax.apps.sharpness_report(
+        objective, jnp.ones(2), [batch], learning_rate=0.1, num_probes=1, ritz_steps=1
+    )
+    rates = (report.max_gradient_descent, report.max_sgd, report.heavy_ball.learning_rate)
+    assert np.isnan(rates).all() and np.isnan(report.max_learning_rate)
+    assert "whether SGD is stable is unknown" in str(report)
+
+
 def test_heavy_ball_leaves_out_what_is_flat_or_curves_down():
     best = curvax.apps.heavy_ball(jnp.array([4.0, 1.0, 1e-6, -0.5]))
     np.testing.assert_allclose(best, [4 / 9, 1 / 9, 4, 1], rtol=1e-6)
@@ -123,5 +134,6 @@ def test_heavy_ball_leaves_out_what_is_flat_or_curves_down():
         curvax.apps.heavy_ball(jnp.array([4.0, 1e-6]), floor=0.0).smallest, 1e-6
     )
     assert jnp.isinf(curvax.apps.heavy_ball(-jnp.ones(3)).learning_rate)
+    assert jnp.isnan(jnp.stack(curvax.apps.heavy_ball(jnp.array([1.0, jnp.nan])))).all()
     with pytest.raises(ValueError, match="floor must be at least 0"):
         curvax.apps.heavy_ball(jnp.ones(2), floor=-1.0)

@@ -337,7 +337,8 @@ OPTIMIZERS = {
         labels=by_leaf,
         more=(("momentum", 0.5),),
         then=optax.trace(0.5),
-        combine=lambda curvatures: jax.tree.map(lambda *x: jnp.concatenate(x), *curvatures),
+        # Of each batch every other row, as many as one batch has.
+        combine=lambda curvatures: jax.tree.map(lambda *x: jnp.concatenate(x)[::2], *curvatures),
         draws=True,
         waits=False,
     ),
@@ -527,6 +528,13 @@ def updating(row):
 
 
 @functools.cache
+def passing(row):
+    """The update of `updating` with a curvature as data: `(grads, state, curvature) ->`."""
+    tx, _ = updating(row)
+    return jax.jit(lambda g, s, c: tx.update(g, s, PARAMS, curvature=c, batch=BATCH))
+
+
+@functools.cache
 def ruling(row):
     """The rule, and its compiled `(grads, state, curvature) -> (updates, state)`."""
     rule = row.scale_by()
@@ -622,8 +630,7 @@ def test_curvature_as_data(row):
     tx, update = updating(row)
     expected, _ = update(gradient(), tx.init(PARAMS), PARAMS, BATCH)
     curvature = estimating(row)(PARAMS, BATCH, jax.random.fold_in(jax.random.key(0), 0))
-    passing = jax.jit(lambda s, c: tx.update(gradient(), s, PARAMS, curvature=c, batch=BATCH))
-    given, _ = passing(tx.init(PARAMS), curvature)
+    given, _ = passing(row)(gradient(), tx.init(PARAMS), curvature)
     same(given, expected)
     rule, apply = ruling(row)
     direction, _ = apply(gradient(), rule.init(PARAMS), curvature)
@@ -687,27 +694,28 @@ def test_partition_inside_estimating(row):
 @rows_that("estimator", "combine")
 def test_multisteps_with_averaged_curvature(row):
     """The recipe: MultiSteps averages gradients, the caller curvature."""
-    tx = row.build(0.02, OBJECTIVE)
+    tx, _ = updating(row)
     ms = optax.MultiSteps(tx, every_k_schedule=2)
     chained = optax.chain(
         optax.identity(), optax.GradientTransformationExtraArgs(ms.init, ms.update)
     )
-    halves = [jax.tree.map(lambda x, i=i: x[i::2], BATCH) for i in range(2)]
-    grads = [gradient(batch=half) for half in halves]
-    curvatures = [estimating(row)(PARAMS, half, jax.random.key(i)) for i, half in enumerate(halves)]
+    # Micro-batches of the size of the batch, so that what is compiled for it serves them.
+    micro = [BATCH, (BATCH[0][::-1] + 1, BATCH[1])]
+    grads = [gradient(batch=batch) for batch in micro]
+    curvatures = [
+        estimating(row)(PARAMS, batch, jax.random.key(i)) for i, batch in enumerate(micro)
+    ]
     update = jax.jit(lambda g, s, p, c: chained.update(g, s, p, curvature=c, batch=BATCH))
     state = chained.init(PARAMS)
     updates, state = update(grads[0], state, PARAMS, curvatures[0])
     assert optax.tree.norm(updates) == 0
     updates, state = update(grads[1], state, PARAMS, row.combine(curvatures))
-    whole = jax.jit(lambda g, s, p, c: tx.update(g, s, p, curvature=c, batch=BATCH))
-    expected, _ = whole(mean(grads), tx.init(PARAMS), PARAMS, row.combine(curvatures))
+    expected, _ = passing(row)(mean(grads), tx.init(PARAMS), row.combine(curvatures))
     same(updates, expected)
     # and with batch= the estimate is that of the last micro-batch, as MultiSteps shows it
-    updates, _ = jax.jit(lambda g, s, p, b: chained.update(g, s, p, batch=b))(
-        grads[0], state, PARAMS, halves[0]
-    )
-    assert optax.tree.norm(updates) == 0
+    with_batch = lambda g, s, p, b: chained.update(g, s, p, batch=b)
+    updates, _ = jax.eval_shape(with_batch, grads[0], state, PARAMS, micro[0])
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, PARAMS)
 
 
 @rows_that("hyperparameter")  # gamma of a search is the first radius, read by init alone
@@ -716,15 +724,12 @@ def test_inject_hyperparams(row):
         learning_rate, OBJECTIVE, **dict(row.plain), **{row.hyperparameter: other}
     )
     injected = optax.inject_hyperparams(build)(learning_rate=0.02, other=0.5)
-    plain = build(0.02, 0.5)
-    same(
-        train(jax.jit(step_with(injected)), injected, 3)[0],
-        train(jax.jit(step_with(plain)), plain, 3)[0],
-    )
+    plain, step = build(0.02, 0.5), jax.jit(step_with(injected))
+    same(train(step, injected, 3)[0], train(jax.jit(step_with(plain)), plain, 3)[0])
     state = injected.init(PARAMS)
     doubled = state._replace(hyperparams={**state.hyperparams, "learning_rate": jnp.array(0.04)})
-    update = jax.jit(lambda s: injected.update(gradient(), s, PARAMS, batch=BATCH)[0])
-    same(update(doubled), optax.tree.scale(2.0, update(state)))
+    moved = lambda state: optax.tree.sub(step(PARAMS, state, BATCH)[0], PARAMS)
+    same(moved(doubled), optax.tree.scale(2.0, moved(state)))
 
 
 @rows_that("keeps")
@@ -793,17 +798,21 @@ def test_apply_if_finite(row):
     chex.assert_trees_all_equal(rejected.inner_state, state.inner_state)
 
 
-@rows_that("keeps")  # the others have no refresh that could be conditional
-def test_vmap_over_members_with_their_own_seeds(row):
-    members = jnp.arange(3, dtype=jnp.uint32)
+@functools.cache
+def three_members(row):
+    """Params and states of members with seeds of their own, and their compiled step."""
+    seeds = jnp.arange(3, dtype=jnp.uint32)
     build = lambda seed: row.build(0.02, OBJECTIVE, curvature_every=3, seed=seed)
     params = jax.tree.map(lambda p: p + 0.1 * jnp.arange(3.0).reshape(-1, *(1,) * p.ndim), PARAMS)
-    state = jax.vmap(lambda seed, p: build(seed).init(p))(members, params)
-    step = (
-        jax.jit(jax.vmap(step_with(build(0)), in_axes=(0, 0, None)))
-        .lower(params, state, BATCH)
-        .compile()
-    )
+    state = jax.vmap(lambda seed, p: build(seed).init(p))(seeds, params)
+    step = jax.jit(jax.vmap(step_with(compiled(row, 3)[0]), in_axes=(0, 0, None)))
+    return params, state, step.lower(params, state, BATCH).compile()
+
+
+@rows_that("keeps")  # the others have no refresh that could be conditional
+def test_vmap_over_members_with_their_own_seeds(row):
+    build = lambda seed: row.build(0.02, OBJECTIVE, curvature_every=3, seed=seed)
+    params, state, step = three_members(row)
     assert "conditional(" in step.as_text()
     carry = params, state
     for _ in range(5):
@@ -826,10 +835,10 @@ def test_vmap_over_members_with_their_own_seeds(row):
 def test_vmapped_members_out_of_step_refresh_each_in_its_own_time(row):
     tx, step = compiled(row, 3)
     states = [optax.tree.set(train(step, tx, 1)[1], count=jnp.int32(n)) for n in range(3)]
-    update = jax.jit(lambda state: tx.update(gradient(), state, PARAMS, batch=BATCH))
-    got = jax.jit(jax.vmap(update))(jax.tree.map(lambda *x: jnp.stack(x), *states))
-    for i, state in enumerate(states):
-        same(jax.tree.map(lambda x, i=i: x[i], got), update(state))
+    carries = [(PARAMS, state) for state in states]
+    got = three_members(row)[2](*jax.tree.map(lambda *x: jnp.stack(x), *carries), BATCH)
+    for i, carry in enumerate(carries):
+        same(jax.tree.map(lambda x, i=i: x[i], got), step(*carry, BATCH))
     refreshes = optax.tree.get(got[1], "num_refreshes")
     assert refreshes.tolist() == [2, 1, 1]
 
@@ -861,6 +870,18 @@ def eight_devices_equal_one(row, axis_type):
         on_eight_devices(row, axis_type)
 
 
+@functools.cache
+def five_steps(row):
+    """Five steps as one program: alone they would be compiled once more for a state that moved."""
+    step = step_with(compiled(row, 3)[0])
+
+    def run(params, state, batch):
+        body = lambda carry, _: (step(*carry, batch), None)
+        return jax.lax.scan(body, (params, state), length=5)[0]
+
+    return jax.jit(run)
+
+
 def on_eight_devices(row, axis_type):
     in_float64 = lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x
     params_of_one, batch_of_one = jax.tree.map(in_float64, (PARAMS, BATCH))
@@ -875,10 +896,10 @@ def on_eight_devices(row, axis_type):
         "c": put(params_of_one["c"], *spec),
     }
     batch = jax.tree.map(lambda x: put(x, "data"), batch_of_one)
-    tx, step = compiled(row, 3)
-    got = train(step, tx, 5, params=params, batch=batch)
-    expected = train(step, tx, 5, params=params_of_one, batch=batch_of_one)
-    same(got, expected, rtol=1e-8, atol=1e-10)
+    tx, _ = compiled(row, 3)
+    run = five_steps(row)
+    got = run(params, tx.init(params), batch)
+    same(got, run(params_of_one, tx.init(params_of_one), batch_of_one), rtol=1e-8, atol=1e-10)
     if axis_type == AxisType.Auto and row.diagonal:
         # The state of a sharded leaf is sharded as the leaf is.
         held = optax.tree.get(got[1], "curvature")["a"]["w"]

@@ -261,6 +261,21 @@ def test_gradient_regularized_newton_goes_on_after_a_minimum():
     np.testing.assert_allclose(params, 1, atol=1e-3)
 
 
+def test_gradient_regularized_newton_grows_its_radius_where_rounding_hides_the_gain():
+    """From a radius of 1e-3 to a minimum at distance 3; the loss is 1e4 times its gain higher."""
+    loss = curvax.losses.from_function(lambda f, y: 1e4 + jnp.mean(jnp.sqrt(1 + f**2) - 1))
+    case = bowl()._replace(objective=curvax.Objective(lambda w, x: x @ w, loss))
+    tx = curvax.gradient_regularized_newton(case.objective, gamma=1e-3)
+    step, params, state = stepping(tx, case), case.params, tx.init(case.params)
+    for _ in range(30):
+        params, state = step(params, state, case.batch)
+    assert abs(params.item()) < 1e-5
+    # At the minimum it stops, and does not leave the floats.
+    for _ in range(200):
+        params, state = step(params, state, case.batch)
+    assert abs(params.item()) < 1e-5 and 0.1 < optax.tree.get(state, "gamma") < 1e4
+
+
 def secular_step(matrix, gradient, M):
     """The minimum of `g's + s'H s / 2 + M / 6 |s|^3` by bisection, in NumPy."""
     values, vectors = np.linalg.eigh(matrix)

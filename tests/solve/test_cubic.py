@@ -94,6 +94,32 @@ def test_without_regularization_it_is_newtons_step(x64):
     np.testing.assert_allclose(info.decrease, -g @ s / 2, rtol=1e-12)
 
 
+def test_a_step_does_not_depend_on_the_unit_of_the_loss_or_of_params():
+    """Units of 1e-20 to 1e20 in float32, whose squares it has not: s, its length and residual."""
+    values = np.float32([SPECTRA["indefinite"], SPECTRA["definite"], SPECTRA["indefinite"]])
+    c = np.float32([np.arange(1.0, 1 + D), np.arange(1.0, 1 + D), np.zeros(D)])
+    expected, info = step(values, c, np.ones(3, np.float32))
+    # A in units a, s in units b: g is in a b, and M in a / b.
+    for a, b in ((1e20, 1.0), (1e20, 1e10), (1e-20, 1.0), (1e-20, 1e10), (1.0, 1e-20), (1.0, 1e20)):
+        a, b = np.float32(a), np.float32(b)
+        s, got = step(a * values, a * b * c, np.full(3, a / b))
+        np.testing.assert_allclose(s["w"] / b, expected["w"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got.length / b, info.length, rtol=1e-4)
+        assert (got.residual / a / b < 1e-4).all() and (got.is_hard == info.is_hard).all()
+
+
+def test_a_model_that_falls_for_ever_has_no_step():
+    """Without M: NaN where A has a negative eigenvalue, or g a part along one of eigenvalue 0."""
+    values = np.float32([[-1.0] + [1.0] * 5, [0.0] + [1.0] * 5, [0.0] + [1.0] * 5])
+    c = np.ones((3, D), np.float32)
+    c[2, 0] = 0
+    s, info = jax.jit(
+        jax.vmap(lambda a, c: cubic_step(EigenDecomposition(a, jnp.eye(D)), c, regularization=0.0))
+    )(values, c)
+    assert np.isnan(s[:2]).all() and np.isnan(info.decrease[:2]).all()
+    np.testing.assert_allclose(s[2], -c[2], rtol=1e-6)
+
+
 def test_first_derivatives_equal_differences(x64):
     """In the matrix, the gradient and M, through the decomposition."""
     matrix = jnp.asarray((ROTATION * SPECTRA["indefinite"]) @ ROTATION.T)

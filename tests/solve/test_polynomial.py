@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import curvax
-from curvax.solve import power_traces, symmetric_polynomial
+from curvax.solve import PowerTraces, power_traces, symmetric_polynomial
 
 VALUES = np.array([5.0, 2.0, 1.0, 0.5, 0.1])
 ROTATION = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
@@ -27,6 +27,10 @@ def tree_matvec(matrix):
     return jax.tree_util.Partial(product, matrix)
 
 
+def unscaled(traces):
+    return traces.values * traces.scale ** jnp.arange(1, 1 + len(traces.values))
+
+
 def elementary(values, order):
     return sum(math.prod(chosen) for chosen in itertools.combinations(values, order))
 
@@ -41,7 +45,7 @@ def test_eigenvalues_are_polynomials_of_all_the_others(x64):
     """For every order, up to `P_(d-1) B = det(B) I`; and the recurrence of the docstring."""
     like = jax.tree.map(lambda x: x.astype(jnp.float64), LIKE)
     powers = [np.linalg.matrix_power(MATRIX, i) for i in range(5)]
-    traces = power_traces(tree_matvec(jnp.asarray(MATRIX)), like, order=4)
+    traces = unscaled(power_traces(tree_matvec(jnp.asarray(MATRIX)), like, order=4))
     np.testing.assert_allclose(traces, [np.trace(power) for power in powers[1:]], rtol=1e-12)
     P = [np.eye(5)]
     for t in range(1, 5):
@@ -60,7 +64,7 @@ def test_eigenvalues_are_polynomials_of_all_the_others(x64):
 def test_estimated_traces_average_to_the_exact_ones(x64):
     """Orders 1 to 5 by random probes, within four standard errors of the exact traces."""
     matvec, v = tree_matvec(jnp.asarray(MATRIX)), jnp.zeros(5)
-    estimate = jax.jit(jax.vmap(lambda key: power_traces(matvec, v, 5, key, num_probes=2)))
+    estimate = jax.jit(jax.vmap(lambda key: unscaled(power_traces(matvec, v, 5, key, 2))))
     each = np.asarray(estimate(jax.random.split(jax.random.key(0), 400)))
     exact = np.array([(VALUES**power).sum() for power in range(1, 6)])
     error = each.std(axis=0) / 20
@@ -113,16 +117,39 @@ def test_large_numbers_and_bad_traces_in_float32():
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 0.997, rtol=5e-3)
     # tr(B^2) > tr(B)^2 is that of no such matrix, and e_2 is negative.
-    diagonal = jnp.array([3.0, 1.0])
+    diagonal = jnp.array([3.0, 1.0, 0.0, 0.0])
+    # Nor are traces known whose powers left the floats.
+    tiny = 1e-20 * diagonal
     for bad in ([4.0, 17.0, 28.0], [4.0]):
         cut = symmetric_polynomial(lambda v: diagonal * v, jnp.array(bad))
-        np.testing.assert_allclose(cut(jnp.ones(2)), [0.25, 0.75], rtol=1e-6)
+        np.testing.assert_allclose(cut(jnp.ones(4)), [0.25, 0.75, 1, 1], rtol=1e-6)
+    cut = symmetric_polynomial(lambda v: tiny * v, jnp.array([4e-20, 0.0, 0.0]))
+    np.testing.assert_allclose(cut(jnp.ones(4)), [0.25, 0.75, 1, 1], rtol=1e-6)
     nothing = symmetric_polynomial(lambda v: 0 * v, jnp.zeros(2))
-    assert nothing(jnp.ones(2)).tolist() == [1, 1]
+    assert nothing(jnp.ones(3)).tolist() == [1, 1, 1]
+
+
+def test_a_preconditioner_does_not_depend_on_the_scale_of_the_matrix():
+    """From 1e-25 to 1e25 in float32, where powers of the matrix leave the floats."""
+
+    @jax.jit
+    @jax.vmap
+    def diagonal_of(scale):
+        matvec = lambda v: scale * jnp.asarray(VALUES, jnp.float32) * v
+        traces = power_traces(matvec, jnp.zeros(5), order=4)
+        return symmetric_polynomial(matvec, traces)(jnp.ones(5))
+
+    scales = jnp.array([1.0, 1e-9, 1e-25, 1e25])
+    expected = [elementary(np.delete(VALUES, i), 4) / elementary(VALUES, 4) for i in range(5)]
+    np.testing.assert_allclose(diagonal_of(scales), np.tile(expected, (4, 1)), rtol=1e-4, atol=1e-5)
 
 
 def test_errors():
     with pytest.raises(ValueError, match=r"traces must be \[t\], tr\(B\) to tr\(B\^t\); got \[\]"):
         symmetric_polynomial(lambda v: v, jnp.float32(1))
+    with pytest.raises(ValueError, match=r"traces must be \[t\].*got \[1, 2\]"):
+        symmetric_polynomial(lambda v: v, PowerTraces(1.0, jnp.ones((1, 2))))
+    with pytest.raises(ValueError, match=r"2 traces for a matrix of 2 rows.*at most 1"):
+        symmetric_polynomial(lambda v: v, jnp.ones(2))(jnp.ones(2))
     with pytest.raises(ValueError, match="order must be at least 1, got 0"):
         power_traces(lambda v: v, jnp.ones(2), 0)

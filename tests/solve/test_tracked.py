@@ -119,7 +119,8 @@ def test_what_is_not_finite_or_curves_down_leaves_the_solution(how):
     _, good = tracked(lambda v: v, b, state=good, **how)
     u, state = tracked(lambda v: jnp.nan * v, b, state=good, **how)
     assert state.code == Result.NOT_FINITE and u.tolist() == good.solution.tolist()
-    assert state.count == 2
+    # The residual is that of the solution.
+    assert state.count == 2 and state.residual == good.residual and state.residual < 1
     if "rate" not in how:
         u, state = tracked(lambda v: -3 * v, 2 * b, state=good)
         assert state.code == Result.NEGATIVE_CURVATURE and u.tolist() == good.solution.tolist()
@@ -135,6 +136,19 @@ def test_bfloat16_keeps_the_small_steps_in_float32(how):
     assert u.dtype == jnp.bfloat16 and state.solution.dtype == jnp.float32
     assert state.residual < 0.05
     np.testing.assert_allclose(state.solution, np.linalg.solve(MATRIX, B), rtol=0.1, atol=0.1)
+
+
+def test_blocks_that_do_not_exist():
+    """Concrete numbers are checked; for traced ones no other block's state changes."""
+    add = lambda state: (state, state + 1)
+    for index in ([0, 3], [-1]):
+        with pytest.raises(ValueError, match=rf"index has {index[-1]}, but.* 3 blocks.*0 to 2"):
+            update_blocks(add, jnp.arange(3), jnp.array(index))
+    with pytest.raises(ValueError, match=r"index is \[1, 1\], which has a block twice"):
+        update_blocks(add, jnp.arange(3), np.array([1, 1]))
+    update = jax.jit(lambda index: update_blocks(add, jnp.arange(3), index))
+    _, states = update(jnp.array([0, 3, -1]))
+    assert states.tolist() == [1, 1, 2]
 
 
 def test_errors():

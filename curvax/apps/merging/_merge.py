@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,14 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from curvax._checks import check_at_least, check_count, check_like, check_params, describe
 from curvax._trees import cast_like, norm, safe_divide
-from curvax._types import Params, tree_at_least_float32
+from curvax._types import Params, Scalar, tree_at_least_float32
 from curvax.apps.merging._curvature import BlockOperators, block_operators, diagonals, kind_of
 from curvax.kron import Identity, Layout, block_matrices, with_block_matrices
 from curvax.kron._block_operators import FactoredOperator
 from curvax.kron._kron_factor import KronFactor, added, matmul, scaled
 from curvax.solve import Result, SolveInfo, cg
+
+T = TypeVar("T")
 
 # t: tasks, c_t: weights, F_t: curvature, w_t: params of a model, W_t: the matrix of a block in them
 # w_0: the guess; d_t = w_t - w_0: what is solved for is x = w - w_0, (sum c F) x = sum c F d
@@ -80,7 +82,8 @@ def merge(
       layout: the `Layout` that factors or Grams are of. Its leaves (and entries) in no block are
         merged by their diagonals, or where it says "identity" averaged.
       weights: c_t, at least 0 and not all 0, `[t]`; None stands for ones. Each F_t is that of a
-        mean loss already, whatever the size of its data.
+        mean loss already, whatever the size of its data. A model of weight 0 does not count, even
+        if it holds NaN.
       init: the guess w_0, a tree like params, such as the pretrained model or another merge; None
         stands for the average, weighted by c_t. Where no model has curvature w stays there.
       closed_form: whether blocks that have a closed form take it. Iterations may be preferred where
@@ -116,7 +119,9 @@ def merge(
     """
     weights, curvatures = _checked(models, curvatures, layout, weights, max_steps)
     check_at_least(0, tol=tol)
-    wide = [tree_at_least_float32(model) for model in models]
+    wide = []
+    for c, model in zip(weights, models, strict=True):
+        wide.append(_zero_without_weight(c, tree_at_least_float32(model)))
     average = _average(weights, wide)
     guess = average
     if init is not None:
@@ -186,6 +191,12 @@ def _checked(
     return array, curvatures
 
 
+def _zero_without_weight(c: Scalar, tree: T) -> T:
+    """Return the tree, or zeros where the weight is 0: what is not finite there does not count."""
+    counted: T = jax.tree.map(lambda x: jnp.where(c == 0, jnp.zeros_like(x), x), tree)
+    return counted
+
+
 def _average(weights: Float[Array, " t"], models: Sequence[Params]) -> Params:
     """Return `sum_t c_t w_t / sum_t c_t`; NaN where all weights are 0, which is no merge."""
     shares = weights / jnp.sum(weights)
@@ -208,8 +219,9 @@ def _merge_entries(
         entries, differences = arrays[: len(weights)], arrays[len(weights) :]
         numerators, weighted = [], []
         for c, f, d in zip(weights, entries, differences, strict=True):
-            weighted.append(c * f)
-            numerators.append(c * f * d)
+            weight = c * _zero_without_weight(c, f)
+            weighted.append(weight)
+            numerators.append(weight * d)
         quotient = safe_divide(sum(numerators), jnp.asarray(sum(weighted)))
         return quotient.astype(differences[0].dtype)
 
@@ -233,6 +245,8 @@ def _solve_block(
     """Solve `(sum_t c_t F_t) X = sum_t c_t F_t D_t` for a block, slice by slice."""
     dtype = deviations[0].dtype
     weights = weights.astype(dtype)
+    counted = map(_zero_without_weight, weights, operators)
+    operators = list(counted)
     pairs = list(zip(weights, operators, strict=True))
     terms = []
     for (c, products), deviation in zip(pairs, deviations, strict=True):
@@ -254,7 +268,7 @@ def _solve_block(
         return cg(matvec, b, tol=tol, max_steps=max_steps)
 
     # Slices are layers, each with a Krylov space of its own, stacked or not.
-    solved: Solved = jax.vmap(of_slice)(list(operators), b)
+    solved: Solved = jax.vmap(of_slice)(operators, b)
     return solved
 
 

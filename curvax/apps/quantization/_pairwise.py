@@ -66,14 +66,15 @@ def interactions(
     Args:
       matvec: a function `v -> H v` on trees like params, of a symmetric H; see `hawq`.
       params: the trained parameters.
-      widths: widths in bits, each from 2 to 8.
+      widths: widths in bits, each from 2 to 8, all different.
       scheme: how weights are quantized; None: `Scheme()`.
 
     Returns:
       `Interactions`, for `allocate_pairwise`.
 
     Raises:
-      ValueError: there is no width, or one is outside [2, 8]; the scheme quantizes no leaf.
+      ValueError: there is no width, one is outside [2, 8], or two are equal; the scheme quantizes
+        no leaf.
 
     Cost: one product for each layer and width. Memory: params for each width, and two products.
 
@@ -96,6 +97,8 @@ def interactions(
     widths = tuple(widths)
     if not widths:
         raise ValueError("widths is empty: give the bits to choose from, such as (2, 4, 8).")
+    if len(set(widths)) < len(widths):
+        raise ValueError(f"widths are {widths}, which has one twice; give each width once.")
     layer_of = layers_by_path(params, scheme)
     layers = tuple(dict.fromkeys(layer_of.values()))
     wide = tree_at_least_float32(params)
