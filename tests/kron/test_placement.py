@@ -1,5 +1,6 @@
 """Owners of slices: which there are, what each device does and sends, and what is refused."""
 
+import itertools
 import re
 
 import jax
@@ -22,9 +23,7 @@ def model(params, x):
 
 
 OBJECTIVE = curvax.Objective(model, curvax.losses.squared_error())
-PARAMS = [
-    jax.ShapeDtypeStruct(pair, jnp.float32) for pair in zip(SIZES[:-1], SIZES[1:], strict=True)
-]
+PARAMS = [jax.ShapeDtypeStruct(pair, jnp.float32) for pair in itertools.pairwise(SIZES)]
 BATCH = tuple(jax.ShapeDtypeStruct((ROWS, size), jnp.float32) for size in (SIZES[0], SIZES[-1]))
 
 
@@ -82,7 +81,7 @@ def test_a_placement_of_another_layout_is_refused(layout):
     other = layout.edit("[0]", a_structure="diagonal")
     with pytest.raises(ValueError, match="placement is of another layout"):
         curvax.scale_by_kfac(other, placement=placement)
-    with pytest.raises(TypeError, match="what curvax.kron_placement returns, got Layout"):
+    with pytest.raises(TypeError, match=r"what curvax\.kron_placement returns, got Layout"):
         curvax.kron_factors(OBJECTIVE, layout, PARAMS, BATCH, jax.random.key(0), placement=layout)
     # Blocks of two turns are in one stack.
     rule = curvax.scale_by_kfac(layout, inverse_every=2, stagger=True, placement=placement)

@@ -170,7 +170,7 @@ def test_placed_steps_are_those_of_one_device(
 
 def test_a_state_goes_on_with_another_number_of_devices(problem):
     """Eight, four, and eight again: between them it is the state of the rule by itself."""
-    params, batch, layout = problem
+    _, _, layout = problem
     for name in ("factored", "exact", "ekfac"):
         _, state = expected(name, problem)
         back = state
