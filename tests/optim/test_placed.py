@@ -82,11 +82,13 @@ def optimizer(name, layout, placement):
 def three_steps(tx):
     @jax.jit
     def run(params, state, batch):
-        for _ in range(3):
+        def step(carry, _):
+            params, state = carry
             gradient = jax.grad(OBJECTIVE)(params, batch)
             updates, state = tx.update(gradient, state, params, batch=batch)
-            params = optax.apply_updates(params, updates)
-        return params, state
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), length=3)[0]
 
     return run
 
