@@ -185,9 +185,9 @@ def _rows(objective: Objective, params: Params, batch: Batch, weight: Any) -> _R
     # J once for both maps; U'U is formed without it.
     outputs, jacobian = linearize(outputs_at, params, "Use curvax.gauss_newton_bartlett.")
     roots_of = _identities if objective.loss.couples_examples else _roots
-    # R R' = w S, and of w times the gradient R^-1 has the root of w too.
     # Of examples that are sharded explicitly every device gets all roots, as all of the matrix.
     by_example = with_auto_sharding(partial(roots_of, objective.loss), outputs, targets)
+    # R R' = w S, and of w times the gradient R^-1 has the root of w too.
     roots, gradient = jax.tree.map(partial(jnp.multiply, jnp.sqrt(weight)), by_example)
     push = Partial(_push, jacobian, roots, params)
     pull = Partial(_pull, jacobian, roots, params, outputs)
