@@ -46,7 +46,7 @@ from curvax.kron._statistics import (
 )
 from curvax.losses import Loss
 from curvax.losses._shares import share_of, term_counts
-from curvax.objective import Objective, total_terms
+from curvax.objective import Objective, for_auto_sharding, total_terms
 
 
 class Reduction(NamedTuple):
@@ -298,7 +298,7 @@ def accumulate(
     check_fisher(options.fisher, options.num_samples)
     if options.microbatch is not None:
         check_count(1, microbatch=options.microbatch)
-    run = partial(_over_chunks, objective, layout, options)
+    run = partial(_over_chunks, for_auto_sharding(objective, params, batch), layout, options)
     return with_auto_sharding(run, params, batch, key, reduction, position)
 
 

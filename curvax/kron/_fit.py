@@ -43,7 +43,7 @@ from curvax.kron._storage import (
     open_store,
 )
 from curvax.losses import Loss
-from curvax.objective import Objective, total_terms
+from curvax.objective import Objective, for_auto_sharding, total_terms
 
 _ADVICE = "Give the same batches in the same order, or another folder."
 
@@ -332,7 +332,8 @@ def _contribution(
     first: Array,
 ) -> Counted:
     """Return what one batch adds to a pass, with its number of terms."""
-    count = partial(total_terms, one_pass.objective, microbatch=one_pass.options.microbatch)
+    objective = for_auto_sharding(one_pass.objective, params, batch)
+    count = partial(total_terms, objective, microbatch=one_pass.options.microbatch)
     terms = with_auto_sharding(count, params, batch)
     return Counted(one_pass.contribution(results, params, batch, key, first), terms)
 

@@ -34,7 +34,7 @@ from curvax.capture import (
 )
 from curvax.losses import Loss
 from curvax.losses._linear import check_curved
-from curvax.objective import Objective, Part, checked_inputs, of_parts
+from curvax.objective import Objective, Part, checked_inputs, for_auto_sharding, of_parts
 from curvax.products import ggnvp, to_dense
 from curvax.products._linear import linearize
 from curvax.solve._direct import Dense, Formed, SampleSpace
@@ -136,8 +136,9 @@ def _in_sample_space(objective: Objective, params: Params, batch: Any) -> Sample
         batch: Any,
         roots: list[Array],
     ) -> Float[Array, "n n"]:
-        return _gram_of_rows(objective, params, batch, roots)
+        return _gram_of_rows(placed, params, batch, roots)
 
+    placed = for_auto_sharding(objective, params, batch)
     matrix = with_auto_sharding(gram_of_rows, params, batch, [rows.roots for rows in spaces])
     pushes = [rows.push for rows in spaces]
     pulls = [(rows.pull, rows.gradient.size) for rows in spaces]
