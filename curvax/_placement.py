@@ -33,6 +33,12 @@ from curvax._jaxpr import (
 PLACES = ("out_sharding", "sharding")
 """Parameters of primitives that say how their result is sharded."""
 
+_ADVICE = (
+    "Here a model that is sharded over axes of the type Explicit was traced for a mesh with the "
+    "same axes, each of size 1. Let it say how arrays are sharded by a PartitionSpec (no "
+    "NamedSharding), and take arrays that it closes over from params or inputs (curvax.Shared)."
+)
+
 
 def without_placement(model: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     """Return a model fit for the compiler's own placement, and for parts of a batch.
@@ -45,8 +51,8 @@ def without_placement(model: Callable[..., Any], *args: Any) -> Callable[..., An
     meshes = [s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types]
     if not meshes:
         return model
-    names = meshes[0].axis_names
-    mesh = AbstractMesh((1,) * len(names), names, (AxisType.Explicit,) * len(names))
+    names, types = meshes[0].axis_names, meshes[0].axis_types
+    mesh = AbstractMesh((1,) * len(names), names, types)
     specs = tuple(sharding.spec for sharding in shardings)
     return _WithoutPlacement(model, mesh, specs)
 
@@ -72,12 +78,17 @@ class _WithoutPlacement:
     specs: tuple[PartitionSpec, ...]
 
     def __call__(self, *args: Any) -> Any:
+        """Call the model where the compiler places arrays."""
         leaves, structure = jax.tree.flatten(args)
         shapes = []
         for x, spec in zip(leaves, self.specs, strict=True):
             shapes.append(_shape_in(self.mesh, jax.typeof(x), spec))
-        with _alone(self.mesh):
-            program, results = trace_model(self.model, *jax.tree.unflatten(structure, shapes))
+        try:
+            with _alone(self.mesh):
+                program, results = trace_model(self.model, *jax.tree.unflatten(structure, shapes))
+        except Exception as error:
+            error.add_note(_ADVICE)
+            raise
         if not _places_arrays(program):
             return self.model(*args)
         return jax.tree.unflatten(jax.tree.structure(results), _run(self.mesh, program, leaves))
@@ -153,54 +164,61 @@ def _with_derivative(mesh: AbstractMesh, program: Any, eqn: Any) -> Callable[...
     run = as_function(program, eqn)
     # Integers have no derivative.
     is_float = [jnp.issubdtype(atom.aval.dtype, jnp.inexact) for atom in eqn.invars]
+    count = len(is_float)
 
     def floats(values: Sequence[Any]) -> list[Any]:
         return [x for x, is_one in zip(values, is_float, strict=True) if is_one]
 
+    def as_it_was(args: Sequence[Any]) -> Callable[..., list[Any]]:
+        """Return the equation as a function of floats, with the integers among `args`."""
+
+        def of_floats(*values: Any) -> list[Any]:
+            remaining = iter(values)
+            pairs = zip(args, is_float, strict=True)
+            return run(*[next(remaining) if is_one else x for x, is_one in pairs])
+
+        return of_floats
+
+    def push(*numbers: Any) -> Any:
+        args, tangents = numbers[:count], numbers[count:]
+        return jax.jvp(as_it_was(args), floats(args), list(tangents))
+
+    def pull(*numbers: Any) -> Any:
+        args, cotangents = numbers[:count], numbers[count:]
+        _, pulled = jax.vjp(as_it_was(args), *floats(args))
+        return pulled(list(cotangents))
+
     def value(*args: Any) -> list[Any]:
         return _run(mesh, as_closed(eqn.params["call_jaxpr"]), args)
-
-    def derived(
-        derivative: Callable[..., Any], args: Sequence[Any], atoms: Sequence[Any], v: Sequence[Any]
-    ) -> Any:
-        """Evaluate a derivative at `args` on v, numbers that are typed as the variables `atoms`."""
-
-        def at(args: Sequence[Any], v: Sequence[Any]) -> Any:
-            def of_floats(*values: Any) -> list[Any]:
-                remaining = iter(values)
-                pairs = zip(args, is_float, strict=True)
-                return run(*[next(remaining) if is_one else x for x, is_one in pairs])
-
-            return derivative(of_floats, floats(args), v)
-
-        # It is traced where the program was, and like it evaluated without placement.
-        numbers = [*args, *v]
-        shapes = []
-        for x, atom in zip(numbers, [*eqn.invars, *atoms], strict=True):
-            shapes.append(_shape_in(mesh, jax.typeof(x), atom.aval.sharding.spec))
-        with _alone(mesh):
-            trace = jax.make_jaxpr(at, return_shape=True)
-            traced, results = trace(shapes[: len(args)], shapes[len(args) :])
-        leaves = _run(mesh, traced, numbers)
-        return jax.tree.unflatten(jax.tree.structure(results), leaves)
 
     if eqn.primitive.name == "custom_jvp_call":
         forward = jax.custom_jvp(value)
 
         @forward.defjvp
         def _(args: Sequence[Any], tangents: Sequence[Any]) -> Any:
-            return derived(jax.jvp, args, floats(eqn.invars), floats(tangents))
+            types = [*eqn.invars, *floats(eqn.invars)]
+            return _evaluate(mesh, push, [*args, *floats(tangents)], types)
 
         return forward
 
-    def pull(fn: Callable[..., Any], args: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-        return jax.vjp(fn, *args)[1](list(cotangents))
-
     def backward(args: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-        pulled = iter(derived(pull, args, eqn.outvars, cotangents))
+        types = [*eqn.invars, *eqn.outvars]
+        pulled = iter(_evaluate(mesh, pull, [*args, *cotangents], types))
         return tuple(next(pulled) if is_one else None for is_one in is_float)
 
     reverse = jax.custom_vjp(value)
     # The value is computed once more from its arguments, which XLA sees to be the same.
     reverse.defvjp(lambda *args: (value(*args), args), backward)
     return reverse
+
+
+def _evaluate(
+    mesh: AbstractMesh, fn: Callable[..., Any], args: Sequence[Any], types: Sequence[Any]
+) -> Any:
+    """Trace a function for a mesh, on arguments of the types of variables, and evaluate it."""
+    shapes = []
+    for x, variable in zip(args, types, strict=True):
+        shapes.append(_shape_in(mesh, jax.typeof(x), variable.aval.sharding.spec))
+    with _alone(mesh):
+        program, results = jax.make_jaxpr(fn, return_shape=True)(*shapes)
+    return jax.tree.unflatten(jax.tree.structure(results), _run(mesh, program, args))

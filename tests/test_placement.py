@@ -131,3 +131,17 @@ def test_influence_of_a_tensor_parallel_model_is_that_on_one_device(sharded):
         return by_value.change_if_removed, alone
 
     close(scores(True, *sharded), scores(False, *problem()))
+
+
+def test_a_model_that_names_the_mesh_itself_is_told_what_to_do(sharded):
+    (params, batch), mesh = sharded, jax.sharding.get_mesh()
+
+    def model(w, inputs):
+        spec = NamedSharding(mesh, P("data", None, "model"))
+        return jnp.einsum("bti,io->bto", inputs["x"], w, out_sharding=spec)
+
+    objective = curvax.Objective(model, curvax.losses.softmax_cross_entropy())
+    layout = curvax.kron_layout(objective, params["a"], batch)
+    with pytest.raises(ValueError, match="should match the mesh") as error:
+        curvax.kron_factors(objective, layout, params["a"], batch, KEY)
+    assert "by a PartitionSpec" in error.value.__notes__[0]
