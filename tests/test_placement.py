@@ -145,3 +145,31 @@ def test_a_model_that_names_the_mesh_itself_is_told_what_to_do(sharded):
     with pytest.raises(ValueError, match="should match the mesh") as error:
         curvax.kron_factors(objective, layout, params["a"], batch, KEY)
     assert "by a PartitionSpec" in error.value.__notes__[0]
+
+
+def test_rows_of_ekfac_stay_where_the_batch_is():
+    """Of one batch, of two that are merged, and of the parts of an objective."""
+    draws = np.random.default_rng(1)
+    model = lambda w, x: jnp.tanh(x @ w)
+    objective = curvax.Objective(model, curvax.losses.softmax_cross_entropy())
+    parts = curvax.total({"first": objective, "second": objective})
+    w, batch = jnp.ones((6, 4)), (draws.normal(size=(16, 6)), draws.integers(4, size=16))
+    layout = curvax.kron_layout(objective, w, batch)
+    of_parts = curvax.kron_layout(parts, w, {"first": batch, "second": batch})
+
+    @jax.jit
+    def curvatures(w, batch):
+        two = {"first": batch, "second": (-batch[0], batch[1])}
+        one = curvax.kron.eigen_curvature(objective, layout, w, batch, KEY)
+        other = curvax.kron.eigen_curvature(objective, layout, w, two["second"], KEY)
+        both = curvax.kron.eigen_curvature(parts, of_parts, w, two, KEY)
+        return one, curvax.kron.merge(one, other), both
+
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    put = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, P(*spec)))
+    sharded = curvatures(put(w), put(batch, "data"))
+    close(sharded, curvatures(w, batch))
+    rows = jax.tree.leaves([(x.inputs, x.cotangents) for x in sharded])
+    assert {x.sharding.spec[0] for x in rows} == {"data"}
+    factors = jax.tree.leaves([x.factors for x in sharded])
+    assert all(x.sharding.is_fully_replicated for x in factors)

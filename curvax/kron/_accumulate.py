@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
 from curvax._batch import check_batch, sum_over_chunks, with_index
 from curvax._checks import check_count, check_params
+from curvax._shared import is_shared
 from curvax._types import Batch, Outputs, Params, PRNGKey, Scalar, Targets
-from curvax._xla import fast_convs_in_loops, with_auto_sharding
+from curvax._xla import fast_convs_in_loops, spec_of_rows, with_auto_sharding
 from curvax.capture import Capture, UseCotangents, record
 from curvax.capture._cotangents import (
     CotangentPairs,
@@ -288,8 +290,13 @@ def accumulate(
     reduction: Reduction,
     options: PassOptions,
     position: StreamPosition | None = None,
+    by_row: PyTree[bool] = False,
 ) -> tuple[PyTree[Array], TermCounts]:
-    """Sum a reduction over rounds of cotangents and chunks of a batch, which may be of a stream."""
+    """Sum a reduction over rounds of cotangents and chunks of a batch, which may be of a stream.
+
+    Of the result, or of the parts of it for which the tree `by_row` says so, the rows are sharded
+    as those of the batch, where these are sharded explicitly; all else is replicated.
+    """
     check_one_part(objective)
     position = StreamPosition(0) if position is None else position
     check_params(params)
@@ -299,7 +306,11 @@ def accumulate(
     if options.microbatch is not None:
         check_count(1, microbatch=options.microbatch)
     run = partial(_over_chunks, for_auto_sharding(objective, params, batch), layout, options)
-    return with_auto_sharding(run, params, batch, key, reduction, position)
+    # What all examples share has no rows.
+    rows = [x for x in jax.tree.leaves(batch, is_leaf=is_shared) if not is_shared(x)]
+    specs = jax.tree.map(lambda is_one: spec_of_rows(rows) if is_one else PartitionSpec(), by_row)
+    like = specs, PartitionSpec()
+    return with_auto_sharding(run, params, batch, key, reduction, position, like=like)
 
 
 def _over_chunks(

@@ -336,6 +336,7 @@ def eigen_curvature(
         options=PassOptions(
             fisher=fisher, num_samples=1, microbatch=None, by_example=True, stack_rounds=True
         ),
+        by_row=(False, True, True),
     )
     a, g, squares = factor_parts
     factors = make_factors(a, g, squares, terms)
