@@ -1,4 +1,4 @@
-"""Loops in Python over compiled parts, for data that does not fit on a device."""
+"""Work on the host: loops in Python over compiled parts, and arrays of several processes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, PyTree
 
 T = TypeVar("T")
 
@@ -49,6 +52,32 @@ def loops_in_python() -> bool:
     """Tell whether `jax.disable_jit` is in force."""
     # The attribute is not declared to type checkers.
     return bool(getattr(jax.config, "jax_disable_jit", False))
+
+
+def on_host(tree: PyTree[Array]) -> PyTree[np.ndarray]:
+    """Return arrays as NumPy arrays, with the parts of them that other processes hold.
+
+    Where arrays are sharded over several processes, all of these must call it alike.
+    """
+
+    def of_leaf(x: Array) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            # One leaf at a time, so that a device never has more than one of them in one piece.
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def is_first_process() -> bool:
+    """Tell whether this is the process that writes and prints for all."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(event: str) -> None:
+    """Return when all processes have come here, if there are several."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"curvax: {event}")
 
 
 def compiled(

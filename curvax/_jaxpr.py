@@ -50,10 +50,8 @@ def primitives(fn: Callable[..., Any], *args: Any) -> set[str]:
     def names(eqns: Any) -> Iterator[str]:
         for eqn in eqns:
             yield eqn.primitive.name
-            for param in eqn.params.values():
-                # `cond` holds a tuple of programs, the others one; most parameters are none.
-                for program in param if isinstance(param, tuple | list) else (param,):
-                    yield from names(getattr(program, "eqns", ()))
+            for program in programs_in(eqn):
+                yield from names(program.eqns)
 
     return set(names(jax.make_jaxpr(fn)(*args).eqns))
 
@@ -162,6 +160,39 @@ def evaluate(
 def is_concrete(x: Any) -> bool:
     """Tell whether an array has values, and is not one that is being traced."""
     return not isinstance(x, jax.core.Tracer)
+
+
+def programs_in(eqn: Any) -> Iterator[Any]:
+    """Go through the programs that are parameters of an equation."""
+    for param in eqn.params.values():
+        # `cond` holds a tuple of programs, the others one; most parameters are none.
+        yield from filter(is_program, param if isinstance(param, tuple | list) else (param,))
+
+
+def is_program(x: Any) -> bool:
+    """Tell whether a parameter of an equation is a program."""
+    return hasattr(x, "eqns")
+
+
+def as_closed(program: Any) -> Any:
+    """Return a nested program together with its constants, of which remat's has none."""
+    return program if hasattr(program, "consts") else core.ClosedJaxpr(program, [])
+
+
+def bind(eqn: Any, operands: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
+    """Apply the primitive of an equation with other parameters, in the mesh around."""
+    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def as_function(program: Any, eqn: Any) -> Callable[..., list[Any]]:
+    """Return an equation of a program as a function of its operands."""
+
+    def run(*operands: Any) -> list[Any]:
+        pairs = zip(eqn.invars, operands, strict=True)
+        return _run_one(program.jaxpr, eqn, {x: v for x, v in pairs if not is_constant(x)})
+
+    return run
 
 
 def inner_program(eqn: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.tree_util import keystr
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -159,6 +161,25 @@ def wide_dtype(x: Any) -> Any:
 def dimension(params: Params) -> int:
     """Return the number of entries of all leaves."""
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+def as_vector(tree: Params) -> tuple[Float[Array, " d"], Callable[[Float[Array, " d"]], Params]]:
+    """Return all entries as one vector, and the map from such vectors to trees like this one.
+
+    As `jax.flatten_util.ravel_pytree`. Of leaves that are sharded explicitly, whose entries have no
+    common sharding as one axis, the vector is replicated; the map shards its trees as they are.
+    """
+
+    def flatten(tree: Params) -> Array:
+        return ravel_pytree(tree)[0]
+
+    def unflatten(v: Array, tree: Params) -> Params:
+        return ravel_pytree(tree)[1](v)
+
+    def to_tree(v: Float[Array, " d"]) -> Params:
+        return with_auto_sharding(unflatten, v, tree, like=tree)
+
+    return with_auto_sharding(flatten, tree), to_tree
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:

@@ -141,14 +141,12 @@ def with_auto_sharding(
     fn: Callable[..., T],
     *args: Any,
     like: PyTree | None = None,
-    specs: PyTree[PartitionSpec] | None = None,
 ) -> T:
     """Return `fn(*args)` under the compiler's own placement of sharded arguments.
 
     Sums over a batch that is sharded explicitly would each have to say how their result is
-    sharded. What comes back is replicated; or with `like`, a tree of the result's structure, is
-    sharded as the arrays in that are; or as `specs` say, a tree of which each leaf is for all that
-    is there in the result.
+    sharded. What comes back is replicated; or with `like`, a tree of the result's structure or of
+    its beginning, is sharded as the arrays (or the `PartitionSpec`s) in that are.
     """
     leaves = [x for x in jax.tree.leaves((args, like)) if isinstance(x, jax.Array)]
     meshes = [s.mesh for s in map(_explicit_sharding, leaves) if s is not None]
@@ -156,10 +154,14 @@ def with_auto_sharding(
         return fn(*args)
     replicated = NamedSharding(meshes[0], PartitionSpec())
     shardings = replicated
+
+    def sharding_of(x: Any) -> NamedSharding:
+        if isinstance(x, PartitionSpec):
+            return NamedSharding(replicated.mesh, x)
+        return _explicit_sharding(x) or replicated
+
     if like is not None:
-        shardings = jax.tree.map(lambda x: _explicit_sharding(x) or replicated, like)
-    if specs is not None:
-        shardings = jax.tree.map(lambda spec: NamedSharding(meshes[0], spec), specs)
+        shardings = jax.tree.map(sharding_of, like)
     result: T = auto_axes(fn, out_sharding=shardings)(*args)
     return result
 
@@ -171,11 +173,11 @@ def is_on_one_device() -> bool:
     return is_manual or jax.device_count() == 1
 
 
-def row_spec(batch: PyTree[Array]) -> PartitionSpec:
-    """Return how the rows of a batch are sharded, as far as its type states it."""
+def spec_of_rows(batch: PyTree) -> PartitionSpec:
+    """Return how the leading axis of arrays is sharded explicitly, as a spec of that axis."""
     for x in jax.tree.leaves(batch):
         sharding = _explicit_sharding(x)
-        if sharding is not None:
+        if sharding is not None and len(sharding.spec) > 0:
             return PartitionSpec(sharding.spec[0])
     return PartitionSpec()
 

@@ -50,6 +50,7 @@ from jaxtyping import Array, PyTree
 
 from curvax._batch import check_batch, sum_over_chunks
 from curvax._checks import check_scalar, describe
+from curvax._explicit import is_placed, without_placement
 from curvax._shared import unwrap
 from curvax._types import Batch, Outputs, Params, PRNGKey, Scalar, at_least_float32
 from curvax.losses import Loss, as_loss, from_function, weighted_sum
@@ -355,6 +356,29 @@ def of_parts(
             result = fn(part, params, batches[part.name], *keys)
         results.append((part, result))
     return results
+
+
+def for_auto_sharding(objective: Objective, params: Params, batch: Any) -> Objective:
+    """Return an objective fit for `with_auto_sharding` on these params and this batch.
+
+    Where a model says along which explicit axes of the mesh its arrays are sharded, the compiler
+    decides that there.
+    """
+    if objective.is_penalty:
+        return objective
+    if objective.parts:
+        parts, weights = {}, {}
+        for name, rows in batches_of_parts(objective, batch).items():
+            part = next(part for part in objective.parts if part.name == name)
+            parts[name] = for_auto_sharding(part.objective, params, rows)
+            weights[name] = part.weight
+        return total(parts, weights)
+    args = params, unwrap(batch[0])
+    model = without_placement(objective.model, *args)
+    # The same object where that will do, for JAX knows its programs by it.
+    if model is objective.model or not is_placed(objective.model, *args):
+        return objective
+    return replace(objective, model=model)
 
 
 def penalty_diagonal(objective: Objective, params: Params) -> PyTree[Array] | None:

@@ -51,7 +51,7 @@ from curvax.kron._statistics import (
 )
 from curvax.losses import Loss
 from curvax.losses._shares import share_of, term_counts
-from curvax.objective import Objective, total_terms
+from curvax.objective import Objective, for_auto_sharding, total_terms
 
 
 class Reduction(NamedTuple):
@@ -222,6 +222,8 @@ def kron_factors(
     if placement is not None:
         check_placement(placement, layout)
 
+    objective = for_auto_sharding(objective, params, batch)
+
     def factors(params: Params, batch: Batch, key: PRNGKey) -> Factors:
         over_rows = together if placement is None else by_device(placement.batch, by_example)
         reduction = factor_sums(layout, over_rows)
@@ -234,7 +236,7 @@ def kron_factors(
 
     # One passage out of the compiler's placement: sums by device do not leave it.
     specs = PartitionSpec() if placement is None else factor_specs(placement)
-    return with_auto_sharding(factors, params, batch, key, specs=specs)
+    return with_auto_sharding(factors, params, batch, key, like=specs)
 
 
 def factor_sums(layout: Layout, over_rows: RowSums = together) -> Reduction:
@@ -349,7 +351,7 @@ def accumulate(
     check_fisher(options.fisher, options.num_samples)
     if options.microbatch is not None:
         check_count(1, microbatch=options.microbatch)
-    run = partial(_over_chunks, objective, layout, options)
+    run = partial(_over_chunks, for_auto_sharding(objective, params, batch), layout, options)
     return with_auto_sharding(run, params, batch, key, reduction, position)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from curvax._checks import check_choice, check_params
 from curvax._types import Batch, Params
+from curvax._xla import with_auto_sharding
 from curvax.capture import Kernel, View, entry_numbers, find_kernels, uses_in_part
 from curvax.kron._choices import ByPath, Choice, Shapes, by_key, by_path, check_positive
 from curvax.kron._layout import (
@@ -25,7 +28,7 @@ from curvax.kron._layout import (
     leaf_shapes,
 )
 from curvax.kron._plan import layout_plan
-from curvax.objective import Objective, checked_inputs
+from curvax.objective import Objective, checked_inputs, for_auto_sharding
 
 
 class Choices(NamedTuple):
@@ -156,7 +159,14 @@ def kron_layout(
         check_over_time(block)
     # Which positions are times shows in the program of one example, which the plan looks at.
     if any(block.is_over_time for block in blocks):
-        layout_plan(objective, layout, params, inputs, per_example=True)
+        placed = for_auto_sharding(objective, params, batch)
+
+        def check(params: Params, inputs: Any) -> tuple[()]:
+            layout_plan(placed, layout, params, inputs, per_example=True)
+            return ()
+
+        # One row of a batch cannot be sharded as the model says that all are.
+        jax.eval_shape(partial(with_auto_sharding, check), params, inputs)
     return layout
 
 

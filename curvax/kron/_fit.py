@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from curvax._checks import check_count, check_params
+from curvax._host import is_first_process
 from curvax._stream import check_rereadable, on_device
 from curvax._types import Batch, Params, PRNGKey, Scalar
 from curvax._xla import with_auto_sharding
@@ -42,7 +43,7 @@ from curvax.kron._storage import (
     open_store,
 )
 from curvax.losses import Loss
-from curvax.objective import Objective, total_terms
+from curvax.objective import Objective, for_auto_sharding, total_terms
 
 _ADVICE = "Give the same batches in the same order, or another folder."
 
@@ -80,7 +81,8 @@ def fit_factors(
         `curvax.kron.Saving(folder, every)`. An interrupted fit, even one whose process was
         killed, resumes when it is called again with the same arguments, and its result is equal in
         every bit. A complete fit is read back. The layout, the values of the params, the key,
-        `fisher` and the batches are checked to be the same; the objective is not.
+        `fisher` and the batches are checked to be the same; the objective is not. Several processes
+        need a folder that all of them see.
       progress: whether a progress bar is shown for each pass.
 
     Returns:
@@ -330,7 +332,8 @@ def _contribution(
     first: Array,
 ) -> Counted:
     """Return what one batch adds to a pass, with its number of terms."""
-    count = partial(total_terms, one_pass.objective, microbatch=one_pass.options.microbatch)
+    objective = for_auto_sharding(one_pass.objective, params, batch)
+    count = partial(total_terms, objective, microbatch=one_pass.options.microbatch)
     terms = with_auto_sharding(count, params, batch)
     return Counted(one_pass.contribution(results, params, batch, key, first), terms)
 
@@ -355,7 +358,7 @@ def _sum_over_batches(
     # The data are always read from their beginning: batches that are in the saved sums are only
     # compared by checksum, so that a resumed fit cannot go on with other data.
     sums, position = saved.value, Position()
-    is_shown = progress and not saved.position.complete
+    is_shown = progress and is_first_process() and not saved.position.complete
     bar = tqdm(batches, desc=name, unit="batch", disable=not is_shown)
     for batch in on_device(bar):
         first = np.uint32(position.examples)

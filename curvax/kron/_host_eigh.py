@@ -9,6 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from curvax._host import on_host
+
 
 def is_traced(tree: PyTree[Any]) -> bool:
     """Tell whether arrays of a tree are tracers, whose numbers the host cannot see."""
@@ -28,7 +30,7 @@ def eigh_on_host(
       Eigenvalues in ascending order, never negative, and eigenvectors in columns, in the dtype and
       on the devices of the matrix; NaN for a slice that is not finite.
     """
-    wide = np.asarray(matrix, np.float64)
+    wide = on_host(matrix).astype(np.float64)
     # LAPACK does not come to an end on NaN: it gets the identity there.
     is_finite: Any = np.isfinite(wide).all(axis=(1, 2), keepdims=True)
     values, vectors = np.linalg.eigh(np.where(is_finite, wide, np.eye(wide.shape[-1])))

@@ -19,7 +19,7 @@ from curvax.kron._layout import Block, Layout, check_layout
 from curvax.kron._parts import by_part
 from curvax.kron._plan import layout_plan
 from curvax.kron._statistics import input_moments
-from curvax.objective import Objective
+from curvax.objective import Objective, for_auto_sharding
 
 
 def input_factors(
@@ -74,7 +74,8 @@ def input_factors(
     check_batch(batch)
     if microbatch is not None:
         check_count(1, microbatch=microbatch)
-    run = partial(_over_chunks, objective, layout, microbatch)
+    placed = for_auto_sharding(objective, params, batch)
+    run = partial(_over_chunks, placed, layout, microbatch)
     factors: dict[str, WeightedMean] = with_auto_sharding(run, params, batch[0])
     return factors
 

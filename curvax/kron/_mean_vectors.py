@@ -21,7 +21,7 @@ from curvax.kron._layout import Block, Layout, check_layout
 from curvax.kron._plan import layout_plan
 from curvax.kron._statistics import counted_positions, mean_inputs, summed_cotangents
 from curvax.losses._shares import share_of, term_counts
-from curvax.objective import Objective, Part, of_parts, total_terms
+from curvax.objective import Objective, Part, for_auto_sharding, of_parts, total_terms
 
 
 class MeanVectors(NamedTuple):
@@ -104,7 +104,8 @@ def mean_vectors(
     check_batch(batch)
     if microbatch is not None:
         check_count(1, microbatch=microbatch)
-    run = partial(_over_chunks, objective, layout, microbatch)
+    placed = for_auto_sharding(objective, params, batch)
+    run = partial(_over_chunks, placed, layout, microbatch)
     sums: Sums = with_auto_sharding(run, params, batch)
     return {block.name: _pairs(block, sums) for block in layout.blocks}
 

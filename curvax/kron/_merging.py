@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
+from curvax._xla import spec_of_rows, with_auto_sharding
 from curvax.kron._factors import Factors
 from curvax.kron._moments import EigenCurvature, EigenFactors
 
@@ -62,11 +62,11 @@ def _merge_rows(first: EigenCurvature, second: EigenCurvature) -> EigenCurvature
         return jax.tree.map(lambda x: (root * x).astype(x.dtype), both)
 
     # A gradient is a g': scaling g scales it, and inputs stay as they are.
-    pairs = scaled_cotangents(first), scaled_cotangents(second)
-    cotangents, paired = jax.tree.map(_join, *pairs)
+    rows = [(part.inputs, *scaled_cotangents(part)) for part in (first, second)]
+    inputs, cotangents, paired = with_auto_sharding(_joined, *rows, like=spec_of_rows(rows))
     return EigenCurvature(
         factors=merge(first.factors, second.factors),
-        inputs=jax.tree.map(_join, first.inputs, second.inputs),
+        inputs=inputs,
         cotangents=cotangents,
         terms=terms,
         paired=paired,
@@ -81,5 +81,5 @@ def _sum(first: Any, second: Any) -> Any:
     return jax.tree.map(jnp.add, first, second)
 
 
-def _join(x: Array, y: Array) -> Array:
-    return jnp.concatenate([x, y])
+def _joined(first: Any, second: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, second)

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
+from curvax._shared import is_shared
 from curvax._types import Batch, Params, PRNGKey
-from curvax._xla import row_spec, with_auto_sharding
+from curvax._xla import spec_of_rows, with_auto_sharding
 from curvax.capture import Capture, PerUseArray, UseCotangents
 from curvax.kron._accumulate import (
     PassOptions,
@@ -42,7 +43,7 @@ from curvax.kron._placement import Placement, check_placement
 from curvax.kron._row_sums import RowSums, by_device, collect_factors, factor_specs, together
 from curvax.kron._statistics import diagonal_sums
 from curvax.kron._two_products import combined_factors
-from curvax.objective import Objective, Part
+from curvax.objective import Objective, Part, for_auto_sharding
 
 
 class EigenFactors(NamedTuple):
@@ -324,6 +325,8 @@ def eigen_curvature(
         fisher=fisher, num_samples=1, microbatch=None, by_example=True, stack_rounds=True
     )
 
+    objective = for_auto_sharding(objective, params, batch)
+
     def curvature(params: Params, batch: Batch, key: PRNGKey) -> EigenCurvature:
         over_rows = together if placement is None else by_device(placement.batch, True)
         reduction = _sums_and_rows(layout, over_rows)
@@ -339,8 +342,10 @@ def eigen_curvature(
             paired=paired,
         )
 
-    # Rows stay where those of the batch are.
-    rows: Any = row_spec(batch)
+    # Rows stay where those of the batch are; what all examples share has none.
+    leaves = jax.tree.leaves(batch, is_leaf=is_shared)
+    by_row = [x for x in leaves if not is_shared(x)]
+    rows: Any = spec_of_rows(by_row)
     everywhere: Any = PartitionSpec()
     specs = EigenCurvature(
         factors=everywhere if placement is None else factor_specs(placement),
@@ -349,7 +354,7 @@ def eigen_curvature(
         terms=everywhere,
         paired=rows,
     )
-    return with_auto_sharding(curvature, params, batch, key, specs=specs)
+    return with_auto_sharding(curvature, params, batch, key, like=specs)
 
 
 def _sums_and_rows(layout: Layout, over_rows: RowSums) -> Reduction:

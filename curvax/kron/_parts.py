@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from curvax._types import Batch, Params, PRNGKey, at_least_float32
+from curvax._xla import spec_of_rows, with_auto_sharding
 from curvax.capture import PerUseArray, join_examples
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
 from curvax.kron._kron_factor import STRUCTURES
@@ -221,11 +222,14 @@ def join_rows(
         arrays = jax.tree.leaves(rows.inputs)
         sizes.append(len(arrays[0]) if arrays else 0)
     has_pairs = any(rows.paired is not None for _, rows in results)
-    return (
-        join_examples(inputs, sizes, names),
-        join_examples(cotangents, sizes, names),
-        join_examples(paired, sizes, names) if has_pairs else None,
-    )
+
+    def join(*batches: Any) -> Any:
+        return tuple(join_examples(arrays, sizes, names) for arrays in batches)
+
+    # Rows of several batches, each sharded explicitly, remain so.
+    batches = inputs, cotangents, *([paired] if has_pairs else [])
+    joined = with_auto_sharding(join, *batches, like=spec_of_rows(batches))
+    return joined if has_pairs else (*joined, None)
 
 
 def _scaled(factor: Array, tree: PyTree[Array]) -> Any:

@@ -15,7 +15,9 @@ from jaxtyping import Array, PyTree, UInt
 
 from curvax._batch import batch_size
 from curvax._checks import check_count, describe
+from curvax._host import is_first_process, on_host, wait_for_all
 from curvax._types import Batch, Params
+from curvax._xla import with_auto_sharding
 from curvax.kron._layout import Layout, named_leaves
 
 FACTS = "fit.json"
@@ -95,7 +97,12 @@ class Store(NamedTuple):
           name: the name of the pass.
           like: a tree with the containers, shapes and dtypes of the saved value.
         """
-        if self.folder is None or not (self.folder / name).is_dir():
+        if self.folder is None:
+            return None
+        is_saved = (self.folder / name).is_dir()
+        # None may begin to save before all have seen what was saved before.
+        wait_for_all(f"reading {name}")
+        if not is_saved:
             return None
         args = _orbax().args
         leaves, structure = jax.tree.flatten(like)
@@ -114,11 +121,15 @@ class Store(NamedTuple):
         return Snapshot(value, Position(**restored["at"]))
 
     def write(self, name: str, value: PyTree[Array], position: Position) -> None:
-        """Save a pass in place of its last save; an interruption leaves one of the two intact."""
+        """Save a pass in place of its last save; an interruption leaves one of the two intact.
+
+        Of several processes the first one writes, and all wait for it.
+        """
         if self.folder is None:
             return
         args = _orbax().args
-        leaves = jax.device_get(jax.tree.leaves(value))
+        # Arrays of NumPy: orbax writes them once, however many processes call it.
+        leaves = on_host(jax.tree.leaves(value))
         sums = args.StandardSave(_numbered(leaves))
         parts = args.Composite(sums=sums, at=args.JsonSave(position._asdict()))
         # Steps must increase: the end of a pass, after its last batch, is one step more.
@@ -146,14 +157,18 @@ def open_store(saving: Saving | None, facts: Mapping[str, Any]) -> Store:
         return Store(folder=None, save_every=1)
     path = Path(saving.folder).absolute()
     store = Store(path, saving.every)
-    if (path / FACTS).exists():
+    exists = (path / FACTS).exists()
+    wait_for_all("looking for a folder")
+    if exists:
         check_facts(read_facts(path), facts)
         return store
-    path.mkdir(parents=True, exist_ok=True)
-    # A rename is atomic: a process that is killed here leaves no half-written facts behind.
-    unfinished = path / f"{FACTS}.{os.getpid()}"
-    unfinished.write_text(json.dumps(facts, indent=1))
-    unfinished.replace(path / FACTS)
+    if is_first_process():
+        path.mkdir(parents=True, exist_ok=True)
+        # A rename is atomic: a process that is killed here leaves no half-written facts behind.
+        unfinished = path / f"{FACTS}.{os.getpid()}"
+        unfinished.write_text(json.dumps(facts, indent=1))
+        unfinished.replace(path / FACTS)
+    wait_for_all("opening a folder")
     return store
 
 
@@ -232,13 +247,17 @@ def checksum(tree: PyTree, start: Any = 0) -> UInt[Array, ""]:
 
     Odd weights are invertible modulo 2^32, so that every change of a single word is seen.
     """
-    total = jnp.asarray(start, jnp.uint32)
-    for leaf in jax.tree.leaves(tree):
-        words = _words(jnp.asarray(leaf)).ravel()
-        # Integer addition is associative: the sum is the same on any number of devices.
-        weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
-        total = 31 * total + jnp.sum(words * weights, dtype=jnp.uint32)
-    return total
+
+    def add_up(leaves: list[Array], total: Array) -> UInt[Array, ""]:
+        for leaf in leaves:
+            words = _words(leaf).ravel()
+            # Integer addition is associative: the sum is the same on any number of devices.
+            weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+            total = 31 * total + jnp.sum(words * weights, dtype=jnp.uint32)
+        return total
+
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return with_auto_sharding(add_up, leaves, jnp.asarray(start, jnp.uint32))
 
 
 def _words(x: Array) -> UInt[Array, "..."]:

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from curvax._checks import check_choice, check_count, check_params, params_and_batch
-from curvax._trees import all_finite, inner_product, norm, safe_divide, scaled
+from curvax._trees import all_finite, as_vector, inner_product, norm, safe_divide, scaled
 from curvax._types import Batch, Count, Params, Scalar, tree_at_least_float32
 from curvax.objective import Objective
 from curvax.optim._rule import (
@@ -153,7 +152,7 @@ def scale_by_ssbroyden(kind: str = "ssbroyden") -> optax.GradientTransformationE
                 "differences of gradients need params: tx.update(grads, state, params)."
             )
         x, dtype = _flat(context.params), state.inverse.dtype
-        g, unflatten = ravel_pytree(tree_at_least_float32(gradient))
+        g, to_tree = as_vector(tree_at_least_float32(gradient))
         x, g = x.astype(dtype), g.astype(dtype)
 
         # 1. H takes in the step that led here; there is none before the first.
@@ -173,7 +172,7 @@ def scale_by_ssbroyden(kind: str = "ssbroyden") -> optax.GradientTransformationE
         )
         num_skipped = state.info.num_skipped + (has_step & ~is_usable)
         return StepResult(
-            updates=unflatten(direction),
+            updates=to_tree(direction),
             state=keep_changed(is_finite, new, state),
             info={"num_skipped": num_skipped},
         )
@@ -383,7 +382,7 @@ def _scales(b: Scalar, h: Scalar, size: int, kind: str, is_first: Bool[Array, ""
 
 
 def _flat(tree: Params) -> Vector:
-    return ravel_pytree(tree_at_least_float32(tree))[0]
+    return as_vector(tree_at_least_float32(tree))[0]
 
 
 def _times(matrix: Matrix, x: Vector) -> Vector:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from curvax._checks import check_count, check_params
+from curvax._trees import as_vector
 from curvax._types import Matvec, Params
 
 
@@ -38,11 +38,11 @@ def to_dense(matvec: Matvec, params: Params, *, chunk_size: int = 1) -> Float[Ar
     """
     check_params(params)
     check_count(1, chunk_size=chunk_size)
-    flat, unravel = ravel_pytree(params)
+    flat, to_tree = as_vector(params)
 
     # M e_i, the i-th column.
     def column(e: Float[Array, " d"]) -> Float[Array, " d"]:
-        product, _ = ravel_pytree(matvec(unravel(e)))
+        product, _ = as_vector(matvec(to_tree(e)))
         return product
 
     identity = jnp.eye(flat.size, dtype=flat.dtype)

@@ -9,11 +9,18 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from curvax._checks import check_damping, check_like, describe
-from curvax._trees import add_scaled, all_finite, cast_like, inner_product, norm, safe_divide
+from curvax._trees import (
+    add_scaled,
+    all_finite,
+    as_vector,
+    cast_like,
+    inner_product,
+    norm,
+    safe_divide,
+)
 from curvax._types import Matvec, Params, Scalar, at_least_float32, tree_at_least_float32
 from curvax.solve._damped import check_system, finished
 from curvax.solve._result import Result, SolveInfo, code_of
@@ -156,18 +163,18 @@ def _by_matrix(
     b: Params,
 ) -> tuple[Params, Matvec]:
     """Solve with the whole matrix; return x and the product with the damped matrix."""
-    flat, unravel = ravel_pytree(b)
+    flat, to_tree = as_vector(b)
     matrix = at_least_float32(curvature.matrix)
     if matrix.shape != (flat.size, flat.size):
         raise ValueError(f"the matrix is {list(matrix.shape)}, b has {flat.size} entries in all.")
 
     def matvec(v: Params) -> Params:
-        flat_v, _ = ravel_pytree(v)
+        flat_v, _ = as_vector(v)
         product = jnp.matmul(matrix, flat_v, precision=lax.Precision.HIGHEST)
-        return unravel((product + damping * flat_v).astype(flat.dtype))
+        return to_tree((product + damping * flat_v).astype(flat.dtype))
 
     x = _refined_solve(matrix, damping)(flat.astype(matrix.dtype))
-    return unravel(x.astype(flat.dtype)), matvec
+    return to_tree(x.astype(flat.dtype)), matvec
 
 
 def _trace(matrix: Float[Array, "n n"]) -> Scalar:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from curvax._trees import as_vector
 from curvax._types import Params, at_least_float32, tree_at_least_float32
 from curvax.solve._direct import Dense
 
@@ -79,13 +79,12 @@ def eigen_coordinates(
     eigen: EigenDecomposition, b: Params
 ) -> tuple[Float[Array, " d"], Callable[[Float[Array, " d"]], Params]]:
     """Return `Q'b`, the coordinates of a tree, and `y -> Q y`, a tree in at least float32."""
-    flat, unravel = ravel_pytree(tree_at_least_float32(b))
+    flat, to_tree = as_vector(tree_at_least_float32(b))
 
-    def to_tree(y: Float[Array, " d"]) -> Params:
-        x: Params = unravel(_multiply(eigen.vectors, y).astype(flat.dtype))
-        return x
+    def combine(y: Float[Array, " d"]) -> Params:
+        return to_tree(_multiply(eigen.vectors, y).astype(flat.dtype))
 
-    return _multiply(eigen.vectors.T, flat.astype(eigen.values.dtype)), to_tree
+    return _multiply(eigen.vectors.T, flat.astype(eigen.values.dtype)), combine
 
 
 def _multiply(

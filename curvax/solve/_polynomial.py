@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from curvax._checks import check_count, check_params
-from curvax._trees import cast_like, dimension, inner_product, power_of_two, safe_divide
+from curvax._trees import as_vector, cast_like, dimension, inner_product, power_of_two, safe_divide
 from curvax._types import (
     Matvec,
     Params,
@@ -144,7 +143,7 @@ def power_traces(
     check_count(1, order=order, num_probes=num_probes)
     wide = tree_at_least_float32(params)
     product = damped(matvec, 0.0, params)
-    flat, unravel = ravel_pytree(wide)
+    flat, to_tree = as_vector(wide)
     scale = _scale_of(product, wide)
 
     def apply(v: Params) -> Params:
@@ -153,8 +152,7 @@ def power_traces(
     def probe(i: Array) -> Params:
         if key is not None:
             return rademacher(jax.random.fold_in(key, i), wide)
-        unit: Params = unravel(jnp.zeros_like(flat).at[i].set(1))
-        return unit
+        return to_tree(jnp.zeros_like(flat).at[i].set(1))
 
     def add(total: Array, i: Array) -> tuple[Array, None]:
         # z'B z = z'(B z), z'B^2 z = (B z)'(B z), z'B^3 z = (B z)'(B^2 z), ...

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from curvax._checks import check_choice, check_params
 from curvax._shared import unwrap
-from curvax._trees import by_path, dimension
+from curvax._trees import by_path, cast_like, dimension
 from curvax._types import Batch, Outputs, Params, Targets, at_least_float32
 from curvax._xla import with_auto_sharding
 from curvax.capture import (
@@ -34,7 +34,7 @@ from curvax.capture import (
 )
 from curvax.losses import Loss
 from curvax.losses._linear import check_curved
-from curvax.objective import Objective, Part, checked_inputs, of_parts
+from curvax.objective import Objective, Part, checked_inputs, for_auto_sharding, of_parts
 from curvax.products import ggnvp, to_dense
 from curvax.products._linear import linearize
 from curvax.solve._direct import Dense, Formed, SampleSpace
@@ -136,8 +136,9 @@ def _in_sample_space(objective: Objective, params: Params, batch: Any) -> Sample
         batch: Any,
         roots: list[Array],
     ) -> Float[Array, "n n"]:
-        return _gram_of_rows(objective, params, batch, roots)
+        return _gram_of_rows(placed, params, batch, roots)
 
+    placed = for_auto_sharding(objective, params, batch)
     matrix = with_auto_sharding(gram_of_rows, params, batch, [rows.roots for rows in spaces])
     pushes = [rows.push for rows in spaces]
     pulls = [(rows.pull, rows.gradient.size) for rows in spaces]
@@ -145,7 +146,17 @@ def _in_sample_space(objective: Objective, params: Params, batch: Any) -> Sample
     space = SampleSpace(matrix, Partial(_push_all, pushes), _pull_all(pulls), gradient)
     if not objective.parts and objective.loss.couples_examples:
         inputs, targets = batch
-        return _coupled(objective.loss, objective.outputs(params, inputs), targets, space)
+        outputs = objective.outputs(params, inputs)
+        form = partial(_root_of_all, objective.loss)
+        root, gram, gradient = with_auto_sharding(
+            form, outputs, targets, space.gram, space.gradient
+        )
+        return SampleSpace(
+            gram=gram,
+            push=Partial(_push_by_root, root, space.push),
+            pull=Partial(_pull_by_root, root, space.pull),
+            gradient=gradient,
+        )
     return space
 
 
@@ -175,10 +186,10 @@ def _rows(objective: Objective, params: Params, batch: Batch, weight: Any) -> _R
     # J once for both maps; U'U is formed without it.
     outputs, jacobian = linearize(outputs_at, params, "Use curvax.gauss_newton_bartlett.")
     roots_of = _identities if objective.loss.couples_examples else _roots
+    # Of examples that are sharded explicitly every device gets all roots, as all of the matrix.
+    by_example = with_auto_sharding(partial(roots_of, objective.loss), outputs, targets)
     # R R' = w S, and of w times the gradient R^-1 has the root of w too.
-    roots, gradient = jax.tree.map(
-        partial(jnp.multiply, jnp.sqrt(weight)), roots_of(objective.loss, outputs, targets)
-    )
+    roots, gradient = jax.tree.map(partial(jnp.multiply, jnp.sqrt(weight)), by_example)
     push = Partial(_push, jacobian, roots, params)
     pull = Partial(_pull, jacobian, roots, params, outputs)
     return _Rows(roots, push, pull, gradient)
@@ -305,15 +316,17 @@ def _identities(
     return jnp.broadcast_to(identity, (size, width, width)), residual.T.ravel()
 
 
-def _coupled(
+def _root_of_all(
     loss: Loss,
     outputs: Outputs,
     targets: Targets,
-    of_rows: SampleSpace,
-) -> SampleSpace:
-    """Turn the space of J J' into that of `U = J'R`, with the root R of all of S at once.
+    gram: Float[Array, "n n"],
+    residual: Float[Array, " n"],
+) -> tuple[Float[Array, "n n"], Float[Array, "n n"], Float[Array, " n"]]:
+    """Return the root R of all of S at once, and the Gram matrix and gradient of `U = J'R`.
 
-    So it is where the loss compares examples, and S has no block for each.
+    So it is where the loss compares examples, and S has no block for each. `gram` is J J', and
+    `residual` the gradient of the loss in the outputs.
     """
     check_curved(loss, outputs, unwrap(targets))
     size, width = _flatten(outputs).shape
@@ -325,18 +338,13 @@ def _coupled(
         return _flatten(product).T.ravel()
 
     # S = Q L Q', R = Q L^1/2, U'U = R'(J J')R; directions without curvature as in `_roots`.
-    rows = jnp.eye(size * width, dtype=of_rows.gradient.dtype)
+    rows = jnp.eye(size * width, dtype=residual.dtype)
     values, vectors = jnp.linalg.eigh(lax.map(curvature_product, rows))
     root_values = jnp.sqrt(jnp.maximum(values, 0))
     root = vectors * root_values
     dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    gradient = dot(vectors.T, of_rows.gradient) / jnp.where(root_values > 0, root_values, jnp.inf)
-    return SampleSpace(
-        gram=dot(root.T, dot(of_rows.gram, root)),
-        push=Partial(_push_by_root, root, of_rows.push),
-        pull=Partial(_pull_by_root, root, of_rows.pull),
-        gradient=gradient,
-    )
+    gradient = dot(vectors.T, residual) / jnp.where(root_values > 0, root_values, jnp.inf)
+    return root, dot(root.T, dot(gram, root)), gradient
 
 
 def _push_by_root(
@@ -364,8 +372,13 @@ def _push(
     v: Params,
 ) -> Float[Array, " n"]:
     """Return `U'v = R'J v`."""
-    pushed = _flatten(jacobian(jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)))
-    return jnp.einsum("bck,bc->kb", roots, pushed, precision=lax.Precision.HIGHEST).ravel()
+
+    def rows(roots: Array, outputs: Outputs) -> Float[Array, " n"]:
+        pushed = _flatten(outputs)
+        return jnp.einsum("bck,bc->kb", roots, pushed, precision=lax.Precision.HIGHEST).ravel()
+
+    tangents = jacobian(cast_like(v, params))
+    return with_auto_sharding(rows, roots, tangents)
 
 
 def _pull(
@@ -376,10 +389,16 @@ def _pull(
     q: Float[Array, " n"],
 ) -> Params:
     """Return `U q = J'R q`."""
-    # Rows are ordered [k, b], as the matrix U'U is.
-    columns = q.reshape(roots.shape[2], -1)
-    cotangent = jnp.einsum("bck,kb->bc", roots, columns, precision=lax.Precision.HIGHEST)
-    (pulled,) = jax.linear_transpose(jacobian, params)(_unflatten(cotangent, outputs))
+
+    def combine(roots: Array, outputs: Outputs, q: Float[Array, " n"]) -> Outputs:
+        # Rows are ordered [k, b], as the matrix U'U is.
+        columns = q.reshape(roots.shape[2], -1)
+        flat = jnp.einsum("bck,kb->bc", roots, columns, precision=lax.Precision.HIGHEST)
+        return _unflatten(flat, outputs)
+
+    # R q is a cotangent of the outputs, and sharded as they are.
+    cotangent = with_auto_sharding(combine, roots, outputs, q, like=outputs)
+    (pulled,) = jax.linear_transpose(jacobian, params)(cotangent)
     return pulled
 
 

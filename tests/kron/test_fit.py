@@ -1,7 +1,11 @@
 """A fit over batches, in float64: the factors of all rows together; saved, resumed and merged."""
 
 import functools
+import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import curvax
 from curvax._batch import batch_size, map_rows
@@ -17,6 +23,7 @@ from curvax.apps import influence
 from curvax.kron._accumulate import PassOptions
 from curvax.kron._fit import fit_passes
 from curvax.kron._fit_passes import CovariancePass, EigenbasisPass, MomentPass, counting_passes
+from curvax.kron._storage import checksum
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -249,3 +256,30 @@ def test_any_list_of_passes_runs_and_says_which_pass_is_missing(tmp_path):
         run(covariances, moments)
     with pytest.raises(ValueError, match="no MomentPass where its result is needed"):
         run(covariances).require_eigen()
+
+
+def test_two_processes_save_and_resume_what_they_share(tmp_path):
+    """No process alone has the params, the batches or the sums: the first one writes them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    script = pathlib.Path(__file__).with_name("processes.py")
+    command = [sys.executable, str(script), str(port)]
+    processes = []
+    for rank in range(2):
+        run = [*command, str(rank), str(tmp_path)]
+        processes.append(subprocess.Popen(run, stderr=subprocess.PIPE, text=True))
+    try:
+        # Where one fails, the other may wait for it for long.
+        errors = [process.communicate(timeout=90)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+
+
+def test_the_checksum_is_the_same_on_any_number_of_devices():
+    x = jnp.arange(6.0 * 8).reshape(6, 8)
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    sharded = jax.device_put(x, NamedSharding(mesh, P(None, "data")))
+    assert checksum([sharded, 3]) == checksum([x, 3]) != checksum([sharded, 4])

@@ -70,7 +70,6 @@ class Row(NamedTuple):
     masks: bool = True  # it acts on any part of params; else its solve is of all together
     rate: float | None = -0.02  # the factor of its rule's step; None: it searches its step itself
     combine: Callable[..., Any] | None = mean  # curvatures of two micro-batches, where that can be
-    explicit: bool = True  # it runs on explicitly sharded batches
     continuous: bool = True  # its step, so that another order of sums changes little
     ignores_value: bool = True  # the loss; else its step depends on the `value=` of an update
     diagonal: bool = False  # its state is a tree like params, and it is cheap enough op by op
@@ -378,7 +377,6 @@ OPTIMIZERS = {
         scale_by=functools.partial(curvax.scale_by_newton, curvax.solve.direct, 0.3),
         estimator=lambda params, batch, key: curvax.solve.sample_space(OBJECTIVE, params, batch),
         combine=None,  # the space of one batch's examples
-        explicit=False,  # it makes one axis of examples and outputs, which their sharding forbids
         **SOLVES,
     ),
     "lazy_newton": Row(
@@ -856,7 +854,7 @@ def test_eight_devices_equal_one(row):
     eight_devices_equal_one(row, AxisType.Auto)
 
 
-@rows_that("continuous", "explicit")
+@rows_that("continuous")
 def test_eight_devices_with_explicit_sharding_equal_one(row):
     eight_devices_equal_one(row, AxisType.Explicit)
 

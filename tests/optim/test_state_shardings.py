@@ -154,9 +154,12 @@ def gathered_model(params, x):
     return model(params, x)
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac", "shampoo"])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "shampoo", "egn", "lazy_newton", "ssbroyden"])
 def test_fully_sharded_explicit_params_step_as_on_one_device(name):
-    """A kernel is joined with its bias, and multiplied along the axis that is sharded."""
+    """A kernel is joined with its bias, and multiplied along the axis that is sharded.
+
+    Exact methods make one axis of examples and outputs, or of all entries of all parameters.
+    """
     objective = curvax.Objective(gathered_model, curvax.losses.softmax_cross_entropy())
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(0), 4)
@@ -172,6 +175,9 @@ def test_fully_sharded_explicit_params_step_as_on_one_device(name):
             "kfac": curvax.kfac(0.1, objective, layout, damping=0.1),
             "ekfac": curvax.ekfac(0.1, objective, layout, damping=0.1),
             "shampoo": optax.with_extra_args_support(curvax.shampoo(0.1)),
+            "egn": curvax.egn(0.1, objective, damping=0.1),
+            "lazy_newton": curvax.lazy_newton(0.1, objective, 0.1, matvec_of=curvax.ggnvp),
+            "ssbroyden": curvax.scale_by_ssbroyden(),
         }[name]
 
         @jax.jit

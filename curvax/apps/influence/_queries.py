@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from curvax._batch import batch_size, map_chunks, map_examples, sum_over_chunks
 from curvax._checks import check_count, check_params, check_scalar
+from curvax._explicit import without_placement
 from curvax._types import Batch, Params, Scalar, at_least_float32
 from curvax._xla import with_auto_sharding
 from curvax.apps.influence._fitting import Fitted
@@ -31,7 +32,7 @@ from curvax.apps.influence._methods import (
 from curvax.kron._gradient_products import LowRank, Vectors
 from curvax.kron._layout import Block, Layout, check_layout, named_leaves
 from curvax.kron._operator import kron_operator
-from curvax.objective import Objective
+from curvax.objective import Objective, for_auto_sharding
 from curvax.solve import SolveInfo, Window
 
 MeasurementOfOne: TypeAlias = Objective | Callable[[Params, Any], Scalar]
@@ -284,11 +285,12 @@ def _gradients(
     queries: Any,
 ) -> Params:
     """Return `grad f_q` for every query, trees with a leading axis."""
+    measure = measure_for_auto_sharding(measurement, params, queries)
 
     def run(params: Params, queries: Any) -> Params:
-        of_chunk = partial(gradients_of_rows, measurement, layout, params)
+        of_chunk = partial(gradients_of_rows, measure, layout, params)
         if is_summed:
-            return _summed_gradient(measurement, layout, chunk_size, params, queries)
+            return _summed_gradient(measure, layout, chunk_size, params, queries)
         gradients: Params = map_chunks(of_chunk, queries, chunk_size)
         return gradients
 
@@ -307,14 +309,15 @@ def _divided(
     damping: Any,
 ) -> ByBlock:
     """Return `(C + damping I)^-1 grad f_q` for every query."""
+    measure = measure_for_auto_sharding(measurement, params, queries)
 
     def run(divisor: Any, params: Params, queries: Any, damping: Any) -> ByBlock:
         def of_chunk(rows: Any) -> ByBlock:
-            gradients = gradients_of_rows(measurement, layout, params, rows)
+            gradients = gradients_of_rows(measure, layout, params, rows)
             return divided_by(layout, divisor, damping, gradients)
 
         if is_summed:
-            total = _summed_gradient(measurement, layout, chunk_size, params, queries)
+            total = _summed_gradient(measure, layout, chunk_size, params, queries)
             return divided_by(layout, divisor, damping, total)
         divided: ByBlock = map_chunks(of_chunk, queries, chunk_size)
         return divided
@@ -381,6 +384,15 @@ def _summed_gradient(
     gradient = without_fixed(layout, sum_over_chunks(of_chunk, queries, chunk_size))
     summed: Params = jax.tree.map(lambda x: x[None], gradient)
     return summed
+
+
+def measure_for_auto_sharding(
+    measurement: MeasurementOfOne, params: Params, rows: Any
+) -> MeasurementOfOne:
+    """Return a measurement fit for `with_auto_sharding`, see `for_auto_sharding`."""
+    if isinstance(measurement, Objective):
+        return for_auto_sharding(measurement, params, rows)
+    return without_placement(measurement, params, rows)
 
 
 def _measured(measurement: MeasurementOfOne, params: Params, row: Any) -> Scalar:

@@ -42,7 +42,7 @@ from curvax.kron._gradient_products import (
     worth_forming,
 )
 from curvax.kron._layout import check_layout
-from curvax.objective import Objective
+from curvax.objective import Objective, for_auto_sharding
 
 BY = {
     "example": "one number",
@@ -354,13 +354,14 @@ def _score_chunks(
     by_position: bool = False,
 ) -> Any:
     """Compute scores chunk by chunk, and bring their axes into the order queries, examples."""
+    placed = for_auto_sharding(objective, params, batch)
 
     def run(queries: Queries, params: Params, batch: Batch) -> Any:
         rows = microbatch
         if rows is None:
-            rows = _rows_at_a_time(queries, objective, params, batch[0], by_position)
+            rows = _rows_at_a_time(queries, placed, params, batch[0], by_position)
         check_count(1, microbatch=rows)
-        return map_chunks(partial(scores_of_chunk, queries, objective, params), batch, rows)
+        return map_chunks(partial(scores_of_chunk, queries, placed, params), batch, rows)
 
     scores = with_auto_sharding(run, queries, params, batch)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), scores)

@@ -37,6 +37,7 @@ from curvax.apps.influence._queries import (
     divided_by,
     flat,
     gradients_of_rows,
+    measure_for_auto_sharding,
 )
 from curvax.capture import Capture
 from curvax.kron._block_operators import EigenOperator
@@ -45,7 +46,7 @@ from curvax.kron._gradient_products import squares_by_example
 from curvax.kron._layout import Layout, check_layout
 from curvax.kron._operator import KronOperator, kron_operator
 from curvax.losses._shares import term_counts
-from curvax.objective import Objective
+from curvax.objective import Objective, for_auto_sharding
 from curvax.solve import Window
 
 # P = (C + damping I)^-1 with C the fitted curvature, f_b: mean loss of example b, L_b: the sum over
@@ -174,9 +175,11 @@ def _score_batch(
     largest = max((math.prod(block.shape) for block in layout.blocks), default=1)
     rows = _rows_at_a_time(microbatch, largest)
 
+    placed = for_auto_sharding(objective, params, batch)
+
     def run(inverse: KronOperator, terms: PyTree[Scalar], params: Params, batch: Batch) -> Any:
         score = _scores_of_heads if objective.loss.heads else _scores_of_loss
-        return map_chunks(partial(score, objective, layout, inverse, terms, params), batch, rows)
+        return map_chunks(partial(score, placed, layout, inverse, terms, params), batch, rows)
 
     scores: Array = with_auto_sharding(run, inverse, terms, params, batch)
     return scores
@@ -198,6 +201,8 @@ def _measure_batch(
     check_batch(batch)
     # An example's gradients are trees like params.
     rows = _rows_at_a_time(microbatch, dimension(params))
+    placed = for_auto_sharding(objective, params, batch)
+    measure = measure_for_auto_sharding(measurement, params, batch)
 
     def run(
         divisor: Any,
@@ -207,9 +212,9 @@ def _measure_batch(
         batch: Batch,
     ) -> Any:
         def of_chunk(chunk: Batch) -> Float[Array, " examples"]:
-            gradients = gradients_of_rows(measurement, layout, params, chunk)
+            gradients = gradients_of_rows(measure, layout, params, chunk)
             v = divided_by(layout, divisor, damping, gradients)
-            return _products_with_examples(objective, layout, v, terms, params, chunk)
+            return _products_with_examples(placed, layout, v, terms, params, chunk)
 
         return map_chunks(of_chunk, batch, rows)
 
