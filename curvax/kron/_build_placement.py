@@ -157,8 +157,10 @@ def _oriented(block: Block, turn: int) -> tuple[Shape, Member]:
     sides = (inputs, block.a_structure), (outputs, block.g_structure)
     # Of a square the structures decide, so that equal blocks have equal shapes.
     first, second = sorted(sides)
-    kind = first[1], second[1], block.is_penalized, turn
-    return Shape(kind, first[0], second[0]), Member(block, is_swapped=(first, second) != sides)
+    (rows, a_structure), (columns, g_structure) = first, second
+    kind = a_structure, g_structure, block.is_penalized, turn
+    is_swapped = (first, second) != sides
+    return Shape(kind, rows, columns), Member(block, is_swapped)
 
 
 def _owner_block(
@@ -218,4 +220,6 @@ def _padded_to(x: Shape, y: Shape) -> Shape | None:
     # A side of 1 is a multiple of the identity, which damping treats in a way of its own.
     if min(x.rows, y.rows) == 1 and x.rows != y.rows:
         return None
-    return Shape(x.kind, max(x.rows, y.rows), max(x.columns, y.columns))
+    rows = max(x.rows, y.rows)
+    columns = max(x.columns, y.columns)
+    return Shape(x.kind, rows, columns)

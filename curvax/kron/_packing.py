@@ -27,10 +27,15 @@ def packed(placement: Placement, factors: Factors) -> Factors:
 
 def pack_factors(placement: Placement, factors: Factors) -> Factors:
     """Turn the factors of the named blocks into those of owner blocks, on their owners."""
-    blocks = {block.name: factors.blocks[block.name] for block in placement.everywhere}
+    blocks = of_every_device(placement, factors)
     for block in placement.blocks:
         blocks[block.name] = placement.owners.spread(join_factors(block, factors))
     return Factors(blocks, factors.diagonal)
+
+
+def of_every_device(placement: Placement, factors: Factors) -> dict[str, BlockFactors]:
+    """Return the factors of the blocks that are not placed, by name."""
+    return {block.name: factors.blocks[block.name] for block in placement.everywhere}
 
 
 def join_factors(block: OwnerBlock, factors: Factors) -> BlockFactors:
@@ -69,7 +74,8 @@ def _joined_means(
             total = structure.padded_moment(total, block.shape[side])
         totals.append(total)
         # G has one weight for a block; here every slice has its own.
-        weights.append(jnp.broadcast_to(mean.weight, member.block.shape[:1]))
+        num_slices = member.block.shape[0]
+        weights.append(jnp.broadcast_to(mean.weight, num_slices))
     return WeightedMean(stacked(totals, stack), stacked(weights, stack))
 
 
@@ -101,7 +107,7 @@ def place_states(placement: Placement, states: dict[str, Any]) -> dict[str, Any]
 
 def unpack_factors(placement: Placement, factors: Factors) -> Factors:
     """Turn the factors of owner blocks into those of the named blocks; `pack_factors` undone."""
-    blocks = {block.name: factors.blocks[block.name] for block in placement.everywhere}
+    blocks = of_every_device(placement, factors)
     for block in placement.blocks:
         joined = factors.blocks[block.name]
         for member, slices in block.slices():
@@ -114,7 +120,8 @@ def _cut(member: Member, of_owners: BlockFactors) -> BlockFactors:
     """Cut off what padding has added to the factors of a block."""
     a, g = member.oriented((of_owners.a, of_owners.g))
     a_shape, g_shape = member.block.factor_shapes
-    a_corner, g_corner = tuple(map(slice, a_shape)), tuple(map(slice, g_shape))
+    a_corner = tuple(map(slice, a_shape))
+    g_corner = tuple(map(slice, g_shape))
     # G and a penalty have one weight for all slices.
     shift = of_owners.shift
     if shift is not None:

@@ -111,15 +111,15 @@ class OwnerBlock(Block):
 
     def of_owner(self) -> OwnerBlock:
         """Return the part of the block that one owner has."""
-        stack, *sides = self.shape
-        return replace(
-            self, kernel=virtual_kernel(self.name, (stack // self.owners.number, *sides))
-        )
+        stack, rows, columns = self.shape
+        shape = stack // self.owners.number, rows, columns
+        return replace(self, kernel=virtual_kernel(self.name, shape))
 
 
 def pad_to(x: Array, *shape: int) -> Array:
     """Append zeros up to a shape."""
-    return jnp.pad(x, [(0, size - here) for here, size in zip(x.shape, shape, strict=True)])
+    missing = np.subtract(shape, x.shape)
+    return jnp.pad(x, [(0, number) for number in missing])
 
 
 def virtual_kernel(name: str, shape: tuple[int, ...]) -> View:
@@ -184,7 +184,9 @@ def parts_of_placement(placement: Placement, unmasked: Layout, number: int) -> l
         turns |= {block.name: turn for block in part.blocks}
     parts: list[list[Block]] = [[] for _ in range(number)]
     for block in unmasked.blocks:
-        members = [m.block for m in block.members] if isinstance(block, OwnerBlock) else [block]
+        members = [block]
+        if isinstance(block, OwnerBlock):
+            members = [member.block for member in block.members]
         of_members = {turns[member.name] for member in members}
         if len(of_members) > 1:
             raise ValueError(

@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from curvax.kron._factors import BlockFactors, Factors
 from curvax.kron._owners import Owners
-from curvax.kron._packing import join_factors
+from curvax.kron._packing import join_factors, of_every_device
 from curvax.kron._placement import Placement, pad_to
 
 T = TypeVar("T")
@@ -48,14 +48,16 @@ def by_device(batch: Owners, by_example: bool) -> RowSums:
             partial_sums: T = jax.tree.map(lambda x: x[None], fn(of_uses, by_row))
             return partial_sums
 
+        def of_first_device(x: Array) -> Array:
+            return pad_to(x, batch.number, *x.shape[1:])
+
         lengths = {x.shape[use_axis] for x in jax.tree.leaves(of_uses)}
         lengths |= {len(x) for x in jax.tree.leaves(by_row)}
         remainders = {length % batch.number for length in lengths}
         if any(remainders):
             # A query without rows, say, is the same on all devices: only the first one's counts.
-            first = of_device(of_uses, by_row)
-            alone: T = jax.tree.map(lambda x: pad_to(x, batch.number, *x.shape[1:]), first)
-            return alone
+            first: T = jax.tree.map(of_first_device, of_device(of_uses, by_row))
+            return first
         in_specs = PartitionSpec(*[None] * use_axis, batch.axes), batch.spec
         placed = jax.shard_map(
             of_device,
@@ -81,7 +83,7 @@ def collect_factors(placement: Placement, factors: Factors) -> Factors:
 
     def of_device(factors: Factors) -> tuple[Factors, dict[str, BlockFactors]]:
         of_rows = jax.tree.map(share, factors)
-        others = {block.name: of_rows.blocks[block.name] for block in placement.everywhere}
+        others = of_every_device(placement, of_rows)
         everywhere = lax.psum(Factors(others, of_rows.diagonal), batch.axes)
         # Joined before they are sent: what is padded here need not be gathered there.
         joined = {block.name: join_factors(block, of_rows) for block in placement.blocks}
@@ -104,10 +106,10 @@ def collect_factors(placement: Placement, factors: Factors) -> Factors:
 
 def factor_specs(placement: Placement) -> Factors:
     """Return how the factors of a placement are sharded: a tree with one entry for each block."""
-    blocks: dict[str, Any] = {block.name: PartitionSpec() for block in placement.layout.blocks}
-    for block in placement.blocks:
-        blocks[block.name] = placement.owners.spec
     everywhere: Any = PartitionSpec()
+    blocks: dict[str, Any] = {}
+    for block in placement.layout.blocks:
+        blocks[block.name] = placement.owners.spec if block.is_joined else everywhere
     return Factors(blocks, everywhere)
 
 
