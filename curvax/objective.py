@@ -376,9 +376,15 @@ def for_auto_sharding(objective: Objective, params: Params, batch: Any) -> Objec
     args = params, unwrap(batch[0])
     model = without_placement(objective.model, *args)
     # The same object where that will do, for JAX knows its programs by it.
-    if model is objective.model or not is_placed(objective.model, *args):
+    if model is objective.model:
         return objective
-    return replace(objective, model=model)
+    try:
+        names_axes = is_placed(objective.model, *args)
+    except Exception:
+        # A model that JAX refuses where axes are explicit, such as one that looks up rows by
+        # sharded numbers, names none. Whatever else is wrong in it raises when it is run.
+        names_axes = False
+    return replace(objective, model=model) if names_axes else objective
 
 
 def penalty_diagonal(objective: Objective, params: Params) -> PyTree[Array] | None:

@@ -76,7 +76,8 @@ def squares_by_example(
     if len(pairs) == 1 and isinstance(pair, DensePair) and pair.g.shape[2] == 1:
         # One position: the square of a g' is a^2 (g^2)'.
         squares = DensePair(pair.a**2, pair.g**2)
-        return jnp.sum(squares.through(power.scale) * squares.g, axis=(1, 2, 3))
+        products = squares.through(power.scale) * squares.g
+        return jnp.sum(products, axis=(1, 2, 3))
     gradient = gradient_of(block, pairs)
     return jnp.sum(gradient * gradient * power.scale, axis=(1, 2, 3))
 
@@ -97,7 +98,8 @@ def examples_at_a_time(
 
     By position 8 vectors are worked on at a time.
     """
-    num_vectors, stack, rows, columns = len(jax.tree.leaves(vectors)[0]), *block.shape
+    num_vectors = len(jax.tree.leaves(vectors)[0])
+    stack, rows, columns = block.shape
     if isinstance(vectors, LowRank):
         columns, by_position = vectors.left.shape[3], True
     widths = []
@@ -126,7 +128,8 @@ def _of_use(
     ):
 
         def product(v: Float[Array, "s i o"]) -> Float[Array, " b"]:
-            return jnp.sum(pair.through(v) * pair.g, axis=(1, 2, 3))
+            products = pair.through(v) * pair.g
+            return jnp.sum(products, axis=(1, 2, 3))
 
         return jax.vmap(product)(vectors)
     gradient = pair.gradient(block.shape)

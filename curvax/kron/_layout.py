@@ -114,6 +114,14 @@ class Block:
         bias = self.bias.read(leaves)[:, None]
         return jnp.concatenate([kernel, bias], axis=1)
 
+    def sent(self, matrix: Float[Array, "s i o"]) -> Float[Array, "s i o"]:
+        """Send a matrix to where it is multiplied: here, but where a placement says otherwise."""
+        return matrix
+
+    def returned(self, product: Float[Array, "s i o"]) -> Float[Array, "s i o"]:
+        """Bring a product back from there."""
+        return product
+
     @property
     def structures(self) -> tuple[str, str]:
         """Structures of A and G."""

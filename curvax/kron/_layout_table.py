@@ -38,9 +38,8 @@ def placement_table(placement: Placement) -> str:
     number = placement.owners.number
     for block in placement.blocks:
         stack, inputs, outputs = block.shape
-        num_slices = sum(member.block.shape[0] for member in block.members)
         names = " + ".join(member.block.name for member in block.members)
-        counts = str(num_slices), str(stack // number)
+        counts = str(block.num_slices), str(stack // number)
         rows.append((f"{inputs}x{outputs}", *counts, f"{block.fill.mean():.0%}", names))
     lines = _aligned(rows)
     of_owner = sum(map(_floats, placement.blocks)) // number

@@ -164,7 +164,9 @@ def _pairs(block: Block, sums: Sums) -> MeanVectors:
         a, g = sums[block.name, True]
         in_side.append(g)
         out_side.append(a.mean)
-    return _with_ratio_of_first(jnp.stack(in_side, axis=1), jnp.stack(out_side, axis=1))
+    vectors_a = jnp.stack(in_side, axis=1)
+    vectors_g = jnp.stack(out_side, axis=1)
+    return _with_ratio_of_first(vectors_a, vectors_g)
 
 
 def _of_parts(
@@ -186,7 +188,8 @@ def _of_parts(
             out_side[name].append((root * g).astype(g.dtype))
     result = {}
     for name, vectors_a in in_side.items():
-        a, g = jnp.concatenate(vectors_a, axis=1), jnp.concatenate(out_side[name], axis=1)
+        a = jnp.concatenate(vectors_a, axis=1)
+        g = jnp.concatenate(out_side[name], axis=1)
         result[name] = _with_ratio_of_first(a, g)
     return result
 

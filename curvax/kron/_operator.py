@@ -144,7 +144,8 @@ def apply(layout: Layout, operator: KronOperator, v: Params) -> Params:
         if not all(path in present for path in block.leaves):
             continue
         of_block = {path: present[path] for path in block.leaves}
-        product = _times(operator.blocks[block.name], block.matrix(of_block))
+        matrix = block.sent(block.matrix(of_block))
+        product = block.returned(_times(operator.blocks[block.name], matrix))
         for path, x in scatter(block, product, of_block).items():
             results[path] = results[path] + x if path in results else x
     # Back into the tree of v, in its dtypes, with masks where they were.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
 from curvax.kron._gradient_pairs import Basis, block_moments
@@ -26,7 +25,7 @@ def owner_moments(
     """
     over_rows = by_device(placement.batch, by_example=True)
     # 1. To all devices the bases, one block at a time.
-    bases = member_bases(block, placement.owners.everywhere(basis))
+    bases = member_bases(block, placement.owners.gathered(basis, block.num_slices))
     parts = []
     for member, of_member in zip(block.members, bases, strict=True):
         name = member.block.name
@@ -37,16 +36,10 @@ def owner_moments(
 
     # 3. The sums over devices to the owners.
     def of_device(parts: list[Array]) -> Array:
-        return scatter_sums(placement, block.joined([x[0] for x in parts]))
+        return scatter_sums(placement, block, block.joined([x[0] for x in parts]))
 
-    scatter = jax.shard_map(
-        of_device,
-        mesh=placement.batch.mesh_here,
-        in_specs=placement.batch.spec,
-        out_specs=scattered_spec(placement),
-        axis_names=set(placement.batch.axes),
-        check_vma=False,
-    )
+    batch = placement.batch
+    scatter = batch.each(of_device, batch.spec, scattered_spec(placement))
     moments = placement.owners.spread(scatter(parts))
     if not block.is_penalized:
         return moments

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 T = TypeVar("T")
 
@@ -49,9 +53,51 @@ class Owners:
         """Place arrays on every device."""
         return self._placed(tree, PartitionSpec())
 
+    def gathered(self, stacks: T, count: int) -> T:
+        """Place stacks on every device, of which only the first `count` slices are not zero."""
+
+        def gather(x: Array) -> Array:
+            # Of all-gather, every device sends its slices, empty ones too. Where most are empty, a
+            # sum of what there is costs less: it is sent twice.
+            slots = len(x) // self.number
+            num_rows = slots * math.ceil(count / slots)
+            if 2 * num_rows >= len(x):
+                return self.everywhere(x)
+
+            def of_owner(part: Array) -> Array:
+                start = slots * lax.axis_index(self.axes)
+                part = jnp.where(start < num_rows, part, 0)
+                alone = jnp.zeros((num_rows, *part.shape[1:]), part.dtype)
+                alone = lax.dynamic_update_slice_in_dim(alone, part, start, axis=0)
+                return jnp.asarray(lax.psum(alone, self.axes))
+
+            summed = self.each(of_owner, self.spec, PartitionSpec())(x)
+            return pad_to(summed, *x.shape)
+
+        result: T = jax.tree.map(gather, stacks)
+        return result
+
+    def each(self, fn: Callable[..., T], in_specs: Any, out_specs: Any) -> Callable[..., T]:
+        """Return `fn` as every device does it for itself, a `shard_map` over these axes."""
+        placed: Callable[..., T] = jax.shard_map(
+            fn,
+            mesh=self.mesh_here,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(self.axes),
+            check_vma=False,
+        )
+        return placed
+
     def _placed(self, tree: T, spec: PartitionSpec) -> T:
         sharding = NamedSharding(self.mesh_here, spec)
         is_explicit = AxisType.Explicit in sharding.mesh.axis_types
         place = jax.sharding.reshard if is_explicit else lax.with_sharding_constraint
         placed: T = jax.tree.map(lambda x: place(x, sharding), tree)
         return placed
+
+
+def pad_to(x: Array, *shape: int) -> Array:
+    """Append zeros up to a shape."""
+    missing = np.subtract(shape, x.shape)
+    return jnp.pad(x, [(0, number) for number in missing])

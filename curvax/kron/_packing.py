@@ -15,7 +15,8 @@ from curvax.kron._factors import BlockFactors, Factors, WeightedMean
 from curvax.kron._gradient_pairs import Basis
 from curvax.kron._kron_factor import STRUCTURES
 from curvax.kron._layout import Block, Layout
-from curvax.kron._placement import Member, OwnerBlock, Placement, pad_to
+from curvax.kron._owners import pad_to
+from curvax.kron._placement import Member, OwnerBlock, Placement
 
 
 def packed(placement: Placement, factors: Factors) -> Factors:
@@ -99,9 +100,11 @@ def place_states(placement: Placement, states: dict[str, Any]) -> dict[str, Any]
     for block in placement.blocks:
         if block.name not in states:  # a part of the blocks, whose turn it is
             continue
-        is_spread = block.precondition == "owners"
-        place = placement.owners.spread if is_spread else placement.owners.everywhere
-        placed[block.name] = place(states[block.name])
+        state = states[block.name]
+        if block.precondition == "everyone":
+            placed[block.name] = placement.owners.gathered(state, block.num_slices)
+        else:
+            placed[block.name] = placement.owners.spread(state)
     return placed
 
 
@@ -172,14 +175,8 @@ def on_owners(placement: Placement, refresh: Callable[..., Any]) -> Callable[...
         # 2. Owner blocks: inside `shard_map` a loop over slices, or a batch of several blocks, is
         # over those of one device. The compiler would send all slices to all devices for them.
         local = Layout(tuple(block.of_owner() for block in blocks), ())
-        by_owner = jax.shard_map(
-            partial(refresh, local),
-            mesh=owners.mesh_here,
-            in_specs=(owners.spec, owners.spec, PartitionSpec()),
-            out_specs=owners.spec,
-            axis_names=set(owners.axes),
-            check_vma=False,
-        )
+        in_specs = owners.spec, owners.spec, PartitionSpec()
+        by_owner = owners.each(partial(refresh, local), in_specs, owners.spec)
         names = [block.name for block in blocks]
         placed_factors = Factors({name: factors.blocks[name] for name in names}, {})
         placed_states = {name: block_state[name] for name in names}

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from curvax._trees import safe_divide
 from curvax._types import Batch, Params, PRNGKey, at_least_float32
 from curvax._xla import spec_of_rows, with_auto_sharding
 from curvax.capture import PerUseArray, join_examples
@@ -171,9 +172,9 @@ def _as_one(
     sum_of_traces_g = _sum(traces_g)
     terms_of_a, terms_of_trace = [], []
     for (_, a, _), trace_a, trace_g in zip(products, traces_a, traces_g, strict=True):
-        by_trace = _divide(trace_g, sum_of_traces_g)
+        by_trace = safe_divide(trace_g, sum_of_traces_g)
         # Where all G vanish (0/0), a part has as large a share as it has positions.
-        by_positions = _divide(a.weight, weight_a)
+        by_positions = safe_divide(a.weight, weight_a)
         share = jnp.where(sum_of_traces_g > 0, by_trace, by_positions)
         terms_of_a.append(_by_slice(share, a.mean))
         terms_of_trace.append(share * trace_a)
@@ -183,7 +184,7 @@ def _as_one(
     # G = sum_p w_p (tr A_p / tr A) G_p
     terms_of_g = []
     for (w, _, g), trace_a in zip(products, traces_a, strict=True):
-        relative = _divide(trace_a, trace_of_a)
+        relative = safe_divide(trace_a, trace_of_a)
         terms_of_g.append(_by_slice(w * relative, g.mean))
     mean_g = _sum(terms_of_g)
     return (
@@ -252,11 +253,6 @@ def mean_of_block(block: Block, leaves: Mapping[str, Array]) -> Array:
 def _by_slice(factor: Array, x: Array) -> Array:
     """Multiply each slice of a stack by a number."""
     return factor.reshape(-1, *[1] * (x.ndim - 1)) * x
-
-
-def _divide(x: Array, y: Array) -> Array:
-    """Divide; a block without curvature, or a slice without positions (0/0), gets 0."""
-    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
 
 
 def _sum(arrays: Any) -> Array:

@@ -21,7 +21,7 @@ from curvax._checks import describe
 from curvax.capture import View
 from curvax.kron._layout import Block, Layout, parts_of_equal_work
 from curvax.kron._layout_table import placement_table
-from curvax.kron._owners import Owners
+from curvax.kron._owners import Owners, pad_to
 
 T = TypeVar("T")
 
@@ -94,11 +94,25 @@ class OwnerBlock(Block):
 
     def matrix(self, leaves: Mapping[str, Any]) -> Float[Array, "s i o"]:
         """See `Block`."""
-        joined = self.joined([member.block.matrix(leaves) for member in self.members])
+        return self.joined([member.block.matrix(leaves) for member in self.members])
+
+    def sent(self, matrix: Float[Array, "s i o"]) -> Float[Array, "s i o"]:
+        """See `Block`."""
         if self.precondition == "everyone":
-            return joined
+            return matrix
         # First everywhere: the compiler would send more to join parts where they belong.
-        return self.owners.spread(self.owners.everywhere(joined))
+        return self.owners.spread(self.owners.everywhere(matrix))
+
+    def returned(self, product: Float[Array, "s i o"]) -> Float[Array, "s i o"]:
+        """See `Block`."""
+        if self.precondition == "everyone":
+            return product
+        return self.owners.gathered(product, self.num_slices)
+
+    @property
+    def num_slices(self) -> int:
+        """How many slices are not empty."""
+        return sum(member.block.shape[0] for member in self.members)
 
     def joined(self, matrices: Sequence[Float[Array, "s i o"]]) -> Float[Array, "s i o"]:
         """Pad the matrices of every member with zeros, and join them into one stack."""
@@ -114,12 +128,6 @@ class OwnerBlock(Block):
         stack, rows, columns = self.shape
         shape = stack // self.owners.number, rows, columns
         return replace(self, kernel=virtual_kernel(self.name, shape))
-
-
-def pad_to(x: Array, *shape: int) -> Array:
-    """Append zeros up to a shape."""
-    missing = np.subtract(shape, x.shape)
-    return jnp.pad(x, [(0, number) for number in missing])
 
 
 def virtual_kernel(name: str, shape: tuple[int, ...]) -> View:

@@ -6,19 +6,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from curvax.kron._factors import BlockFactors, Factors
-from curvax.kron._owners import Owners
+from curvax.kron._owners import Owners, pad_to
 from curvax.kron._packing import join_factors, of_every_device
-from curvax.kron._placement import Placement, pad_to
+from curvax.kron._placement import OwnerBlock, Placement
 
 T = TypeVar("T")
 RowSums: TypeAlias = Callable[..., Any]
@@ -59,16 +60,7 @@ def by_device(batch: Owners, by_example: bool) -> RowSums:
             first: T = jax.tree.map(of_first_device, of_device(of_uses, by_row))
             return first
         in_specs = PartitionSpec(*[None] * use_axis, batch.axes), batch.spec
-        placed = jax.shard_map(
-            of_device,
-            mesh=batch.mesh_here,
-            in_specs=in_specs,
-            out_specs=batch.spec,
-            axis_names=set(batch.axes),
-            check_vma=False,
-        )
-        result: T = placed(of_uses, by_row)
-        return result
+        return batch.each(of_device, in_specs, batch.spec)(of_uses, by_row)
 
     return sums
 
@@ -85,22 +77,17 @@ def collect_factors(placement: Placement, factors: Factors) -> Factors:
         of_rows = jax.tree.map(share, factors)
         others = of_every_device(placement, of_rows)
         everywhere = lax.psum(Factors(others, of_rows.diagonal), batch.axes)
-        # Joined before they are sent: what is padded here need not be gathered there.
-        joined = {block.name: join_factors(block, of_rows) for block in placement.blocks}
-        return everywhere, scatter_sums(placement, joined)
+        on_owners = {}
+        for block in placement.blocks:
+            on_owners[block.name] = scatter_sums(placement, block, join_factors(block, of_rows))
+        return everywhere, on_owners
 
     def spec(x: Array) -> PartitionSpec:
         return batch.spec if x.ndim else PartitionSpec()
 
-    placed = jax.shard_map(
-        of_device,
-        mesh=batch.mesh_here,
-        in_specs=(jax.tree.map(spec, factors),),
-        out_specs=(PartitionSpec(), scattered_spec(placement)),
-        axis_names=set(batch.axes),
-        check_vma=False,
-    )
-    others, on_owners = placed(factors)
+    in_specs = (jax.tree.map(spec, factors),)
+    out_specs = PartitionSpec(), scattered_spec(placement)
+    others, on_owners = batch.each(of_device, in_specs, out_specs)(factors)
     return others._replace(blocks=others.blocks | placement.owners.spread(on_owners))
 
 
@@ -113,16 +100,30 @@ def factor_specs(placement: Placement) -> Factors:
     return Factors(blocks, everywhere)
 
 
-def scatter_sums(placement: Placement, stacks: T) -> T:
-    """Sum stacks over the devices of the batch, inside a `shard_map`, and keep only a part each."""
-    batch = placement.batch.axes
-    # A reduction to the owners sends half of what one to everyone does.
-    if _owners_split_batch(placement):
-        scatter = partial(lax.psum_scatter, axis_name=batch, scatter_dimension=0, tiled=True)
-        scattered: T = jax.tree.map(scatter, stacks)
-        return scattered
-    everywhere: T = lax.psum(stacks, batch)
-    return everywhere
+def scatter_sums(placement: Placement, block: OwnerBlock, stacks: T) -> T:
+    """Sum stacks of an owner block over the devices of the batch, and leave each with its part.
+
+    It is for the inside of a `shard_map` over the batch.
+    """
+    batch = placement.batch
+
+    def scatter(x: Array) -> Array:
+        slots = len(x) // batch.number
+        num_rows = slots * math.ceil(block.num_slices / slots)
+        # To send most slices, and they empty, costs more than a sum that everyone gets.
+        if 2 * num_rows >= len(x):
+            part = lax.psum_scatter(x, batch.axes, scatter_dimension=0, tiled=True)
+            return jnp.asarray(part)
+        total = lax.psum(x[:num_rows], batch.axes)
+        start = slots * lax.axis_index(batch.axes)
+        part = lax.dynamic_slice_in_dim(total, start, slots, axis=0)
+        return jnp.where(start < num_rows, part, 0)
+
+    if not _owners_split_batch(placement):
+        everywhere: T = lax.psum(stacks, batch.axes)
+        return everywhere
+    scattered: T = jax.tree.map(scatter, stacks)
+    return scattered
 
 
 def scattered_spec(placement: Placement) -> PartitionSpec:

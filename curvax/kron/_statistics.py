@@ -91,7 +91,8 @@ def mean_inputs(
     pooled = dataclasses.replace(block, sharing="reduce", bias=None)
     totals, weights = [], []
     for k in _of_orientation(block, transposed):
-        by_row, counts = _of_use(pooled, block.uses[k], inputs[k], chunks[k], counted[k])
+        use = block.uses[k]
+        by_row, counts = _of_use(pooled, use, inputs[k], chunks[k], counted[k])
         totals.append(jnp.sum(by_row, axis=0))
         weights.append(jnp.sum(counts, axis=0))
     return WeightedMean(_sum(totals), _sum(weights))
@@ -123,7 +124,9 @@ def counted_positions(block: Block, g: PerUse) -> list[Counted]:
 
 def _no_inputs(block: Block, dtype: Any) -> WeightedMean:
     """Return A of no use, with the weight 0."""
-    return WeightedMean(jnp.zeros(block.factor_shapes[0], dtype), jnp.zeros(block.shape[0], dtype))
+    total = jnp.zeros(block.factor_shapes[0], dtype)
+    weight = jnp.zeros(block.shape[0], dtype)
+    return WeightedMean(total, weight)
 
 
 def _input_moment(
@@ -138,7 +141,8 @@ def _input_moment(
     structure = STRUCTURES[block.g_structure if transposed else block.a_structure]
     totals, weights = [], []
     for k in _of_orientation(block, transposed):
-        total, weight = _of_use(block, block.uses[k], inputs[k], chunks[k], counted[k])
+        use = block.uses[k]
+        total, weight = _of_use(block, use, inputs[k], chunks[k], counted[k])
         totals.append(total)
         weights.append(weight)
     total, weight = _sum(totals), _sum(weights)
@@ -202,7 +206,9 @@ def _of_use(
 
     # Where all rows are one example, its positions are [row, position of the row].
     if len(m) == 1:
-        m = m[0].reshape(m.shape[1], len(chunks.rows), -1).swapaxes(0, 1)
+        stack, num_rows = m.shape[1], len(chunks.rows)
+        by_row = m[0].reshape(stack, num_rows, -1)
+        m = by_row.swapaxes(0, 1)
     # Expand sums over rows; reduce has a mean for each of them.
     over_chunks = sum_over_chunks if expand else map_chunks
     result: tuple[Array, Array] = over_chunks(of_chunk, (chunks.rows, m), chunks.size)
@@ -224,7 +230,8 @@ def _expanded_moment(
         return structure.moment_of_counts(counts, has_one), weight
     m = flat(m)
     # `where`, not a product: inputs that do not count may be infinite.
-    rows = jnp.where(m[..., None] > 0, flat(a).astype(m.dtype), 0)
+    wide = flat(a).astype(m.dtype)
+    rows = jnp.where(m[..., None] > 0, wide, 0)
     rows = with_one(block, use, rows, m)
     return structure.second_moment(rows, None), weight
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from curvax._trees import safe_divide
 from curvax.kron._factors import BlockFactors
 from curvax.kron._kron_factor import STRUCTURES, KronFactor, Pencil, PerSlice, added, scaled
 
@@ -54,11 +55,11 @@ def combined_factors(structures: tuple[str, str], factors: BlockFactors) -> Fact
     root1, root2 = _trace_root(first), _trace_root(second)
     squares = root1**2 + root2**2
     square_of_sum = (root1 + root2) ** 2
-    c = jnp.sqrt(_divide(squares, square_of_sum))
+    c = jnp.sqrt(safe_divide(squares, square_of_sum))
 
     def add_up(x: KronFactor, y: KronFactor) -> KronFactor:
-        weight1 = _divide(root1, x.trace())
-        weight2 = _divide(root2, y.trace())
+        weight1 = safe_divide(root1, x.trace())
+        weight2 = safe_divide(root2, y.trace())
         return added(scaled(x, c * weight1), scaled(y, c * weight2))
 
     (a1, g1), (a2, g2) = first, second
@@ -86,8 +87,9 @@ def damped_factors(a: KronFactor, g: KronFactor, damping: Any) -> FactorPair:
     mean_g = g.mean_eigenvalue()
     # Without curvature in one of them (0/0, or infinite), pi is 1: both get the same.
     both = (mean_a > 0) & (mean_g > 0)
-    pi_squared = jnp.where(both, mean_a, 1) / jnp.where(both, mean_g, 1)
-    pi = jnp.sqrt(pi_squared)
+    numerator = jnp.where(both, mean_a, 1)
+    denominator = jnp.where(both, mean_g, 1)
+    pi = jnp.sqrt(numerator / denominator)
     root = damping**0.5
     return a.damped(pi * root), g.damped(root / pi)
 
@@ -111,8 +113,3 @@ def _trace_root(product: FactorPair) -> PerSlice:
     """Return the trace that both factors have once they are balanced."""
     a, g = product
     return jnp.sqrt(a.trace() * g.trace())
-
-
-def _divide(x: Array, y: Array) -> Array:
-    """Divide; a block without curvature (0/0) gets 0."""
-    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
