@@ -273,8 +273,9 @@ def gathered(counted: Counted, plain: Counted, model: Model, size: int) -> list[
                 continue
             if len(x.shape) > 1 and x.shape[-1] == x.shape[-2] and x.shape[-1] in sides:
                 problems.append(f"factor {list(x.shape)}")
-            # Integers are the labels and tokens themselves.
-            has_rows = size * model.length in x.shape or size in x.shape
+            pairs = list(itertools.pairwise(x.shape))
+            has_rows = size * model.length in x.shape or (size, model.length) in pairs
+            # The labels and tokens themselves are no more than that.
             if has_rows and math.prod(x.shape) > size * model.length:
                 problems.append(f"rows {list(x.shape)}")
     return problems
