@@ -42,7 +42,8 @@ def kron_placement(
         their rows are, and sent to the owners.
       precondition: "owners", who send steps, or "everyone": then inverses are sent when they are
         new, and held by all.
-      min_size: blocks whose larger side is below this stay on every device.
+      min_size: blocks whose larger side is below this stay on every device, as a slice does that
+        is alone in its shape.
       turns: for a rule with `stagger=True` its `inverse_every`: blocks that have their turns at
         different steps are not joined.
 
@@ -91,6 +92,13 @@ def kron_placement(
             groups.setdefault(shape, []).append(member)
     # 2. Shapes that are padded to one.
     groups = _join(groups, owners.number)
+    if owners.number > 1:
+        # A stack with room for as many slices on every device as there are saves nothing.
+        groups = {
+            shape: members
+            for shape, members in groups.items()
+            if _slots(members, owners.number) < _num_slices(members)
+        }
     # 3. What is not placed stays as it is.
     placed = {member.block.name for members in groups.values() for member in members}
     blocks: list[Block] = []
@@ -187,8 +195,11 @@ def _owner_block(
 
 def _slots(members: Sequence[Member], num_owners: int) -> int:
     """Return how many slices each owner has of a stack of these blocks."""
-    num_slices = sum(member.block.shape[0] for member in members)
-    return math.ceil(num_slices / num_owners)
+    return math.ceil(_num_slices(members) / num_owners)
+
+
+def _num_slices(members: Sequence[Member]) -> int:
+    return sum(member.block.shape[0] for member in members)
 
 
 def _join(groups: dict[Shape, list[Member]], num_owners: int) -> dict[Shape, list[Member]]:

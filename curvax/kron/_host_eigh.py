@@ -33,7 +33,8 @@ def eigh_on_host(
     wide = on_host(matrix).astype(np.float64)
     # LAPACK does not come to an end on NaN: it gets the identity there.
     is_finite: Any = np.isfinite(wide).all(axis=(1, 2), keepdims=True)
-    values, vectors = np.linalg.eigh(np.where(is_finite, wide, np.eye(wide.shape[-1])))
+    identity = np.eye(wide.shape[-1])
+    values, vectors = np.linalg.eigh(np.where(is_finite, wide, identity))
     # Below zero are rounding errors: a second moment has no negative eigenvalues.
     values = np.where(is_finite[:, 0], np.maximum(values, 0), np.nan)
     vectors = np.where(is_finite, vectors, np.nan)

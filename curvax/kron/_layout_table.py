@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ LOW_SHARE = 0.5
 """Below this share of parameters in blocks the table warns."""
 
 HEAD = ("leaf", "shape", "block", "A x G", "stack", "uses", "factors", "note")
+WIDTH_OF_NAMES = 60
 PLACEMENT_HEAD = ("shape", "slices", "on a device", "full", "of blocks")
 
 
@@ -38,7 +40,7 @@ def placement_table(placement: Placement) -> str:
     number = placement.owners.number
     for block in placement.blocks:
         stack, inputs, outputs = block.shape
-        names = " + ".join(member.block.name for member in block.members)
+        names = textwrap.shorten(block.name, WIDTH_OF_NAMES, placeholder=" ...")
         counts = str(block.num_slices), str(stack // number)
         rows.append((f"{inputs}x{outputs}", *counts, f"{block.fill.mean():.0%}", names))
     lines = _aligned(rows)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 from curvax.kron._gradient_pairs import Basis, block_moments
 from curvax.kron._layout import Block
 from curvax.kron._moments import EigenCurvature
-from curvax.kron._packing import member_bases, packed
+from curvax.kron._owner_operators import member_bases
+from curvax.kron._packing import packed
 from curvax.kron._placement import OwnerBlock, Placement
 from curvax.kron._row_sums import by_device, scatter_sums, scattered_spec
 

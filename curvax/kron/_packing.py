@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from curvax.kron._factors import BlockFactors, Factors, WeightedMean
-from curvax.kron._gradient_pairs import Basis
 from curvax.kron._kron_factor import STRUCTURES
 from curvax.kron._layout import Block, Layout
 from curvax.kron._owners import pad_to
@@ -135,22 +134,6 @@ def _cut(member: Member, of_owners: BlockFactors) -> BlockFactors:
         second=None,
         shift=shift,
     )
-
-
-def member_bases(block: OwnerBlock, basis: Basis) -> list[Basis]:
-    """Return the eigenbasis of every member, in the order of its own sides.
-
-    Of the eigenvectors of a padded factor the rows are cut that belong to no entry. The columns all
-    stay: those of padding become 0, and moments in their direction too.
-    """
-    bases = []
-    for member, slices in block.slices():
-        sides = []
-        for vectors, size in zip(basis, member.sides, strict=True):
-            sides.append(None if vectors is None else vectors[slices, :size])
-        first, second = sides
-        bases.append(Basis(*member.oriented((first, second))))
-    return bases
 
 
 def on_owners(placement: Placement, refresh: Callable[..., Any]) -> Callable[..., Any]:

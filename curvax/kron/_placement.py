@@ -98,15 +98,11 @@ class OwnerBlock(Block):
 
     def sent(self, matrix: Float[Array, "s i o"]) -> Float[Array, "s i o"]:
         """See `Block`."""
-        if self.precondition == "everyone":
-            return matrix
         # First everywhere: the compiler would send more to join parts where they belong.
         return self.owners.spread(self.owners.everywhere(matrix))
 
     def returned(self, product: Float[Array, "s i o"]) -> Float[Array, "s i o"]:
         """See `Block`."""
-        if self.precondition == "everyone":
-            return product
         return self.owners.gathered(product, self.num_slices)
 
     @property

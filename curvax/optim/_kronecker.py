@@ -18,6 +18,7 @@ from curvax.kron._block_operators import BlockSpectrum
 from curvax.kron._factors import Factors, init_factors, moving_average
 from curvax.kron._layout import Block, Layout, check_layout, parts_of_equal_work, present
 from curvax.kron._operator import KronOperator, apply
+from curvax.kron._owner_operators import for_everyone
 from curvax.kron._packing import on_owners, packed, place_factors, place_states
 from curvax.kron._placement import Placement, check_placement, parts_of_placement
 from curvax.optim._refresh import Interval, check_interval, refresh_if
@@ -196,7 +197,7 @@ def scale_by_kron(
 
         # 3. The step itself: A^-1 V G^-1 for each block V of the gradient.
         inverse = method.power(unmasked, state.curvature, state.block_state, damping)
-        steps = apply(unmasked, inverse, gradient)
+        steps = apply(*for_everyone(unmasked, inverse), gradient)
         return StepResult(
             updates=steps,
             state=state,

@@ -14,7 +14,8 @@ from curvax._xla import with_auto_sharding
 from curvax.kron._block_operators import EigenOperator, FactoredOperator
 from curvax.kron._factors import WeightedMean
 from curvax.kron._gradient_pairs import Basis
-from curvax.kron._kron_factor import Diagonal, Full, Identity, KronFactor, Squares
+from curvax.kron._kron_factor import Identity, KronFactor, Squares
+from curvax.kron._owner_operators import cut_operator
 from curvax.kron._packing import pack_factors, place_states, stacked, unpack_factors
 from curvax.kron._placement import Member, OwnerBlock, Placement
 from curvax.optim._ekfac import EigenBlockState
@@ -143,24 +144,13 @@ def _check_named(placement: Placement, state: ScaleByKronState) -> None:
 def _cut_state(member: Member, state: Any) -> Any:
     """Cut out what is held of a member: an inverse, or a basis with its moments."""
     if isinstance(state, FactoredOperator):
-        sides = zip((state.left, state.right), member.sides, strict=True)
-        left, right = (_cut_factor(factor, size) for factor, size in sides)
-        return FactoredOperator(*member.oriented((left, right)))
+        return cut_operator(member, state)
     if isinstance(state, EigenOperator):
         basis, scale = _cut_basis(member, Basis(state.left, state.right), state.scale)
         return EigenOperator(*basis, scale)
     basis, moments = _cut_basis(member, state.basis, state.moments.total)
     # All slices of a block have the weight of its batches.
     return EigenBlockState(basis, WeightedMean(moments, state.moments.weight[0]))
-
-
-def _cut_factor(factor: KronFactor, size: int) -> KronFactor:
-    """Cut off what padding has added to an inverse, `blockdiag(F^-1, I / c)`."""
-    if isinstance(factor, Full):
-        return Full(factor.matrix[:, :size, :size])
-    if isinstance(factor, Identity):
-        return Identity(factor.scale, size)
-    return Diagonal(factor.diagonal()[:, :size])
 
 
 def _cut_basis(member: Member, basis: Basis, middle: Array) -> tuple[Basis, Array]:
