@@ -44,8 +44,8 @@ def vector_layout(params: Params, structure: str = "full") -> Layout:
     # Leaves without entries have no part in the column.
     columns = [_column(path, shape) for path, shape in shapes.items() if math.prod(shape)]
     if not columns:
-        leaves = [_without_matrix(path, shape) for path, shape in shapes.items()]
-    return Layout((), tuple(leaves))
+        empty = [_without_matrix(path, shape) for path, shape in shapes.items()]
+        return Layout((), tuple(empty))
     view = concatenate(tuple(columns), 1)
     block = _column_block("params", view, structure, "all params as one column")
     leaves = []
