@@ -194,6 +194,15 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     return functools.reduce(jnp.logical_and, by_leaf, jnp.array(True))
 
 
+def finite_slices(tree: PyTree) -> Bool[Array, " s"]:
+    """Tell of which slices of a stack every entry is finite, in all arrays of a tree."""
+    by_leaf = []
+    for x in jax.tree.leaves(tree):
+        axes = tuple(range(1, x.ndim))
+        by_leaf.append(jnp.all(jnp.isfinite(x), axis=axes))
+    return functools.reduce(jnp.logical_and, by_leaf)
+
+
 def keep_unless(
     good: Bool[Array, ""],
     new: T,

@@ -90,7 +90,9 @@ class LookupPair:
             rows: Int[Array, " t"],
             g: Float[Array, "t o"],
         ) -> Float[Array, "i o"]:
-            return jnp.zeros(shape[1:], g.dtype).at[rows].add(g, mode="drop")
+            # Cotangents in the basis of a padded factor have more columns than the kernel.
+            columns = g.shape[-1]
+            return jnp.zeros((shape[1], columns), g.dtype).at[rows].add(g, mode="drop")
 
         # Rows out of range are dropped, as the model's own lookup drops them.
         rows = out_of_range_if_negative(self.rows, shape[1])

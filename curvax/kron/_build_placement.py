@@ -49,13 +49,15 @@ def kron_placement(
 
     Returns:
       A `Placement`, for `placement=` of `curvax.kfac`, `curvax.ekfac`, their rules and
-      `curvax.kron_factors`. Blocks with two products, over time, or that share a leaf with such,
-      stay on every device.
+      `curvax.kron_factors`. Its `layout`, with owner blocks in it, goes with their factors, to
+      `curvax.kron_inverse` for instance. Blocks that are used transposed too, over time, or whose
+      leaves have entries in no block stay on every device.
 
     Raises:
       ValueError: an axis is not one of the mesh's; `precondition` is unknown.
 
-    Cost: a few milliseconds, once; no arrays are touched.
+    Cost: once, about 0.1 s for 50 shapes; no arrays are touched. In use, sums over the rows of a
+      device are padded before they are sent: for a time it has a whole stack of them.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -83,6 +85,8 @@ def kron_placement(
     batch_axes = axes if batch_axes is None else _checked(mesh, batch_axes, "batch_axes")
     check_choice("precondition", precondition, dict.fromkeys(PRECONDITION))
     check_count(1, min_size=min_size, turns=turns)
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be what curvax.kron_layout returns, got {describe(layout)}.")
     owners = Owners(mesh, axes)
     # 1. Blocks of one shape and one turn together.
     groups: dict[Shape, list[Member]] = {}
@@ -142,6 +146,8 @@ def _checked(mesh: Mesh | AbstractMesh, axes: Sequence[str], name: str) -> tuple
     names = (axes,) if isinstance(axes, str) else tuple(axes)
     for axis in names:
         check_choice(f"an axis of {name}", axis, mesh.shape)
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"{name} must be different axes of the mesh, at least one, got {names}.")
     return names
 
 

@@ -404,6 +404,12 @@ def present(layout: Layout, tree: Any) -> Layout:
     blocks = tuple(block for block in layout.blocks if not removed.intersection(block.leaves))
     for block in layout.blocks:
         here = [path for path in block.leaves if path not in removed]
+        if block not in blocks and here and block.is_joined:
+            raise ValueError(
+                f"a mask or partition removes {', '.join(removed.intersection(block.leaves))}, "
+                f"which the placement joins with {', '.join(here)}. Make the placement, rule and "
+                f'estimator of a layout without them: layout.edit("...", kind="identity").'
+            )
         if block not in blocks and here:
             raise ValueError(
                 f"a mask or partition separates {', '.join(here)} from "

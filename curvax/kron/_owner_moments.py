@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from curvax.kron._gradient_pairs import Basis, block_moments
@@ -33,7 +34,8 @@ def owner_moments(
         paired = None if curvature.paired is None else curvature.paired[name]
         of_uses = curvature.inputs[name], curvature.cotangents[name], paired
         # 2. On every device (Q_A' D_b Q_G)^2 of its own rows.
-        parts.append(over_rows(partial(_member_moments, member.block, of_member), of_uses))
+        of_block = Partial(partial(_member_moments, member.block), of_member)
+        parts.append(over_rows(of_block, of_uses))
 
     # 3. The sums over devices to the owners.
     def of_device(parts: list[Array]) -> Array:

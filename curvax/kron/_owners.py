@@ -43,7 +43,15 @@ class Owners:
     def mesh_here(self) -> Mesh | AbstractMesh:
         """The mesh as it is in this context, where axes may be those of the compiler for a time."""
         context = jax.sharding.get_abstract_mesh()
-        return self.mesh if context.empty else context
+        if context.empty:
+            return self.mesh
+        for axis in self.axes:
+            if context.shape.get(axis) != self.mesh.shape[axis]:
+                raise ValueError(
+                    f"the placement is for a mesh {dict(self.mesh.shape)}, and the mesh in context "
+                    f"is {dict(context.shape)}: make a placement for it."
+                )
+        return context
 
     def spread(self, tree: T) -> T:
         """Place arrays on their owners, by their leading axis."""
@@ -91,7 +99,8 @@ class Owners:
 
     def _placed(self, tree: T, spec: PartitionSpec) -> T:
         sharding = NamedSharding(self.mesh_here, spec)
-        is_explicit = AxisType.Explicit in sharding.mesh.axis_types
+        types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+        is_explicit = types[self.axes[0]] == AxisType.Explicit
         place = jax.sharding.reshard if is_explicit else lax.with_sharding_constraint
         placed: T = jax.tree.map(lambda x: place(x, sharding), tree)
         return placed

@@ -20,7 +20,7 @@ from curvax.kron._placement import Member, OwnerBlock, Placement
 
 def packed(placement: Placement, factors: Factors) -> Factors:
     """Turn the factors of the named blocks into those of owner blocks, which may be so already."""
-    if all(block.name in factors.blocks for block in placement.blocks):
+    if any(block.name in factors.blocks for block in placement.blocks):
         return factors
     return pack_factors(placement, factors)
 
@@ -34,8 +34,9 @@ def pack_factors(placement: Placement, factors: Factors) -> Factors:
 
 
 def of_every_device(placement: Placement, factors: Factors) -> dict[str, BlockFactors]:
-    """Return the factors of the blocks that are not placed, by name."""
-    return {block.name: factors.blocks[block.name] for block in placement.everywhere}
+    """Return the factors of the blocks that are not placed, by name; a mask may lack some."""
+    names = [block.name for block in placement.everywhere]
+    return {name: factors.blocks[name] for name in names if name in factors.blocks}
 
 
 def join_factors(block: OwnerBlock, factors: Factors) -> BlockFactors:
@@ -89,7 +90,8 @@ def place_factors(placement: Placement, factors: Factors) -> Factors:
     """Place the factors of owner blocks on their owners."""
     blocks = dict(factors.blocks)
     for block in placement.blocks:
-        blocks[block.name] = placement.owners.spread(blocks[block.name])
+        if block.name in blocks:  # a mask may have removed it
+            blocks[block.name] = placement.owners.spread(blocks[block.name])
     return factors._replace(blocks=blocks)
 
 
@@ -111,6 +113,8 @@ def unpack_factors(placement: Placement, factors: Factors) -> Factors:
     """Turn the factors of owner blocks into those of the named blocks; `pack_factors` undone."""
     blocks = of_every_device(placement, factors)
     for block in placement.blocks:
+        if block.name not in factors.blocks:  # a mask has removed it
+            continue
         joined = factors.blocks[block.name]
         for member, slices in block.slices():
             of_member = jax.tree.map(lambda x, slices=slices: x[slices], joined)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
 from curvax.kron._factors import BlockFactors, Factors
@@ -45,7 +46,10 @@ def by_device(batch: Owners, by_example: bool) -> RowSums:
     use_axis = 0 if by_example else 2
 
     def sums(fn: Callable[..., T], of_uses: PyTree[Array], by_row: PyTree[Array] = ()) -> T:
-        def of_device(of_uses: PyTree[Array], by_row: PyTree[Array]) -> T:
+        # Arrays that a `Partial` holds are whole on every device.
+        fn = fn if isinstance(fn, Partial) else Partial(fn)
+
+        def of_device(fn: Callable[..., T], of_uses: PyTree[Array], by_row: PyTree[Array]) -> T:
             partial_sums: T = jax.tree.map(lambda x: x[None], fn(of_uses, by_row))
             return partial_sums
 
@@ -57,10 +61,10 @@ def by_device(batch: Owners, by_example: bool) -> RowSums:
         remainders = {length % batch.number for length in lengths}
         if any(remainders):
             # A query without rows, say, is the same on all devices: only the first one's counts.
-            first: T = jax.tree.map(of_first_device, of_device(of_uses, by_row))
+            first: T = jax.tree.map(of_first_device, of_device(fn, of_uses, by_row))
             return first
-        in_specs = PartitionSpec(*[None] * use_axis, batch.axes), batch.spec
-        return batch.each(of_device, in_specs, batch.spec)(of_uses, by_row)
+        in_specs = PartitionSpec(), PartitionSpec(*[None] * use_axis, batch.axes), batch.spec
+        return batch.each(of_device, in_specs, batch.spec)(fn, of_uses, by_row)
 
     return sums
 

@@ -90,6 +90,7 @@ def scale_by_ekfac(
         check.)
       placement: a `curvax.kron_placement` of the layout, as in `scale_by_kfac`. With every
         curvature bases are sent to all devices, where the rows are, and moments to their owners.
+        A `tolerance` is of factors with their padding, which makes the relative error smaller.
 
     Returns:
       `optax.GradientTransformationExtraArgs` with `update(updates, state, params, *,

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from curvax._checks import check_count, check_decay, check_precision
-from curvax._trees import all_finite
+from curvax._trees import all_finite, finite_slices, select_slices
 from curvax._types import Count, Params, Scalar
 from curvax.kron._block_operators import BlockSpectrum
 from curvax.kron._factors import Factors, init_factors, moving_average
@@ -298,10 +298,17 @@ def _refresh(
         for block in layout.blocks:
             name, old = block.name, records[block.name]
             # The one selection of these arrays: a failure and a gradient that is not finite
-            # together.
-            is_good = all_finite(fresh[name])
-            new = fresh[name], _info_of_block(block, spectra[name], old.info)
-            block_state, info = keep_changed(is_usable & is_good, new, (old.block_state, old.info))
+            # together. Of a stack that a placement has joined, every slice fails for itself.
+            if block.is_joined:
+                good_slices = finite_slices(fresh[name])
+                is_good = jnp.all(good_slices)
+                is_new = is_usable & good_slices
+                block_state = select_slices(is_new, fresh[name], old.block_state)
+            else:
+                is_good = all_finite(fresh[name])
+                block_state = keep_changed(is_usable & is_good, fresh[name], old.block_state)
+            new_info = _info_of_block(block, spectra[name], old.info)
+            info = keep_changed(is_usable & is_good, new_info, old.info)
             num_failures = old.num_failures + (is_usable & ~is_good)
             chosen[name] = _BlockRecord(block_state, info, num_failures)
         return chosen

@@ -65,6 +65,8 @@ def unpack_state(placement: Placement, state: optax.OptState) -> optax.OptState:
         block_state, infos = dict(x.block_state), dict(x.info.blocks)
         failures = dict(x.info.num_failures)
         for block in placement.blocks:
+            if block.name not in block_state:  # a mask has removed it
+                continue
             joined, info = block_state.pop(block.name), infos.pop(block.name)
             num_failures = failures.pop(block.name)
             for member, slices in block.slices():
@@ -123,7 +125,7 @@ def _is_kron_state(x: Any) -> bool:
 
 def _is_placed(placement: Placement, x: Any) -> bool:
     """Tell whether this is the state of a rule with the placement."""
-    return _is_kron_state(x) and all(b.name in x.block_state for b in placement.blocks)
+    return _is_kron_state(x) and any(b.name in x.block_state for b in placement.blocks)
 
 
 def _check_named(placement: Placement, state: ScaleByKronState) -> None:

@@ -65,7 +65,11 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> optax.O
 
     def sharding(path: Path, leaf: jax.ShapeDtypeStruct) -> Sharding:
         stated = next(by_init)
-        # 1. Where the parameter is that it mirrors. The path of a mirror ends with the path of its
+        # 1. Where `init` says itself: the stacks of owners.
+        if stated is not None and isinstance(elsewhere, NamedSharding) and id(leaf) not in rows:
+            _check_mesh(stated, elsewhere)
+            return NamedSharding(elsewhere.mesh, _trimmed(stated.spec))
+        # 2. Where the parameter is that it mirrors. The path of a mirror ends with the path of its
         # parameter, whatever holds it: a chain, a mask, a group of `optax.partition`.
         for start in range(len(path) + 1):
             param = by_path.get(path[start:])
@@ -73,9 +77,6 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> optax.O
                 if id(leaf) in rows:
                     return _with_rows_spread(param.sharding, leaf.shape[0])
                 return _behind_leading_axes(param.sharding, leaf.ndim - param.ndim)
-        # 2. Where `init` says itself: the stacks of owners.
-        if stated is not None and isinstance(elsewhere, NamedSharding):
-            return NamedSharding(elsewhere.mesh, stated.spec)
         return elsewhere
 
     result: optax.OptState = jax.tree.map_with_path(sharding, shapes)
@@ -104,6 +105,23 @@ def _shared_sharding(by_path: dict[Path, Any]) -> Sharding:
     if not shardings:
         raise ValueError("params have no arrays, and so no place; give a tree with arrays.")
     return shardings[0]
+
+
+def _check_mesh(stated: NamedSharding, of_params: NamedSharding) -> None:
+    """Raise if a state is placed on another mesh than params."""
+    if dict(stated.mesh.shape) != dict(of_params.mesh.shape):
+        raise ValueError(
+            f"the optimizer has a placement for a mesh {dict(stated.mesh.shape)}, and params are "
+            f"on one of {dict(of_params.mesh.shape)}: make the placement for that."
+        )
+
+
+def _trimmed(spec: PartitionSpec) -> PartitionSpec:
+    """Return a spec without the axes at its end that are whole."""
+    axes = list(spec)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
 def _mirrors(leaf: Any, param: Any) -> bool:

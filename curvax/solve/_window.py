@@ -227,13 +227,18 @@ def _with_row(
     # spread over devices is written by the one that has the row, and none is sent.
     slot = jnp.where(pred, _next_slot(window), window.gram.shape[-1])
 
-    def write(rows: Array, g: Array) -> Array:
-        # Only one row is written, as bits: the buffer of the window is reused.
-        stored_bits = bits(rows).at[slot].set(bits(g), mode="drop")
-        return lax.bitcast_convert_type(stored_bits, rows.dtype)
+    def write(rows: PyTree[Array], stored: Params, slot: Array) -> PyTree[Array]:
+        def of_leaf(x: Array, g: Array) -> Array:
+            # Only one row is written, as bits: the buffer of the window is reused.
+            stored_bits = bits(x).at[slot].set(bits(g), mode="drop")
+            return lax.bitcast_convert_type(stored_bits, x.dtype)
 
+        written: PyTree[Array] = jax.tree.map(of_leaf, rows, stored)
+        return written
+
+    rows = with_auto_sharding(write, window.rows, stored, slot, like=window.rows)
     gram, count = keep_unless(pred, (after.gram, after.count), (window.gram, window.count))
-    return Window(jax.tree.map(write, window.rows, stored), gram, count)
+    return Window(rows, gram, count)
 
 
 def window_inverse(

@@ -69,6 +69,8 @@ def test_small_blocks_and_such_of_two_products_stay_on_every_device(layout):
         ({"precondition": "all"}, ValueError, "'owners'.*'everyone'"),
         ({"mesh": 8}, TypeError, "jax.sharding.Mesh, got int"),
         ({"turns": 0}, ValueError, "turns"),
+        ({"axes": ("data", "data")}, ValueError, "different axes of the mesh"),
+        ({"layout": PARAMS}, TypeError, r"what curvax\.kron_layout returns, got list"),
     ],
 )
 def test_what_is_no_placement_is_refused(layout, change, error, message):
@@ -87,6 +89,19 @@ def test_a_placement_of_another_layout_is_refused(layout):
     rule = curvax.scale_by_kfac(layout, inverse_every=2, stagger=True, placement=placement)
     with pytest.raises(ValueError, match=r"different turns.*turns=2"):
         jax.eval_shape(rule.update, PARAMS, jax.eval_shape(rule.init, PARAMS))
+
+
+def test_a_placement_for_another_mesh_is_refused(layout):
+    """Its sums would be over other devices than they are divided among."""
+    placement = curvax.kron_placement(layout, mesh_of(8), min_size=2)
+    rule = curvax.scale_by_kfac(layout, placement=placement)
+    other = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    with jax.set_mesh(other), pytest.raises(ValueError, match="the mesh in context"):
+        jax.eval_shape(rule.init, PARAMS)
+    whole = NamedSharding(other, P())
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), PARAMS)
+    with pytest.raises(ValueError, match="make the placement for that"):
+        curvax.state_shardings(rule, params)
 
 
 def test_what_a_device_does_and_sends(layout):

@@ -202,3 +202,78 @@ def test_a_packed_state_of_other_blocks_is_refused(problem):
         packed = curvax.pack_state(placement, state)
         with pytest.raises(ValueError, match="packed for a placement already"):
             curvax.pack_state(placement, packed)
+
+
+def test_a_mask_removes_owner_blocks_but_no_part_of_one(problem):
+    params, _, layout = problem
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    placement = curvax.kron_placement(layout, mesh, min_size=4)
+    rule = curvax.scale_by_kfac(layout, placement=placement)
+    joined = {path for block in placement.blocks for path in block.leaves}
+    names = jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
+    without_joined = jax.tree.map(lambda name: name not in joined, names)
+    state = jax.eval_shape(optax.masked(rule, without_joined).init, params)
+    assert list(state.inner_state.block_state) == ["['table']", "['up']"]
+    without_one = jax.tree.map(lambda name: name != "['stack']['w']", names)
+    without_one["stack"]["b"] = False
+    with pytest.raises(ValueError, match="which the placement joins with"):
+        jax.eval_shape(optax.masked(rule, without_one).init, params)
+
+
+def test_slices_fail_each_for_itself(problem):
+    """A factor that is not positive definite leaves the inverses beside it new."""
+    params, batch, layout = problem
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    placement = curvax.kron_placement(layout, mesh, min_size=4)
+    rule = curvax.scale_by_kfac(layout, decay=0.0, placement=placement)
+    factors = curvax.kron_factors(OBJECTIVE, layout, params, batch, jax.random.key(0))
+    twice = {
+        name: block._replace(g=block.g._replace(total=2 * block.g.total))
+        for name, block in factors.blocks.items()
+    }
+    bad = twice["['first']['w']"]
+    bad = bad._replace(a=bad.a._replace(total=-bad.a.total))
+    update = jax.jit(rule.update)
+    state = update(params, rule.init(params), curvature=factors)[1]
+    curvature = factors._replace(blocks=twice | {"['first']['w']": bad})
+    after = update(params, state, curvature=curvature)[1]
+    (name,) = (b.name for b in placement.blocks if "['first']['w']" in b.leaves)
+    is_new = np.any(
+        after.block_state[name].left.matrix != state.block_state[name].left.matrix, axis=(1, 2)
+    )
+    (block,) = (b for b in placement.blocks if b.name == name)
+    for member, slices in block.slices():
+        assert is_new[slices].all() == (member.block.name != "['first']['w']")
+    assert after.info.num_failures[name] == 1
+
+
+def lookups(params, ids):
+    return params["wide"][ids] @ params["v"] + params["narrow"][ids] @ params["w"]
+
+
+def test_padded_and_full_factors_of_lookups():
+    """Two tables of other widths in one stack; a table whose factor of inputs is full."""
+    objective = curvax.Objective(lookups, curvax.losses.softmax_cross_entropy())
+    rng = np.random.default_rng(0)
+    shapes = {"wide": (6, 5), "narrow": (6, 4), "v": (5, 3), "w": (4, 3)}
+    params = {name: jnp.asarray(rng.standard_normal(shape)) for name, shape in shapes.items()}
+    batch = jnp.asarray(rng.integers(6, size=16)), jnp.asarray(rng.integers(3, size=16))
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    for structure in ("diagonal", "full"):
+        layout = curvax.kron_layout(objective, params, batch)
+        for name in ("wide", "narrow"):
+            layout = layout.edit(f"['{name}']", a_structure=structure)
+        placement = curvax.kron_placement(layout, mesh, min_size=2)
+        assert any("wide" in b.name and "narrow" in b.name for b in placement.blocks)
+
+        def step(placement, layout=layout):
+            curvature = curvax.kron.eigen_curvature(
+                objective, layout, params, batch, jax.random.key(0), placement=placement
+            )
+            rule = curvax.scale_by_ekfac(layout, placement=placement)
+            return rule.update(params, rule.init(params), curvature=curvature)[0]
+
+        both = lambda step=step, placement=placement: (step(placement), step(None))
+        placed, alone = jax.jit(both)()
+        near = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10)
+        jax.tree.map(near, placed, alone)
