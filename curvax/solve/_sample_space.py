@@ -15,7 +15,7 @@ from jax import lax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from curvax._batch import ENTRIES_AT_A_TIME
+from curvax._batch import ENTRIES_AT_A_TIME, batch_size
 from curvax._checks import check_choice, check_params
 from curvax._shared import unwrap
 from curvax._trees import as_vector, by_path, cast_like, dimension
@@ -126,6 +126,7 @@ def sample_space(
     check_choice("space", space, SPACES)
     check_params(params)
     inputs = checked_inputs(objective, batch)
+    _check_not_empty(objective, batch)
     shapes = jax.tree.leaves(jax.eval_shape(lambda: objective.outputs(params, inputs)))
     num_rows = sum(math.prod(shape.shape) for shape in shapes)
     # A penalty on params has as many rows as there are parameters.
@@ -160,10 +161,14 @@ def _are_rows_formed(
     possible = not (in_params and objective.loss.couples_examples)
     num_rows, num_outputs = 0, 0
     for part, (inputs, _) in _members(objective, batch):
+        size = batch_size(inputs)
         shapes = jax.eval_shape(partial(part.objective.outputs, inputs=inputs), params)
         leaves = jax.tree.leaves(shapes)
-        num_rows += sum(math.prod(x.shape) for x in leaves)
-        num_outputs = max(num_outputs, sum(math.prod(x.shape[1:]) for x in leaves))
+        # Outputs that are not by example, a mean for instance, have no rows by example.
+        possible &= all(x.shape[:1] == (size,) for x in leaves)
+        of_part = sum(math.prod(x.shape) for x in leaves)
+        num_rows += of_part
+        num_outputs = max(num_outputs, of_part // size)
         # Of one example alone, batch norm in training computes what it does not in a batch.
         possible &= are_examples_apart(part.objective, params, inputs)
     if asked:
@@ -187,6 +192,17 @@ def _members(objective: Objective, batch: Any) -> list[tuple[Part, Batch]]:
     batches = batches_of_parts(objective, batch)
     parts = [part for part in objective.parts if not part.objective.is_penalty]
     return [(part, batches[part.name]) for part in parts]
+
+
+def _check_not_empty(objective: Objective, batch: Any) -> None:
+    """Raise if a part has no example, whose mean would be 0/0."""
+    for part, rows in _members(objective, batch):
+        if batch_size(rows) == 0:
+            where = f"[{part.name!r}]" if objective.parts else ""
+            raise ValueError(
+                f"batch{where} has no rows, but a curvature is a mean over at least one. Pass "
+                "some, or leave the part out of the objective."
+            )
 
 
 def _by_outer_products(objective: Objective, params: Params, batch: Any) -> Dense:
