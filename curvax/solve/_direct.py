@@ -113,24 +113,22 @@ def direct(
     """
     check_damping(damping, allow_zero=isinstance(curvature, Dense))
     check_system(b, damping, tol, 1, None)
-    wide, y = tree_at_least_float32(b), None
-    if center is not None:
-        check_like(center, b, "center", "b")
-        y = cast_like(center, wide)
-    if isinstance(curvature, Dense):
-        matrix = curvature.matrix
-        solve_by = _by_matrix
-    elif isinstance(curvature, SampleSpace):
-        matrix = curvature.gram
-        solve_by = _by_rows
-    else:
+    if not isinstance(curvature, Dense | SampleSpace):
         raise TypeError(
             "direct takes the result of curvax.solve.sample_space, or curvax.solve.Dense(matrix); "
             f"got {describe(curvature)}. A matvec is for curvax.cg."
         )
-
-    solve, is_definite = _refined_solve(at_least_float32(matrix), damping, pseudo_inverse)
-    x, matvec = solve_by(curvature, solve, damping, wide, y)
+    wide, y = tree_at_least_float32(b), None
+    if center is not None:
+        check_like(center, b, "center", "b")
+        y = cast_like(center, wide)
+    # F, or the Gram matrix U'U in its place.
+    matrix = at_least_float32(curvature[0])
+    solve, is_definite = _refined_solve(matrix, damping, pseudo_inverse)
+    if isinstance(curvature, Dense):
+        x, matvec = _by_matrix(curvature, solve, damping, wide, y)
+    else:
+        x, matvec = _by_rows(curvature, solve, damping, wide, y)
 
     good = all_finite(x)
     finite_system = all_finite((_trace(matrix), b))
