@@ -18,7 +18,7 @@ from curvax.capture._gradient_pairs import (
 from curvax.capture._gram import gram
 from curvax.capture._join import join_examples, joined_captures
 from curvax.capture._kernels import Kernel, UseKind
-from curvax.capture._plan import Plan, find_kernels, plan, uses_in_part
+from curvax.capture._plan import Plan, are_examples_apart, find_kernels, plan, uses_in_part
 from curvax.capture._record import Capture, PerUseArray, UseCotangents, record
 from curvax.capture._views import View, entry_numbers, leaf_view, uncovered
 
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "plan",
     "find_kernels",
+    "are_examples_apart",
     "uses_in_part",
     "Kernel",
     "UseKind",

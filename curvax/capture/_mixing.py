@@ -80,6 +80,21 @@ def mixing_operation(
     return next((where.by for where in results if isinstance(where, Mixed)), None)
 
 
+def keeps_examples_apart(
+    program: Any,
+    is_batched: Sequence[bool],
+    live: Sequence[bool],
+) -> bool:
+    """Tell whether every row of the outputs is known to be of the row of inputs in its place.
+
+    Arguments are those of `mixing_operation`. False where examples mix and where we cannot tell.
+    """
+    arguments = [Axis(0) if batched else None for batched in is_batched]
+    results = walk(program, arguments, live, _RULES, Place())
+    of_outputs = [where for where, counts in zip(results, live, strict=True) if counts]
+    return all(where is None or where == Axis(0) for where in of_outputs)
+
+
 def _enters(eqn: Any) -> Any:
     """Enter custom derivatives too: how a result depends on examples is in the primal program."""
     inner = inner_program(eqn) or eqn.params.get("call_jaxpr")

@@ -17,7 +17,7 @@ from curvax._trees import by_path
 from curvax._types import Params
 from curvax.capture._find import Findings, HoldsView, find_uses
 from curvax.capture._kernels import Kernel, Reasons, Shapes, UseKind, group_uses, match_uses
-from curvax.capture._mixing import mixing_operation
+from curvax.capture._mixing import keeps_examples_apart, mixing_operation
 from curvax.capture._uses import Use
 from curvax.capture._views import leaf_view
 from curvax.objective import Objective
@@ -98,6 +98,18 @@ def uses_in_part(
     matched = _match_kernels(_trace(objective, params, inputs), params, inputs, kernels)
     kinds = {kernel.view: kernel.uses for kernel in matched}
     return [kinds.get(kernel.view, ()) for kernel in kernels]
+
+
+def are_examples_apart(objective: Objective, params: Params, inputs: Any) -> bool:
+    """Tell whether the model is known to compute every row of its outputs from one row of inputs.
+
+    Args:
+      objective: the `curvax.Objective`.
+      params: pytree of float arrays, or of their shapes.
+      inputs: the inputs of a batch, or their shapes.
+    """
+    model = _trace(objective, params, inputs)
+    return keeps_examples_apart(model.program, _are_batched(params, inputs), model.live)
 
 
 def plan(

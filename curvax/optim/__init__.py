@@ -48,6 +48,7 @@ from curvax.optim._levenberg_marquardt import (
     LevenbergMarquardtState,
     levenberg_marquardt,
 )
+from curvax.optim._line_search import LineSearchInfo, LineSearchState, line_search
 from curvax.optim._matrices import (
     MatrixBlock,
     MatrixInfo,
@@ -117,6 +118,13 @@ from curvax.optim._shampoo import (
 )
 from curvax.optim._soap import SoapBlock, scale_by_soap, soap
 from curvax.optim._sophia import SophiaInfo, scale_by_sophia, sophia_g, sophia_h
+from curvax.optim._spring import (
+    ScaleBySpringState,
+    SpringInfo,
+    engd,
+    scale_by_spring,
+    spring,
+)
 from curvax.optim._squares import (
     ScaleBySquaresState,
     SquaresInfo,
@@ -147,6 +155,8 @@ __all__ = [
     "LazyNewtonInfo",
     "LevenbergMarquardtInfo",
     "LevenbergMarquardtState",
+    "LineSearchInfo",
+    "LineSearchState",
     "LossAverages",
     "MatrixBlock",
     "MatrixInfo",
@@ -169,6 +179,7 @@ __all__ = [
     "ScaleByNewtonState",
     "ScaleByOasisAutoState",
     "ScaleByOasisState",
+    "ScaleBySpringState",
     "ScaleBySquaresState",
     "ScaleBySsbroydenState",
     "ScaleRule",
@@ -176,6 +187,7 @@ __all__ = [
     "Sides",
     "SoapBlock",
     "SophiaInfo",
+    "SpringInfo",
     "SquaresInfo",
     "SsbroydenInfo",
     "StepContext",
@@ -190,6 +202,7 @@ __all__ = [
     "curvature_rule",
     "egn",
     "ekfac",
+    "engd",
     "estimating",
     "exact_polar",
     "fismo",
@@ -208,6 +221,7 @@ __all__ = [
     "krylov_descent",
     "lazy_newton",
     "levenberg_marquardt",
+    "line_search",
     "mfac",
     "mkor",
     "mkor_h",
@@ -219,6 +233,7 @@ __all__ = [
     "oasis",
     "oasis_auto",
     "on_fraction",
+    "pack_state",
     "polar_express",
     "psgd",
     "psgd_interval",
@@ -254,6 +269,7 @@ __all__ = [
     "scale_by_shampoo",
     "scale_by_soap",
     "scale_by_sophia",
+    "scale_by_spring",
     "scale_by_ssbroyden",
     "shampoo",
     "shape_norm",
@@ -261,10 +277,10 @@ __all__ = [
     "sophia_g",
     "sophia_h",
     "spatial_average",
+    "spring",
     "ssbfgs",
     "ssbroyden",
     "state_shardings",
-    "pack_state",
     "unpack_state",
     "unscaled",
     "until_plateau",

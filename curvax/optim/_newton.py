@@ -69,7 +69,7 @@ def scale_by_newton(
       `optax.GradientTransformationExtraArgs` with `update(updates, state, params=None, *,
       curvature, damping=None)`. Every update needs the curvature that the solver takes: a matvec
       such as `curvax.ggnvp(...)` (a pytree, so it may cross `jit`), or what
-      `curvax.kron.sample_space` returns. The state keeps nothing of it, for it belongs to one
+      `curvax.solve.sample_space` returns. The state keeps nothing of it, for it belongs to one
       batch; a matrix that is kept over steps is the subject of `curvax.scale_by_lazy_newton`. The
       state is a `ScaleByNewtonState`.
 
@@ -265,7 +265,7 @@ def egn(
     """Exact Gauss-Newton: `params -= learning_rate (F + damping I)^-1 g`, solved directly.
 
     By Cholesky in the space of examples and outputs, or of parameters if those are fewer; see
-    `curvax.kron.sample_space`.
+    `curvax.solve.sample_space`.
 
     Args:
       learning_rate: a number or a schedule; 1 is the Levenberg-Marquardt step.
@@ -277,7 +277,7 @@ def egn(
       state holds a `NewtonInfo`.
 
     Raises:
-      ValueError, TypeError: At trace time, as `curvax.kron.sample_space`, `curvax.solve.direct` and
+      ValueError, TypeError: At trace time, as `curvax.solve.sample_space`, `curvax.solve.direct` and
         `curvax.estimating` do.
 
     Cost: with n outputs in the batch `n^3 / 3` multiplications, `n^2` for each unit of a dense
@@ -297,8 +297,8 @@ def egn(
     References: Korbit et al. (2024), Exact Gauss-Newton optimization for training deep neural
       networks.
 
-    Deviates: the system is made symmetric, see `curvax.kron.sample_space`; momentum and line search
-      come from optax.
+    Deviates: the system is made symmetric, see `curvax.solve.sample_space`; momentum is that of
+      optax or of `curvax.spring`, line search that of optax or `curvax.line_search`.
     """
 
     def space(params: Params, batch: Batch, key: PRNGKey) -> Any:

@@ -89,7 +89,7 @@ def search_step(
         parameter = jnp.where(last.trials > 0, shorter, last.parameter)
         wide_step, decrease = family.propose(parameter)
         step = jax.tree.map(lambda s, p: s.astype(p.dtype), wide_step, params)
-        moved = jax.tree.map(_rounded, cast(Params, optax.apply_updates(params, step)))
+        moved = jax.tree.map(rounded, cast(Params, optax.apply_updates(params, step)))
         after, fresh = value_and_grad(moved, batch)
 
         fresh_norm = norm(fresh)
@@ -126,7 +126,7 @@ def search_step(
     return lax.while_loop(is_searching, fast_convs_in_loops(attempt), unused)
 
 
-def _rounded(x: Array) -> Array:
+def rounded(x: Array) -> Array:
     """Return x as its dtype holds it."""
     # Inside of a program XLA keeps more digits of 16-bit floats than an array will have, and would
     # evaluate the loss at a point at which params never are.

@@ -24,6 +24,7 @@ class Result(enum.IntEnum):
     BAD_PRECONDITIONER = 7
     LEAST_SQUARES = 8
     NOT_DEFINITE = 9
+    PSEUDO_INVERSE = 10
 
     @property
     def message(self) -> str:
@@ -53,6 +54,8 @@ _MESSAGES = {
     "of the matrix, and x is a least-squares solution: "
     "take it as that, add damping, or work in float64.",
     Result.NOT_DEFINITE: "the matrix plus damping is not positive definite: raise damping.",
+    Result.PSEUDO_INVERSE: "the matrix plus damping is not positive definite, and x is by its "
+    "pseudo-inverse, as asked by pseudo_inverse=True: raise damping.",
 }
 
 

@@ -379,6 +379,14 @@ OPTIMIZERS = {
         combine=None,  # the space of one batch's examples
         **SOLVES,
     ),
+    "spring": Row(
+        build=solving(functools.partial(curvax.spring, momentum=0.5)),
+        scale_by=functools.partial(curvax.scale_by_spring, 0.3, 0.5),
+        estimator=lambda params, batch, key: curvax.solve.sample_space(OBJECTIVE, params, batch),
+        averages=("direction",),
+        combine=None,  # the space of one batch's examples
+        **SOLVES,
+    ),
     "lazy_newton": Row(
         build=lazy,
         scale_by=functools.partial(curvax.scale_by_lazy_newton, 0.3),

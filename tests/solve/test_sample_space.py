@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import parts
 import pytest
 import zoo
 
 import curvax
 from curvax.capture import _gram
-from curvax.solve import Dense, SampleSpace, direct
+from curvax.solve import Dense, SampleSpace, _jacobian_rows, direct
 
 flat_rows = jax.vmap(oracle.flat)
 
@@ -225,3 +226,75 @@ def test_a_penalty_goes_into_the_matrix_over_params():
     np.testing.assert_allclose(space.matrix, fit + 0.2 * np.eye(len(fit)), rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match="penalty 'decay' would be as many rows"):
         curvax.solve.sample_space(objective, case.params, batch, space="samples")
+
+
+@pytest.mark.usefixtures("x64")
+def test_rows_by_reverse_passes_against_layers_and_products(monkeypatch):
+    """Second derivatives inside and values on the boundary; in sample space and over params."""
+    residuals = {name: parts.PARTS[name] for name in ("interior", "boundary")}
+    without_decay = curvax.total(residuals, {"interior": 0.7, "boundary": 3.0})
+    params, batch = parts.problem()
+    # Two examples at a time, and the one that remains.
+    monkeypatch.setattr(_jacobian_rows, "ENTRIES_AT_A_TIME", 26)
+
+    @jax.jit
+    def both(params, batch):
+        form = functools.partial(curvax.solve.sample_space, params=params, batch=batch)
+        by_rows = form(without_decay, space="samples", form_rows=True)
+        by_layers = form(without_decay, space="samples", form_rows=False)
+        dense = [form(parts.TOTAL, form_rows=by).matrix for by in (True, False)]
+        pulled = [space.pull(space.gradient) for space in (by_rows, by_layers)]
+        pushed = [space.push(params) for space in (by_rows, by_layers)]
+        return [by_rows.gram, by_layers.gram], dense, pulled, pushed
+
+    for got, want in both(params, batch):
+        assert np.any(np.asarray(jax.tree.leaves(want)[0]))
+        parts.close(got, want)
+
+
+@pytest.mark.parametrize("name", ["mlp", "multi_head", "shared_statistics"])
+def test_rows_of_several_outputs(name, x64):
+    case, _, matrix = problem(name)
+    form = functools.partial(curvax.solve.sample_space, case.objective, form_rows=True)
+    dense = jax.jit(lambda p, b: form(p, b, space="params").matrix)(case.params, case.batch)
+    np.testing.assert_allclose(dense, matrix, rtol=1e-9, atol=1e-11)
+
+
+def test_shapes_decide_whether_rows_are_formed():
+    """A model with a backward pass only can be worked through by rows alone."""
+
+    @jax.custom_vjp
+    def scaled(w, x):
+        return x @ w
+
+    scaled.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, c: (saved[1].T @ c, c @ saved[0].T))
+    objective = curvax.Objective(scaled, curvax.losses.squared_error())
+
+    def form(num_outputs, **options):
+        w, batch = jnp.ones((3, num_outputs)), (jnp.eye(3), jnp.ones((3, num_outputs)))
+        build = lambda w, b: curvax.solve.sample_space(objective, w, b, **options)
+        return jax.eval_shape(build, w, batch)
+
+    assert isinstance(form(1), SampleSpace)
+    assert isinstance(form(1, space="params"), Dense)
+    assert isinstance(form(2, space="params"), Dense)
+    for options in (
+        {"num_outputs": 2, "space": "samples"},
+        {"num_outputs": 5, "space": "params"},
+        {"num_outputs": 1, "form_rows": False},
+    ):
+        with pytest.raises(TypeError, match="custom_vjp"):
+            form(**options)
+
+
+def test_rows_need_examples_that_are_apart():
+    mixing = curvax.Objective(lambda w, x: (x - x.mean(0)) @ w, curvax.losses.squared_error())
+    w, batch = jnp.ones(2), (jnp.arange(6.0).reshape(3, 2), jnp.ones(3))
+    with pytest.raises(ValueError, match="known to keep examples apart"):
+        curvax.solve.sample_space(mixing, w, batch, form_rows=True)
+    # Products see the whole batch: x of zero mean.
+    dense = curvax.solve.sample_space(mixing, w, batch, space="params").matrix
+    np.testing.assert_allclose(dense, np.full((2, 2), 8 / 3), rtol=1e-6)
+    empty = jax.tree.map(lambda x: x[:0], batch)
+    with pytest.raises(ValueError, match="batch has no rows"):
+        curvax.solve.sample_space(mixing, w, empty)
