@@ -22,8 +22,10 @@ Each is a test of less than a hundred lines in `tests/recipes/`, which trains by
   `weighted_sum`.
 * GAN (`test_gan.py`): an objective and an optimizer for each network, the other network in the
   inputs as `curvax.Shared`.
-* energy-based model, stochastic reconfiguration (`test_energy.py`): `variance` of energies at draws
-  from the model is the metric; the gradient is passed to `update` apart.
+* energy-based model (`test_energy.py`): `variance` of energies at draws from the model is the
+  metric; the gradient is passed to `update` apart.
+* wavefunction, stochastic reconfiguration (`examples/vmc.py`): `local_energy` is metric and
+  gradient; the local energies are the targets.
 * distillation (`test_distillation.py`): `from_function` of the cross-entropy with probabilities and
   a `sample` of labels, beside the labels' own in a `weighted_sum`.
 * several heads with missing targets (`test_mixed.py`): `weighted_sum`, `masked`, `ignore_index`.
@@ -39,6 +41,7 @@ under each.
 from curvax.losses._combine import masked, weighted_sum
 from curvax.losses._coupled import contrastive, variance
 from curvax.losses._density import negative_log_density
+from curvax.losses._energy import local_energy
 from curvax.losses._gaussian import gaussian, gaussian_kl
 from curvax.losses._likelihoods import poisson, sigmoid_cross_entropy, squared_error
 from curvax.losses._loss import Loss, as_loss, from_function, pseudo_gradient
@@ -51,6 +54,7 @@ __all__ = [
     "from_function",
     "gaussian",
     "gaussian_kl",
+    "local_energy",
     "masked",
     "negative_log_density",
     "poisson",

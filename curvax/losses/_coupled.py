@@ -7,6 +7,7 @@ gradients of examples. On a whole batch there is everything else.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -130,7 +131,7 @@ def variance() -> Loss:
     model gives log densities up to a constant: stochastic reconfiguration (f = log psi at draws
     from psi^2, a quarter of the Fisher matrix), and the Fisher matrix of an energy-based model (f
     the energy at draws from the model). The gradient comes from elsewhere then; of the objective
-    the curvature alone is used.
+    the curvature alone is used. (For a wavefunction `curvax.losses.local_energy` has both.)
 
     Returns:
       A `Loss` for float outputs `[batch, ...]`. There are no targets: give `None`.
@@ -173,12 +174,18 @@ def variance() -> Loss:
         r: Array = _centered(z) / outputs.shape[0] ** 0.5
         return r.astype(outputs.dtype)
 
-    return from_function(
+    def equal_weights(outputs: Array, targets: Any) -> Array:
+        del targets
+        size = outputs.shape[0]
+        return jnp.full(size, 1 / size, at_least_float32(outputs).dtype)
+
+    loss = from_function(
         value,
         curvature_product=curvature_product,
         pseudo_gradient=pseudo_gradient,
         couples_examples=True,
     )
+    return dataclasses.replace(loss, centering_weights=equal_weights)
 
 
 def _centered(x: Array) -> Array:

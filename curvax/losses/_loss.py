@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from curvax._checks import check_scalar
 from curvax._types import Outputs, PRNGKey, Scalar, Targets
@@ -23,6 +23,7 @@ NumTerms: TypeAlias = Callable[[Outputs, Targets], Scalar]
 PseudoGradient: TypeAlias = Callable[[PRNGKey, Outputs, Targets], Outputs]
 EmpiricalGradient: TypeAlias = Callable[[Outputs, Targets], Outputs]
 TermAxes: TypeAlias = Callable[[Outputs, Targets], int]
+TermWeights: TypeAlias = Callable[[Outputs, Targets], Float[Array, " batch"]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Loss:
       couples_examples: whether the loss compares examples of a batch with each other, as
         `contrastive` does. Then single examples have no loss of their own.
       heads: `(name, weight, loss)` of each head of a `weighted_sum`, else empty.
+      centering_weights: `(outputs, targets) -> p`, `[batch]` with the sum 1, of a loss whose
+        curvature is `diag(p) - p p'` for each entry of an example's outputs; None for others.
     """
 
     value: Value
@@ -61,6 +64,8 @@ class Loss:
     couples_examples: bool = False
     # Weights may be arrays, which have no hash; objectives are static arguments of `jit`.
     heads: tuple[tuple[str, Any, Loss], ...] = field(default=(), compare=False)
+    # Its root is known, of which sample space makes use.
+    centering_weights: TermWeights | None = None
 
     def __call__(
         self,

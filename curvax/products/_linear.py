@@ -177,7 +177,8 @@ def linearize(
     except (TypeError, NotImplementedError) as error:
         message = str(error)
         # What calls back to the host cannot be computed again: all residuals stay in memory.
-        if "Effects not supported" in message:
+        # So it is with complex values inside a model, to which JAX cannot put its marks.
+        if "Effects not supported" in message or "reduce_precision" in message:
             return jax.linearize(fun, params)
         if "custom_vjp" in message or "ifferentiation rule" in message:
             raise TypeError(refusal) from error

@@ -35,7 +35,9 @@ from curvax.capture import (
     uses_in_part,
 )
 from curvax.losses import Loss
+from curvax.losses._energy import divided_by_root, times_root, times_transposed_root
 from curvax.losses._linear import check_curved
+from curvax.losses._loss import TermWeights
 from curvax.objective import (
     Objective,
     Part,
@@ -242,6 +244,9 @@ def _in_sample_space(
         return space
     inputs, targets = batch
     outputs = objective.outputs(params, inputs)
+    weights_of = objective.loss.centering_weights
+    if weights_of is not None:
+        return _centered(objective.loss, weights_of, outputs, targets, space)
     with_root = partial(_root_of_all, objective.loss)
     root, gram, gradient = with_auto_sharding(
         with_root, outputs, targets, space.gram, space.gradient
@@ -252,6 +257,56 @@ def _in_sample_space(
         pull=Partial(_pull_by_root, root, space.pull),
         gradient=gradient,
     )
+
+
+def _centered(
+    loss: Loss,
+    weights_of: TermWeights,
+    outputs: Outputs,
+    targets: Targets,
+    space: SampleSpace,
+) -> SampleSpace:
+    """Return the space of `U = J'R` from that of J, for the root R of `diag(p) - p p'`.
+
+    No matrix is decomposed for it, where `_root_of_all` needs the eigenvalues of S.
+    """
+
+    def form(outputs: Outputs, targets: Targets, gram: Array, residual: Array) -> Any:
+        check_curved(loss, outputs, unwrap(targets))
+        p = weights_of(outputs, unwrap(targets)).astype(gram.dtype)
+        # R'(J J')R, of rows and then of columns.
+        half = _by_output(times_transposed_root, p, gram)
+        centered = _by_output(times_transposed_root, p, half.T)
+        return p, centered, _by_output(divided_by_root, p, residual)
+
+    p, gram, gradient = with_auto_sharding(form, outputs, targets, space.gram, space.gradient)
+    push = Partial(_push_centered, p, space.push)
+    return SampleSpace(gram, push, Partial(_pull_centered, p, space.pull), gradient)
+
+
+def _by_output(
+    apply: Callable[[Array, Array], Array],
+    p: Float[Array, " b"],
+    v: Float[Array, "n ..."],
+) -> Float[Array, "n ..."]:
+    """Apply a matrix over examples to rows that are ordered [k, b], for each output k."""
+    rows = jnp.moveaxis(v.reshape(-1, len(p), v.size // len(v)), 0, 1)
+    applied = apply(p, rows.reshape(len(p), -1)).reshape(rows.shape)
+    return jnp.moveaxis(applied, 1, 0).reshape(v.shape)
+
+
+def _push_centered(
+    p: Float[Array, " b"], push: Callable[[Params], Float[Array, " n"]], v: Params
+) -> Float[Array, " n"]:
+    """Return `R'(J v)`."""
+    return _by_output(times_transposed_root, p, push(v))
+
+
+def _pull_centered(
+    p: Float[Array, " b"], pull: Callable[[Float[Array, " n"]], Params], q: Float[Array, " n"]
+) -> Params:
+    """Return `J'(R q)`."""
+    return pull(_by_output(times_root, p, q))
 
 
 def _space_by_rows(objective: Objective, params: Params, batch: Any) -> SampleSpace:
