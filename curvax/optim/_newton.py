@@ -277,8 +277,8 @@ def egn(
       state holds a `NewtonInfo`.
 
     Raises:
-      ValueError, TypeError: At trace time, as `curvax.solve.sample_space`, `curvax.solve.direct` and
-        `curvax.estimating` do.
+      ValueError, TypeError: At trace time, as `curvax.solve.sample_space`, `curvax.solve.direct`
+        and `curvax.estimating` do.
 
     Cost: with n outputs in the batch `n^3 / 3` multiplications, `n^2` for each unit of a dense
       layer, and a backward pass for each output of an example. Memory: `n^2` floats.
