@@ -176,7 +176,7 @@ def spring(objective: curvax.Objective, damping: float, momentum: float) -> Any:
     return curvax.line_search(tx, objective)
 
 
-# By name, `(objective, damping, params, batch) -> optimizer`, and how many of its steps run together.
+# By name `(objective, damping, params, batch) -> optimizer`, and how many steps run together.
 METHODS: dict[str, tuple[Callable[..., Any], int]] = {
     "engd": (lambda objective, damping, *_: spring(objective, damping, 0.0), 20),
     "spring": (lambda objective, damping, *_: spring(objective, damping, 0.3), 20),
