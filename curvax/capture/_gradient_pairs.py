@@ -92,7 +92,8 @@ class LookupPair:
         ) -> Float[Array, "i o"]:
             # Cotangents in the basis of a padded factor have more columns than the kernel.
             columns = g.shape[-1]
-            return jnp.zeros((shape[1], columns), g.dtype).at[rows].add(g, mode="drop")
+            zeros = jnp.zeros((shape[1], columns), g.dtype)
+            return zeros.at[rows].add(g, mode="drop")
 
         # Rows out of range are dropped, as the model's own lookup drops them.
         rows = out_of_range_if_negative(self.rows, shape[1])
@@ -160,7 +161,8 @@ def _masked(
 ) -> LookupPair:
     """Form `mask * D`, which is no sum over positions; write it as the sum `sum_i e_i d_i'`."""
     # The row of a bias is behind no mask.
-    complete = np.pad(mask, [(0, 0), (0, int(kernel.bias is not None)), (0, 0)], constant_values=1)
+    num_biases = int(kernel.bias is not None)
+    complete = np.pad(mask, [(0, 0), (0, num_biases), (0, 0)], constant_values=1)
     rows = jnp.arange(kernel.shape[1])
     gradient: Any = 0
     for pair in pairs:

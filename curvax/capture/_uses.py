@@ -221,7 +221,8 @@ def of_lookup(
     """
     numbers = eqn.params["dimension_numbers"]
     shape = eqn.invars[0].aval.shape
-    output, ndim = eqn.outvars[0].aval, len(eqn.invars[1].aval.shape) - 1
+    output = eqn.outvars[0].aval
+    ndim = len(eqn.invars[1].aval.shape) - 1
     # 1. Of the table: batch axes, those that are indexed, and the columns.
     batch = tuple(numbers.operand_batching_dims)
     rows = _row_axes(eqn)
