@@ -18,9 +18,6 @@ IMPORTS = ["jax", "flax.linen", "optax", "sklearn.datasets", "matplotlib.pyplot"
 
 def run(script: str) -> tuple[str, float, str]:
     """Return the script, its seconds, and what it printed if it failed."""
-    # The quickstart has the compiler's defaults, as users do; the others compile fast.
-    if script.endswith("quickstart.py"):
-        os.environ.pop("XLA_FLAGS", None)
     sys.argv = [script, "--smoke"]
     sys.path.insert(0, os.path.dirname(script))
     printed, failed, start = io.StringIO(), False, time.monotonic()

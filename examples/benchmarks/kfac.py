@@ -32,12 +32,14 @@ CYCLE = 10
 
 
 class Autoencoder(nn.Module):
+    widths: tuple[int, ...] = (1000, 500, 250)
+
     @nn.compact
     def __call__(self, x):
-        for width in (1000, 500, 250):
+        for width in self.widths:
             x = nn.tanh(nn.Dense(width)(x))
         x = nn.Dense(30)(x)
-        for width in (250, 500, 1000):
+        for width in reversed(self.widths):
             x = nn.tanh(nn.Dense(width)(x))
         return nn.Dense(64)(x)
 
@@ -106,8 +108,10 @@ def problems(smoke: bool) -> list[Problem]:
 
     size = 64 if smoke else 512
     pixels = jax.random.uniform(key, (size, 64))
+    # Compiling is all that a smoke run is for.
+    network = Autoencoder((40, 20)) if smoke else Autoencoder()
     autoencoder = problem(
-        "autoencoder", Autoencoder(), curvax.losses.sigmoid_cross_entropy(), pixels, pixels
+        "autoencoder", network, curvax.losses.sigmoid_cross_entropy(), pixels, pixels
     )
     if smoke:
         return [autoencoder]
