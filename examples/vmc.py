@@ -396,7 +396,7 @@ def main() -> None:
     flags.add_argument("--methods", nargs="+", choices=list(COLORS), default=list(COLORS))
     flags.add_argument("--steps", type=int, help="in place of those of each problem")
     flags.add_argument("--spins", type=int, default=12, help="length of the ring, even")
-    flags.add_argument("--out", type=Path, default=Path("vmc.png"), help="the picture")
+    flags.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     flags.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     args = flags.parse_args()
 
@@ -419,8 +419,10 @@ def main() -> None:
         if methods:
             compare(name, builders[name](), methods, 4 if small else args.steps, axis)
     plt.tight_layout()
-    plt.savefig(args.out, dpi=120)
-    print(f"\nwrote {args.out}")
+    path = args.out / "vmc.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.savefig(path, dpi=120)
+    print(f"\nwrote {path}")
 
 
 def compare(
