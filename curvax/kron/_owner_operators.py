@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-
 from curvax.kron._block_operators import EigenOperator, FactoredOperator
 from curvax.kron._gradient_pairs import Basis
 from curvax.kron._kron_factor import Diagonal, Full, Identity, KronFactor
@@ -21,10 +19,10 @@ def member_bases(block: OwnerBlock, basis: Basis) -> list[Basis]:
     stay: those of padding become 0, and moments in their direction too.
     """
     bases = []
-    for member, slices in block.slices():
+    for member, of_member in block.split(basis):
         sides = []
-        for vectors, size in zip(basis, member.sides, strict=True):
-            sides.append(None if vectors is None else vectors[slices, :size])
+        for vectors, size in zip(of_member, member.sides, strict=True):
+            sides.append(None if vectors is None else vectors[:, :size])
         first, second = sides
         bases.append(Basis(*member.oriented((first, second))))
     return bases
@@ -41,9 +39,7 @@ def for_everyone(layout: Layout, operator: KronOperator) -> tuple[Layout, KronOp
         if not isinstance(block, OwnerBlock) or block.precondition == "owners":
             blocks.append(block)
             continue
-        joined = operators.pop(block.name)
-        for member, slices in block.slices():
-            of_member = jax.tree.map(lambda x, slices=slices: x[slices], joined)
+        for member, of_member in block.split(operators.pop(block.name)):
             blocks.append(member.block)
             operators[member.block.name] = cut_operator(member, of_member)
     return Layout(tuple(blocks), layout.leaves), operator._replace(blocks=operators)

@@ -65,15 +65,12 @@ class Owners:
         """Place stacks on every device, of which only the first `count` slices are not zero."""
 
         def gather(x: Array) -> Array:
-            # Of all-gather, every device sends its slices, empty ones too. Where most are empty, a
-            # sum of what there is costs less: it is sent twice.
-            slots = len(x) // self.number
-            num_rows = slots * math.ceil(count / slots)
-            if 2 * num_rows >= len(x):
+            num_rows = self.few_rows(len(x), count)
+            if num_rows is None:
                 return self.everywhere(x)
 
             def of_owner(part: Array) -> Array:
-                start = slots * lax.axis_index(self.axes)
+                start = len(part) * lax.axis_index(self.axes)
                 part = jnp.where(start < num_rows, part, 0)
                 alone = jnp.zeros((num_rows, *part.shape[1:]), part.dtype)
                 alone = lax.dynamic_update_slice_in_dim(alone, part, start, axis=0)
@@ -84,6 +81,16 @@ class Owners:
 
         result: T = jax.tree.map(gather, stacks)
         return result
+
+    def few_rows(self, stack: int, count: int) -> int | None:
+        """Return how many rows of a stack to sum over devices; None where most are in use.
+
+        What is gathered or scattered is sent once, with the slices that are empty. A sum is sent
+        twice, and only of the parts with some of the first `count` slices.
+        """
+        slots = stack // self.number
+        num_rows = slots * math.ceil(count / slots)
+        return num_rows if 2 * num_rows < stack else None
 
     def each(self, fn: Callable[..., T], in_specs: Any, out_specs: Any) -> Callable[..., T]:
         """Return `fn` as every device does it for itself, a `shard_map` over these axes."""

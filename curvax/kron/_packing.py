@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
@@ -115,9 +114,7 @@ def unpack_factors(placement: Placement, factors: Factors) -> Factors:
     for block in placement.blocks:
         if block.name not in factors.blocks:  # a mask has removed it
             continue
-        joined = factors.blocks[block.name]
-        for member, slices in block.slices():
-            of_member = jax.tree.map(lambda x, slices=slices: x[slices], joined)
+        for member, of_member in block.split(factors.blocks[block.name]):
             blocks[member.block.name] = _cut(member, of_member)
     return Factors(blocks, factors.diagonal)
 

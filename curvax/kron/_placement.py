@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -91,6 +92,11 @@ class OwnerBlock(Block):
             stop = start + member.block.shape[0]
             yield member, slice(start, stop)
             start = stop
+
+    def split(self, stacks: T) -> Iterator[tuple[Member, T]]:
+        """Give every member, and its slices of stacks."""
+        for member, slices in self.slices():
+            yield member, jax.tree.map(lambda x, slices=slices: x[slices], stacks)
 
     def matrix(self, leaves: Mapping[str, Any]) -> Float[Array, "s i o"]:
         """See `Block`."""

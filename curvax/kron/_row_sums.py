@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -112,13 +111,12 @@ def scatter_sums(placement: Placement, block: OwnerBlock, stacks: T) -> T:
     batch = placement.batch
 
     def scatter(x: Array) -> Array:
-        slots = len(x) // batch.number
-        num_rows = slots * math.ceil(block.num_slices / slots)
-        # To send most slices, and they empty, costs more than a sum that everyone gets.
-        if 2 * num_rows >= len(x):
+        num_rows = batch.few_rows(len(x), block.num_slices)
+        if num_rows is None:
             part = lax.psum_scatter(x, batch.axes, scatter_dimension=0, tiled=True)
             return jnp.asarray(part)
         total = lax.psum(x[:num_rows], batch.axes)
+        slots = len(x) // batch.number
         start = slots * lax.axis_index(batch.axes)
         part = lax.dynamic_slice_in_dim(total, start, slots, axis=0)
         return jnp.where(start < num_rows, part, 0)

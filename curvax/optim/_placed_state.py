@@ -69,9 +69,8 @@ def unpack_state(placement: Placement, state: optax.OptState) -> optax.OptState:
                 continue
             joined, info = block_state.pop(block.name), infos.pop(block.name)
             num_failures = failures.pop(block.name)
-            for member, slices in block.slices():
+            for member, of_member in block.split(joined):
                 name = member.block.name
-                of_member = jax.tree.map(lambda y, slices=slices: y[slices], joined)
                 block_state[name] = _cut_state(member, of_member)
                 infos[name], failures[name] = info, num_failures
         return x._replace(
